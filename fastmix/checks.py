@@ -1,0 +1,73 @@
+"""The words in which operators and modules refuse bad input.
+
+`where` names the operator or module. Shapes are written as in the docstrings,
+"b n h d": sizes that an earlier argument fixed are held against it, the others are
+learned. Integers stand for themselves.
+"""
+
+import torch
+
+REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex128, torch.complex64)
+INTEGER = (torch.int64, torch.int32)
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(where, name, value, dtypes=REAL, like=None):
+    """A tensor of one of `dtypes`, on the device of `like`, a (name, tensor) pair."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{where}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(_name(d) for d in dtypes)
+        raise TypeError(f"{where}: {name} must be {expected}, got {_name(value.dtype)}")
+    if like is not None and value.device != like[1].device:
+        raise ValueError(
+            f"{where}: {name} must be on {like[1].device} like {like[0]}, got {value.device}")
+
+
+def check_shape(where, name, value, layout, sizes=None):
+    """Holds `value` against `layout` and returns `sizes` with the newly learned ones."""
+    axes = layout.split()
+    sizes = dict(sizes or {})
+    shape = tuple(value.shape)
+    fits = len(shape) == len(axes)
+    if fits:
+        for axis, size in zip(axes, shape):
+            if axis.isdigit():
+                fits = fits and size == int(axis)
+            elif axis in sizes:
+                fits = fits and size == sizes[axis]
+            else:
+                sizes[axis] = size
+    if not fits:
+        known = [str(sizes.get(axis, axis)) if len(shape) != len(axes) or axis in sizes else axis
+                 for axis in axes]
+        wanted = "(" + ", ".join(axes) + ")"
+        filled = "(" + ", ".join(known) + ")"
+        expected = wanted if wanted == filled else f"{wanted} = {filled}"
+        raise ValueError(f"{where}: {name} must have shape {expected}, got {shape}")
+    return sizes
+
+
+def check_divides(where, heads_name, heads, dim_name, dim):
+    if heads < 1 or dim % heads != 0:
+        raise ValueError(
+            f"{where}: {heads_name} must divide {dim_name}, got {heads_name}={heads} "
+            f"and {dim_name}={dim}")
+
+
+def check_tokens(where, name, value, max_length=None):
+    """Token ids (b, n), integers, 1 ≤ n ≤ max_length."""
+    check_tensor(where, name, value, INTEGER)
+    n = check_shape(where, name, value, "b n")["n"]
+    check_length(where, name, n, max_length)
+
+
+def check_length(where, name, n, max_length=None):
+    if n < 1:
+        raise ValueError(f"{where}: {name} must have at least one time step, got n=0")
+    if max_length is not None and n > max_length:
+        raise ValueError(f"{where}: {name} must have at most {max_length} time steps, got n={n}")

@@ -1,0 +1,1 @@
+from fastmix.reference import *  # placeholder until the operators land
