@@ -71,3 +71,45 @@ def check_length(where, name, n, max_length=None):
         raise ValueError(f"{where}: {name} must have at least one time step, got n=0")
     if max_length is not None and n > max_length:
         raise ValueError(f"{where}: {name} must have at most {max_length} time steps, got n={n}")
+
+
+def wide(dtype):
+    """The dtype in which sums, states and spectra of `dtype` data are kept."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide_complex(dtype):
+    return torch.promote_types(dtype, torch.complex64)
+
+
+def match_dtypes(where, **tensors):
+    """The tensors with one common dtype.
+
+    Under autocast they are promoted to the widest of theirs; elsewhere a difference is
+    an error, never a silent copy. None passes through.
+    """
+    given = {name: t for name, t in tensors.items() if t is not None}
+    (first, reference), *others = given.items()
+    if all(t.dtype == reference.dtype for _, t in others):
+        return tuple(tensors.values())
+    if torch.is_autocast_enabled(reference.device.type):
+        dtype = reference.dtype
+        for _, t in others:
+            dtype = torch.promote_types(dtype, t.dtype)
+        return tuple(t if t is None else t.to(dtype) for t in tensors.values())
+    for name, t in others:
+        if t.dtype != reference.dtype:
+            raise TypeError(f"{where}: {name} must be {_name(reference.dtype)} like {first}, "
+                            f"got {_name(t.dtype)}")
+
+
+def match_parameter(where, name, value, data):
+    """A parameter in the dtype of `data`, a (name, tensor) pair, or wider within float32."""
+    allowed = (data[1].dtype, wide(data[1].dtype))
+    if value.dtype in allowed:
+        return value
+    if torch.is_autocast_enabled(value.device.type) and value.dtype in REAL:
+        return value.to(allowed[1])
+    expected = " or ".join(dict.fromkeys(_name(d) for d in allowed))
+    raise TypeError(f"{where}: {name} must be {expected} for {_name(data[1].dtype)} {data[0]}, "
+                    f"got {_name(value.dtype)}")

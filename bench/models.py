@@ -1,0 +1,210 @@
+"""The rows of the models: training steps on real text, beside the published model's own.
+
+A step is forward, backward and Adam. Both models start from the same seed and see the same
+text; they must find the same losses and the same first gradients, or the row is wrong.
+"""
+
+import importlib
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from rows import HALF, compile_function, forced, implementations, name_of, reason
+from timing import peak_bytes, side_by_side
+
+DEPTH = 1
+VOCABULARY = 256  # bytes
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+# name: (file of fastmix.nn, published module, class, operator, its other arguments)
+MODELS = {
+    "MetaformerGPT": (
+        "metaformer_gpt", "metaformer_gpt.metaformer_gpt", "MetaformerGPT", "decay_conv",
+        lambda n, dim, heads: {"heads": heads, "dim_head": dim // heads, "max_seq_len": n}),
+    "GatedExponentialSmoothingLM": (
+        "mhesa", "gated_state_spaces_pytorch.mhesa", "GatedExponentialSmoothingLM", "decay_conv",
+        lambda n, dim, heads: {"heads": heads, "dim_mhesa": dim}),
+    "GatedDsConvLM": (
+        "dsconv", "gated_state_spaces_pytorch.dsconv", "GatedDsConvLM", "fft_conv",
+        lambda n, dim, heads: {"heads": heads, "dim_dsconv": dim, "max_seq_len": n}),
+    "gMLPGPT": (
+        "g_mlp_gpt", "g_mlp_gpt.g_mlp_gpt", "gMLPGPT", "windowed_sgu",
+        lambda n, dim, heads: {"heads": heads, "seq_len": n, "window": 128}),
+    "GateLoopTransformer": (
+        "gateloop_transformer", "gateloop_transformer.gateloop_transformer", "Transformer",
+        "gate_loop", lambda n, dim, heads: {}),
+}
+
+
+def read_bytes(path, count):
+    """`count` bytes of a file, repeated if it is shorter; by default of Python's own sources."""
+    files = [Path(path)] if path else sorted(Path(os.__file__).parent.glob("*.py"))
+    text = b""
+    for file in files:
+        text += file.read_bytes()
+        if len(text) >= count:
+            break
+    if not text:
+        raise ValueError(f"--text: {path} must hold text, but is empty")
+    text = text * (count // len(text) + 1)
+    return torch.frombuffer(bytearray(text[:count]), dtype=torch.uint8).long()
+
+
+class Trainer:
+    """A model in training on consecutive pieces of a text; in a half type under autocast."""
+
+    def __init__(self, model, pieces, dtype, force=None):
+        half = dtype in HALF
+        device = pieces.device
+        self.model = self.function = model.to(device, torch.float32 if half else dtype)
+        self.autocast = torch.autocast(device.type, dtype if half else None, enabled=half)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        self.pieces, self.force = pieces, force
+        self.losses = []
+
+    def step(self):
+        tokens = self.pieces[len(self.losses) % len(self.pieces)]
+        self.optimizer.zero_grad()
+        with forced(self.force):
+            with self.autocast:
+                logits = self.function(tokens[:, :-1])
+            logits = logits.float() if logits.dtype in HALF else logits
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.detach())
+
+    def first_two_steps(self):
+        """(gradients of the first, peak bytes of the second)."""
+        self.step()
+        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()
+                     if p.grad is not None}
+        return gradients, peak_bytes(self.step, self.pieces.device)
+
+
+class Course:
+    """One model at one size, with the text it learns."""
+
+    def __init__(self, name, b, n, dim, heads, text, dtype, device):
+        self.name, self.dtype = name, dtype
+        self.file, self.published, self.class_name, self.operator, more = MODELS[name]
+        self.arguments = {"num_tokens": VOCABULARY, "dim": dim, "depth": DEPTH,
+                          **more(n, dim, heads)}
+        self.pieces = read_bytes(text, 16 * b * (n + 1)).view(16, b, n + 1).to(device)
+        self.tokens = b * n
+
+    def trainer(self, module, dtype, force=None):
+        torch.manual_seed(0)
+        model = getattr(importlib.import_module(module), self.class_name)(**self.arguments)
+        return Trainer(model, self.pieces, dtype, force)
+
+    def ours(self, force=None):
+        return self.trainer(f"fastmix.nn.{self.file}", self.dtype, force)
+
+    def original(self):
+        """(its part of a row, the trainer to be right by, its gradients, the trainer to time).
+
+        The half types are held against float32, and timed there where the original cannot
+        run in them."""
+        baseline = {"package": self.published.partition(".")[0]}
+        try:
+            exact = rival = self.trainer(
+                self.published, torch.float32 if self.dtype in HALF else self.dtype)
+        except ImportError as error:
+            return baseline | {"status": "not installed", "reason": str(error)}, None, None, None
+        gradients, peak = exact.first_two_steps()
+        baseline |= {"status": "ok", "dtype": name_of(self.dtype), "peak_bytes": peak}
+        if self.dtype in HALF:
+            try:
+                rival = self.trainer(self.published, self.dtype)
+                _, baseline["peak_bytes"] = rival.first_two_steps()
+            except (RuntimeError, TypeError) as error:
+                rival = exact
+                baseline |= {"dtype": "float32",
+                             "reason": f"fails in {name_of(self.dtype)}: {reason(error)}"}
+        return baseline, exact, gradients, rival
+
+
+def model_rows(course, names, device, seconds=0):
+    """A row for each implementation of a course; checked only, if `seconds` is 0."""
+    original, exact, gradients, rival = course.original()
+    tolerance = TOLERANCE[course.dtype]
+    rows, trainers = {}, {}
+    for implementation, missing in implementations(course.operator, device, names):
+        rows[implementation] = row = {
+            "model": course.name, "implementation": implementation, "n": course.pieces.shape[-1] - 1,
+            "arguments": course.arguments, "tolerance": tolerance, "original": original,
+            "status": "failed", "reason": missing}
+        if missing is not None:
+            continue
+        try:
+            ours = course.ours(implementation if names else None)
+            first, peak = ours.first_two_steps()
+        except (RuntimeError, ValueError, TypeError) as error:
+            row["reason"] = reason(error)
+            continue
+        if exact is None:
+            row |= {"status": "unchecked", "reason": f"{original['package']} is not installed"}
+        else:
+            row["errors"] = {"losses": worst_loss(ours.losses, exact.losses),
+                             "gradients": worst_gradient(first, gradients)}
+            right = all(error <= tolerance for error in row["errors"].values())
+            row["status"] = "ok" if right else "wrong"
+        if row["status"] != "wrong":
+            row["peak_bytes"] = peak
+            trainers[implementation] = ours
+    if seconds and trainers:
+        timing = in_turns(trainers | ({"original": rival} if rival else {}), seconds, device)
+        for implementation in trainers:
+            row = rows[implementation]
+            row["step_ms"] = timing[implementation]
+            row["tokens_per_s"] = 1e3 * course.tokens / row["step_ms"]["median"]
+            if rival:
+                original["step_ms"] = timing["original"]
+                row["ratio_original"] = ratio(original, row)
+    return list(rows.values())
+
+
+def add_compiled(course, rows, names, device, seconds):
+    """Times torch.compile of the original beside the rows' implementations."""
+    rows = [row for row in rows if row["status"] == "ok"]
+    trainer = course.trainer(course.published, getattr(torch, rows[0]["original"]["dtype"]))
+    baseline = {"status": "ok"}
+    try:
+        compile_function(trainer, [trainer.step], baseline)
+    except RuntimeError as error:
+        baseline |= {"status": "fails to compile", "reason": reason(error)}
+    trainers = {row["implementation"]: course.ours(names and row["implementation"]) for row in rows}
+    if baseline["status"] == "ok":
+        timing = in_turns(trainers | {"compiled": trainer}, seconds, device)
+        baseline["step_ms"] = timing["compiled"]
+        for row in rows:
+            row["ratio_compiled"] = ratio(baseline, {"step_ms": timing[row["implementation"]]})
+    for row in rows:
+        row["compiled"] = baseline
+
+
+def in_turns(trainers, seconds, device):
+    return side_by_side({key: t.step for key, t in trainers.items()}, seconds, device, least=2)
+
+
+def ratio(baseline, row):
+    return baseline["step_ms"]["median"] / row["step_ms"]["median"]
+
+
+def worst_loss(losses, truths):
+    """NaN if any is."""
+    pairs = zip(losses, truths)
+    return torch.stack([(a.double() - b.double()).abs() / b.double() for a, b in pairs]).max().item()
+
+
+def worst_gradient(gradients, truths):
+    """Per parameter, by norm; one that hardly has a gradient counts beside all of them."""
+    whole = torch.stack([g.double().norm() for g in truths.values()]).norm()
+    errors = []
+    for name, truth in truths.items():
+        error = (gradients.get(name, torch.zeros_like(truth)).double() - truth.double()).norm()
+        errors.append(error / torch.maximum(truth.double().norm(), 1e-3 * whole))
+    return torch.stack(errors).max().item()

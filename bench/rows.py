@@ -1,0 +1,217 @@
+"""The rows of the operators: checked, then timed beside the published original.
+
+A row is a dict of plain values. Its `status` is "ok", "wrong" (it carries no time then) or
+"failed"; a baseline inside it has a `status` of its own: "ok" or why there is no time.
+"""
+
+import contextlib
+import warnings
+
+import torch
+
+import fastmix
+from exactness import Exam, within
+from fastmix import ops
+from timing import peak_bytes, side_by_side
+
+MODES = ("forward", "forward_backward")
+HALF = (torch.bfloat16, torch.float16)
+ORIGINAL_BYTES = 8 << 30  # an original that needs more is run at the n that needs
+SHORTER_BYTES = 2 << 30   # this much at most
+
+
+def implementations(operator, device, names):
+    """[(name, None or why it cannot run here)]: those asked for, or else the one that runs."""
+    known = fastmix.implementations(operator, device.type)
+    if not names:
+        return [(next(name for name, missing in known.items() if missing is None), None)]
+    return [(name, known.get(name, f"fastmix has no implementation {name}")) for name in names]
+
+
+def forced(name):
+    return fastmix.force(name) if name else contextlib.nullcontext()
+
+
+def reason(error):
+    """An error in one line, short enough for a footnote."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) or type(error).__name__
+    return text if len(text) <= 160 else text[:160] + " …"
+
+
+class Step:
+    """A function with its arguments, to run forward, or forward and backward."""
+
+    def __init__(self, function, arguments, leaves, incoming, force=None):
+        self.function, self.arguments = function, arguments
+        self.leaves, self.incoming, self.force = leaves, incoming, force
+
+    def run(self, incoming):
+        with forced(self.force):
+            out = self.function(*self.arguments)
+            return out.detach(), torch.autograd.grad(out, self.leaves, incoming)
+
+    def forward(self):
+        with forced(self.force), torch.no_grad():
+            self.function(*self.arguments)
+
+    def forward_backward(self):
+        self.run(self.incoming)
+
+
+class Contest:
+    """The steps of one case, all on the same inputs."""
+
+    def __init__(self, case, dtype, device):
+        self.case, self.device = case, device
+        self.inputs = case.tensors(dtype, device)
+        self.incoming = torch.randn(case.output_shape(), dtype=self.inputs[0].dtype, device=device)
+
+    def ours(self, force):
+        return Step(lambda *inputs: self.case.call(ops, *inputs), self.inputs, self.inputs,
+                    self.incoming, force)
+
+    def original(self, dtype):
+        leaves, incoming = self.inputs, self.incoming
+        if leaves[0].dtype in HALF and dtype == torch.float32:
+            leaves = [t.detach().float().requires_grad_() for t in leaves]
+            incoming = incoming.float()
+        function, arguments = self.case.original(*leaves)
+        return Step(function, arguments, leaves, incoming)
+
+    def times(self, steps, seconds):
+        """{name: {mode_ms: timing}} of steps run in turns."""
+        found = {name: {} for name in steps}
+        for mode in MODES:
+            functions = {name: getattr(step, mode) for name, step in steps.items()}
+            for name, timing in side_by_side(functions, seconds, self.device).items():
+                found[name][f"{mode}_ms"] = timing
+        return found
+
+
+def operator_rows(make, n, names, dtype, device, limits=None, seconds=0):
+    """A row for each implementation of the case make(n); checked only, if `seconds` is 0."""
+    case = make(n)
+    contest = Contest(case, dtype, device)
+    exam = Exam(case, contest.inputs)
+    rows, steps = {}, {}
+    for name, missing in implementations(case.operator, device, names):
+        rows[name] = row = {
+            "operator": case.operator, "row": case.row, "n": n, "implementation": name,
+            "shapes": {key: list(t.shape) for key, (_, t) in case.inputs.items()},
+            "limits": exam.limits, "status": "failed", "reason": missing}
+        if missing is None:
+            steps[name] = contest.ours(name if names else None)
+            try:
+                row["errors"] = exam.errors(steps[name])
+                row["status"] = "ok" if within(row["errors"], exam.limits) else "wrong"
+            except (RuntimeError, ValueError, TypeError) as error:
+                row["reason"] = reason(error)
+        if row["status"] != "ok":
+            steps.pop(name, None)
+    if not seconds or not steps:
+        return list(rows.values())
+
+    original, step = judge_original(contest, exam, dtype)
+    contestants = steps if step is None else steps | {"original": step}
+    for name, timing in contest.times(contestants, seconds).items():
+        timing["peak_bytes"] = peak_bytes(contestants[name].forward_backward, device)
+        (original if name == "original" else rows[name]).update(timing)
+    for name in steps:
+        row = rows[name]
+        row["original"] = original
+        if original["status"] == "ok":
+            row["ratio_original"] = ratios(original, row)
+        add_rates(row, case.necessary(contest.inputs), contest.incoming.shape[0] * n, limits)
+    if original["status"] == "too large":
+        shorter = 1 << (n * SHORTER_BYTES // case.original_bytes).bit_length() - 1
+        for short in operator_rows(make, shorter, names, dtype, device, limits, seconds):
+            if short["status"] == "ok" and rows[short["implementation"]]["status"] == "ok":
+                row = rows[short["implementation"]]
+                row["original"] = short["original"] | {"reason": original["reason"]}
+                row["ratio_original"] = short["ratio_original"]
+    return list(rows.values())
+
+
+def judge_original(contest, exam, dtype):
+    """(the original's part of a row, its step or None). Half types it cannot run become
+    float32."""
+    case = contest.case
+    baseline = {"package": case.package, "n": contest.inputs[0].shape[1], "status": "fails"}
+    if case.original_bytes > ORIGINAL_BYTES:
+        return baseline | {"status": "too large",
+                           "reason": f"it needs about {case.original_bytes / 1e9:.0f} GB"}, None
+    for attempt in (dtype, torch.float32) if dtype in HALF else (dtype,):
+        try:
+            step = contest.original(attempt)
+            baseline |= {"errors": exam.errors(step), "dtype": name_of(attempt), "status": "ok"}
+            return baseline, step
+        except ImportError as error:
+            return baseline | {"status": "not installed", "reason": str(error)}, None
+        except (RuntimeError, TypeError) as error:
+            baseline["reason"] = f"fails in {name_of(attempt)}: {reason(error)}"
+    return baseline, None
+
+
+def add_compiled(make, rows, names, dtype, device, seconds):
+    """Times torch.compile of the original beside the rows' implementations."""
+    rows = [row for row in rows if row["status"] == "ok"]
+    original = rows[0]["original"]
+    if original["status"] != "ok":
+        return
+    contest = Contest(make(original["n"]), dtype, device)
+    step = contest.original(getattr(torch, original["dtype"]))
+    baseline = {"n": original["n"], "status": "ok"}
+    try:
+        compile_function(step, [step.forward_backward, step.forward], baseline)
+    except RuntimeError as error:
+        baseline |= {"status": "fails to compile", "reason": reason(error)}
+    steps = {row["implementation"]: contest.ours(names and row["implementation"]) for row in rows}
+    if baseline["status"] == "ok":
+        timing = contest.times(steps | {"compiled": step}, seconds)
+        baseline |= timing["compiled"]
+        for row in rows:
+            row["ratio_compiled"] = ratios(baseline, timing[row["implementation"]])
+    for row in rows:
+        row["compiled"] = baseline
+
+
+def compile_function(owner, runs, baseline):
+    """Compiles owner.function by running `runs`: whole, or else with graph breaks, remarked."""
+    eager = owner.function
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for whole in (True, False):
+            torch.compiler.reset()
+            owner.function = torch.compile(eager, fullgraph=whole)
+            try:
+                for run in runs:
+                    run()
+                return
+            except RuntimeError as error:
+                if not whole:
+                    raise
+                baseline["reason"] = f"compiled with graph breaks: {reason(error)}"
+
+
+def ratios(baseline, row):
+    return {mode: baseline[f"{mode}_ms"]["median"] / row[f"{mode}_ms"]["median"] for mode in MODES}
+
+
+def add_rates(row, necessary, tokens, limits):
+    """Tokens per second, bytes per second, and the part of the measured limit: of the copy
+    bandwidth, or of the matmul rate where that alone would take longer."""
+    for rate in ("tokens_per_s", "gb_per_s", "percent_of_limit", "bound"):
+        row[rate] = {}
+    for mode, (moved, flops) in necessary.items():
+        seconds = row[f"{mode}_ms"]["median"] / 1e3
+        floor, bound = max((moved / limits["copy_gb_s"] / 1e9, "copy"),
+                           (flops / limits["matmul_gflop_s"] / 1e9, "matmul"))
+        row["tokens_per_s"][mode] = tokens / seconds
+        row["gb_per_s"][mode] = moved / seconds / 1e9
+        row["percent_of_limit"][mode] = 100 * floor / seconds
+        row["bound"][mode] = bound
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,73 @@
+"""Times of functions measured side by side, and the memory one of them needs."""
+
+import functools
+import os
+import statistics
+import time
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: else its profiler prints on stderr
+
+import torch
+
+
+@functools.cache
+def _cold(device):
+    return torch.empty((256 if device == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
+
+
+def stopwatch(function, device):
+    """Milliseconds of one call, with the caches full of something else."""
+    _cold(device).zero_()
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def side_by_side(functions, seconds, device, least=3, most=100):
+    """A B C A B C …: {name: function} → {name: {median, p20, p80, runs}}, milliseconds.
+
+    Goes on for `seconds`, but for `least` rounds in any case.
+    """
+    times = {name: [] for name in functions}
+    start = time.perf_counter()
+    for round in range(most):
+        if round >= least and time.perf_counter() - start > seconds:
+            break
+        for name, function in functions.items():
+            times[name].append(stopwatch(function, device))
+    return {name: summary(ms) for name, ms in times.items()}
+
+
+def summary(ms):
+    ms = sorted(ms)
+    return {"median": statistics.median(ms), "p20": ms[int(0.2 * (len(ms) - 1) + 0.5)],
+            "p80": ms[int(0.8 * (len(ms) - 1) + 0.5)], "runs": len(ms)}
+
+
+def peak_bytes(function, device):
+    """The most that torch held at once during a call, beyond what it held before.
+
+    On CPU this walks the profiler's record of every allocation: the same number in each
+    run, where the process's resident size would count the allocator's leftovers too.
+    """
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,105 @@
+"""The chunked linear scan that linear_scan, gate_loop and decay_conv share.
+
+Long sequences are taken one stretch of time after the other, so that the temporaries of
+a stretch stay in cache.
+"""
+
+import math
+
+import torch
+
+# Sequences this short are scanned step by step.
+DIRECT = 16
+
+# Numbers in a stretch's largest temporary.
+STRETCH = 1 << 19
+
+
+def stretches(n, per_step, multiple):
+    """Slices of time that cover n, each but the last a multiple of `multiple` long."""
+    multiple = multiple or 64
+    length = max(STRETCH // max(per_step * multiple, 1), 4) * multiple
+    return [slice(start, min(start + length, n)) for start in range(0, n, length)]
+
+
+def entering(states, initial, every, reverse=False):
+    """The states (b, ⌈n / every⌉, …) with which every `every`-th step begins; none for 0."""
+    if every == 0:
+        return initial.unsqueeze(1)[:, :0]
+    first = initial.unsqueeze(1)
+    if reverse:
+        return torch.cat([states[:, every::every], first], dim=1)
+    return torch.cat([first, states[:, every - 1 : -1 : every]], dim=1)
+
+
+def adjoint(gates, asked, g_next, reverse=False):
+    """g_t = asked_t + conj(gates_{t+1}) g_{t+1}, from g_{n-1} = asked_{n-1} + g_next.
+
+    The transpose of `scan`: g is the gradient of its inputs where `asked` is that of its
+    states. `reverse` is the direction of the scan that is transposed.
+    """
+    late, body = (slice(None, -1), slice(1, None)) if reverse else (slice(1, None), slice(None, -1))
+    last = asked[:, 0 if reverse else -1] + g_next
+    if asked.shape[1] == 1:
+        return last.unsqueeze(1)
+    gates = torch.conj_physical(gates if gates.shape[1] == 1 else gates[:, late])
+    g = scan(gates, asked[:, body], last, not reverse)
+    pieces = [last.unsqueeze(1), g] if reverse else [g, last.unsqueeze(1)]
+    return torch.cat(pieces, dim=1)
+
+
+def scan(gates, inputs, initial, reverse=False):
+    """h_t = gates_t · h_{t-1} + inputs_t from h_{-1} = initial; every state (b, n, …).
+
+    gates (b, n, …) broadcasts against inputs (b, n, …); one time step of gates
+    (b, 1, …) holds for all. Three sweeps of √n vectorised steps: reduce every chunk to
+    its end, scan the ends, run every chunk from its entry. Only products of gates are
+    formed, never quotients, so gates of 0 are exact.
+    """
+    n = inputs.shape[1]
+    if n <= DIRECT:
+        return torch.stack(_steps(gates, inputs, initial, reverse), dim=1)
+    length = max(2, math.isqrt(n // 3))
+    chunks = n // length
+    rest = n - chunks * length
+
+    # Whole chunks come first in the direction of the scan, the rest after them.
+    whole, tail = (slice(rest, None), slice(None, rest)) if reverse else (
+        slice(None, n - rest), slice(n - rest, None))
+    constant = gates.shape[1] == 1
+    chunk_gates = gates.unsqueeze(1) if constant else gates[:, whole].unflatten(1, (chunks, length))
+    chunk_inputs = inputs[:, whole].unflatten(1, (chunks, length))
+
+    product = end = None
+    for t in _order(length, reverse):
+        gate, step = chunk_gates[:, :, 0 if constant else t], chunk_inputs[:, :, t]
+        product = gate if product is None else product * gate
+        end = step if end is None else torch.addcmul(step, gate, end)
+
+    ends = scan(product, end, initial, reverse)
+    first = initial.unsqueeze(1)
+    entries = (torch.cat([ends[:, 1:], first], dim=1) if reverse
+               else torch.cat([first, ends[:, :-1]], dim=1))
+    states = torch.stack(
+        _steps(chunk_gates.movedim(1, 2), chunk_inputs.movedim(1, 2), entries, reverse), dim=2
+    ).flatten(1, 2)
+    if rest == 0:
+        return states
+    last = ends[:, 0] if reverse else ends[:, -1]
+    tail_gates = gates if constant else gates[:, tail]
+    tail_states = torch.stack(_steps(tail_gates, inputs[:, tail], last, reverse), dim=1)
+    return torch.cat([tail_states, states] if reverse else [states, tail_states], dim=1)
+
+
+def _order(n, reverse):
+    return reversed(range(n)) if reverse else range(n)
+
+
+def _steps(gates, inputs, state, reverse):
+    """Time on axis 1; a list of states in order of time."""
+    n = inputs.shape[1]
+    states = [None] * n
+    for t in _order(n, reverse):
+        state = torch.addcmul(inputs[:, t], gates[:, min(t, gates.shape[1] - 1)], state)
+        states[t] = state
+    return states

@@ -1,0 +1,151 @@
+"""fft_conv in plain torch: a Toeplitz product for short inputs, FFTs in slabs otherwise.
+
+The spectral path walks over slabs of a few megabytes (some batch entries, heads and
+channels), so that spectrum, product and inverse stay in cache. The kernel is real, so
+two channels share one complex transform and come out as its real and imaginary part;
+an odd number of channels per head takes real transforms instead.
+"""
+
+import torch
+import torch.nn.functional as F
+
+SLAB = 1 << 20  # real numbers of a padded slab
+TOEPLITZ = 256  # the longest input for which n² products beat the FFT
+
+
+def forward(x, kernel, reverse):
+    """x (b, n, h, d), kernel (b, m, h) or (m, h) → y (b, n, h, d)."""
+    if x.numel() == 0:
+        return (x * kernel.sum()).contiguous()
+    kernel = kernel[..., : x.shape[1], :]
+    convolve = _toeplitz_forward if _is_short(x) else _spectral_forward
+    batches, channels = _slabs(x, kernel)
+    rows = []
+    for batch in batches:
+        pieces = [convolve(*_cut(x, kernel, batch, *c), reverse).to(x.dtype).flatten(2)
+                  for c in channels]
+        rows.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1))
+    y = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return y.unflatten(-1, x.shape[2:])
+
+
+def backward(grad, x, kernel, reverse):
+    """grad, x (b, n, h, d) → dx like x, dkernel like kernel."""
+    if x.numel() == 0:
+        return torch.zeros_like(x), torch.zeros_like(kernel)
+    used = kernel[..., : x.shape[1], :]
+    differentiate = _toeplitz_backward if _is_short(x) else _spectral_backward
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dkernel = torch.zeros(kernel.shape, dtype=_compute_dtype(x, kernel), device=x.device)
+    batches, channels = _slabs(x, used)
+    for batch in batches:
+        for heads, width in channels:
+            slab, k = _cut(x, used, batch, heads, width)
+            slab_grad, _ = _cut(grad, used, batch, heads, width)
+            dx[batch, :, heads, width], dk = differentiate(slab_grad, slab, k, reverse)
+            if kernel.ndim == 2:
+                dkernel[: used.shape[-2], heads] += dk.sum(dim=0)
+            else:
+                dkernel[batch, : used.shape[-2], heads] += dk
+    return dx, dkernel.to(kernel.dtype)
+
+
+def _is_short(x):
+    return x.shape[1] <= min(4 * x.shape[3], TOEPLITZ)
+
+
+def _compute_dtype(x, kernel):
+    return torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)
+
+
+def _fft_length(n):
+    """The smallest 2^a · (1, 3, 5, 9 or 15) that is at least n."""
+    return min(odd << max(0, (-(-n // odd) - 1).bit_length()) for odd in (1, 3, 5, 9, 15))
+
+
+def _slabs(x, kernel):
+    """Batch slices, and (heads, channels of a head) slices, of about SLAB numbers each."""
+    b, n, h, d = x.shape
+    rows = max(2, SLAB // _fft_length(n + kernel.shape[-2]))
+    d_step = min(d, rows)
+    h_step = min(h, max(1, rows // d))
+    b_step = max(1, rows // (h * d))
+    channels = [(slice(i, i + h_step), slice(j, j + d_step))
+                for i in range(0, h, h_step) for j in range(0, d, d_step)]
+    return [slice(i, i + b_step) for i in range(0, b, b_step)], channels
+
+
+def _cut(x, kernel, batch, heads, width):
+    """One slab of x (b, n, h, d) and its kernels (b or 1, m, h) in the dtype to compute in."""
+    dtype = _compute_dtype(x, kernel)
+    kernel = kernel[None] if kernel.ndim == 2 else kernel[batch]
+    return x[batch, :, heads, width].to(dtype), kernel[..., heads].to(dtype)
+
+
+def _transform(x, length):
+    """x (b, n, h, d) → its spectrum (b, h, channels, frequencies)."""
+    x = x.contiguous()
+    if x.shape[-1] % 2:
+        return torch.fft.rfft(x.permute(0, 2, 3, 1), n=length)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.fft.fft(pairs.permute(0, 2, 3, 1), n=length)
+
+
+def _kernel_spectrum(kernel, length, real):
+    """kernel (b, m, h) → (b, h, 1, frequencies)."""
+    transform = torch.fft.rfft if real else torch.fft.fft
+    return transform(kernel.transpose(1, 2), n=length).unsqueeze(2)
+
+
+def _inverse(spectrum, length, n, real):
+    """(b, h, channels, frequencies) → (b, n, h, d), contiguous: undoes `_transform`."""
+    if real:
+        return torch.fft.irfft(spectrum, n=length)[..., :n].permute(0, 3, 1, 2).contiguous()
+    pairs = torch.fft.ifft(spectrum)[..., :n].permute(0, 3, 1, 2).contiguous()
+    return torch.view_as_real(pairs).flatten(-2)
+
+
+def _spectral_forward(x, kernel, reverse):
+    """x (b, n, h, d), kernel (b or 1, m, h) → y (b, n, h, d)."""
+    n, real = x.shape[1], x.shape[3] % 2 == 1
+    length = _fft_length(n + kernel.shape[1] - 1)
+    factor = _kernel_spectrum(kernel, length, real)
+    return _inverse(_transform(x, length) * (factor.conj_physical() if reverse else factor),
+                    length, n, real)
+
+
+def _spectral_backward(grad, x, kernel, reverse):
+    """grad, x (b, n, h, d), kernel (b or 1, m, h) → dx (b, n, h, d), dkernel (b, m, h)."""
+    n, m, real = x.shape[1], kernel.shape[1], x.shape[3] % 2 == 1
+    length = _fft_length(n + m - 1)
+    grad = _transform(grad, length)
+    lags = _transform(x, length).conj_physical_().mul_(grad).sum(dim=2)
+    lags = lags.conj() if reverse else lags
+    dkernel = torch.fft.irfft(lags, n=length) if real else torch.fft.ifft(lags).real
+    factor = _kernel_spectrum(kernel, length, real)
+    dx = _inverse(grad.mul_(factor if reverse else factor.conj_physical()), length, n, real)
+    return dx, dkernel[..., :m].transpose(1, 2)
+
+
+def _toeplitz(kernel, n):
+    """kernel (b, m, h) → (b, h, n, n), row t and column s hold kernel_{t-s}."""
+    lags = F.pad(kernel.transpose(1, 2), (n - 1, n - kernel.shape[1]))
+    return lags.unfold(-1, n, 1).flip(-1)
+
+
+def _toeplitz_forward(x, kernel, reverse):
+    """x (b, n, h, d), kernel (b or 1, m, h) → y (b, n, h, d)."""
+    matrix = _toeplitz(kernel, x.shape[1])
+    layout = "bhst,bshd->bthd" if reverse else "bhts,bshd->bthd"
+    return torch.einsum(layout, matrix, x).contiguous()
+
+
+def _toeplitz_backward(grad, x, kernel, reverse):
+    """grad, x (b, n, h, d), kernel (b or 1, m, h) → dx (b, n, h, d), dkernel (b, m, h)."""
+    n, m = x.shape[1], kernel.shape[1]
+    late, early = (x, grad) if reverse else (grad, x)
+    products = torch.einsum("bthd,bshd->bhts", late, early.flip(1))
+    # rows of 2n read as rows of 2n - 1: each row moves one further, diagonals become columns
+    shifted = F.pad(products, (0, n)).flatten(2)[..., : n * (2 * n - 1)]
+    dkernel = shifted.unflatten(-1, (n, 2 * n - 1)).sum(dim=2)[..., n - 1 : n - 1 + m]
+    return _toeplitz_forward(grad, kernel, not reverse), dkernel.transpose(1, 2)

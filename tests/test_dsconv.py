@@ -1,0 +1,204 @@
+"""fastmix.nn.dsconv beside the published gated-state-spaces-pytorch 0.1.0."""
+
+import copy
+
+import gated_state_spaces_pytorch.dsconv as published
+import pytest
+import torch
+from torch import nn
+
+from fastmix.nn import dsconv, mhesa
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def build(name, seed=0, **arguments):
+    """Ours and theirs from one seed, which must have drawn the same weights."""
+    pair = []
+    for module in (dsconv, published):
+        torch.manual_seed(seed)
+        pair.append(getattr(module, name)(**arguments))
+    ours, theirs = (model.state_dict() for model in pair)
+    assert list(ours) == list(theirs)
+    for key, value in theirs.items():
+        assert value.dtype == ours[key].dtype and torch.equal(value, ours[key]), key
+    return pair
+
+
+def assert_near(ours, theirs, what, floor=0.0):
+    tolerance = TOLERANCE[theirs.dtype]
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
+    error = (ours - theirs).abs().max().item()
+    assert error <= tolerance * max(theirs.abs().max().item(), floor), (what, error)
+
+
+def assert_twins(ours, theirs, dtype, x, *rest):
+    """Equal outputs and gradients, at weights away from their initial ones.
+
+    Gradients below a thousandth of the largest are held against that: they can cancel.
+    """
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    runs = []
+    for model in (ours.to(dtype), theirs.to(dtype)):
+        leaf = x.detach().clone()
+        if x.is_floating_point():
+            leaf = leaf.to(dtype).requires_grad_()
+        out = model(leaf, *rest)
+        torch.manual_seed(1)
+        (out * torch.randn(out.shape, dtype=dtype)).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        if leaf.requires_grad:
+            gradients["x"] = leaf.grad
+        runs.append((out, gradients))
+    (out, gradients), (their_out, their_gradients) = runs
+    assert_near(out, their_out, "output")
+    assert gradients.keys() == their_gradients.keys()
+    floor = 1e-3 * max(g.abs().max().item() for g in their_gradients.values())
+    for name, gradient in their_gradients.items():
+        assert_near(gradients[name], gradient, name, floor)
+
+
+@dtypes
+@pytest.mark.parametrize("n, m", [(1, 1), (7, 7), (5, 9), (9, 5), (13, 2)])
+def test_conv1d_fft_is_that_of_mhesa(n, m, dtype):
+    assert dsconv.conv1d_fft is mhesa.conv1d_fft
+    x, weights = torch.randn(2, n, 3, 4, dtype=dtype), torch.randn(2, m, 3, dtype=dtype)
+    ours, theirs = (module.conv1d_fft(x, weights, -3, -2) for module in (dsconv, published))
+    assert_near(ours, theirs, "output")
+
+
+@dtypes
+@pytest.mark.parametrize("n", [1, 2, 13])
+@pytest.mark.parametrize("dim, heads", [(6, 1), (6, 3), (5, 5)])
+def test_efficient_dsconv(dim, heads, n, dtype):
+    pair = build("EfficientDsConv", dim=dim, heads=heads)
+    assert pair[0].heads == heads
+    assert_twins(*pair, dtype, torch.randn(2, n, dim))
+
+
+@dtypes
+@pytest.mark.parametrize("n", [1, 2, 17])
+@pytest.mark.parametrize("arguments", [
+    dict(dim=6, heads=1, dim_dsconv=10),
+    dict(dim=6, heads=2, dim_dsconv=10, reverse_seq=True),
+    dict(dim=5, heads=7, dim_dsconv=7, dim_expansion_factor=1.5),
+    dict(dim=3, reverse_seq=True),
+], ids=str)
+def test_gated_dsconv(arguments, n, dtype):
+    pair = build("GatedDsConv", **arguments)
+    assert pair[0].reverse_seq is arguments.get("reverse_seq", False)
+    assert_twins(*pair, dtype, torch.randn(2, n, arguments["dim"]))
+
+
+def test_no_step_sees_later_ones():
+    """But the kernel's lag l is computed from step l: outputs at t see all of 0 … t."""
+    model = dsconv.EfficientDsConv(dim=6, heads=3).double()
+    x = torch.randn(1, 11, 6, dtype=torch.float64, requires_grad=True)
+    for t in (0, 4, 10):
+        (gradient,) = torch.autograd.grad(model(x)[:, t].sum(), x)
+        reach = gradient.abs().sum(dim=(0, 2))
+        assert (reach[: t + 1] > 1e-6).all() and (reach[t + 1:] < 1e-12).all()
+
+
+LM = dict(num_tokens=11, dim=6, depth=2, heads=3, dim_dsconv=9, max_seq_len=19,
+          dim_expansion_factor=2)
+
+
+@dtypes
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 19])
+def test_language_model(n, with_labels, dtype):
+    x, labels = torch.randint(0, 11, (2, 3, n))
+    labels[0, 1:2] = -100
+    assert_twins(*build("GatedDsConvLM", **LM), dtype, x, *[labels] * with_labels)
+
+
+def test_language_model_defaults_and_short_ids():
+    ours, theirs = build("GatedDsConvLM", num_tokens=9, dim=5, depth=1)
+    assert ours.max_seq_len == theirs.max_seq_len
+    x = torch.randint(0, 9, (2, 7))
+    assert_near(ours(x.int()), theirs(x), "output")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_checkpoints_load_both_ways(training):
+    ours, theirs = build("GatedDsConvLM", **LM)
+    x = torch.randint(0, 11, (2, 7))
+    for source, target in ((ours, theirs), (theirs, ours)):
+        with torch.no_grad():
+            for p in source.parameters():
+                p.normal_()
+        target.load_state_dict(copy.deepcopy(source.state_dict()))
+        assert_near(ours.train(training)(x), theirs.train(training)(x), "output")
+
+
+def test_attributes():
+    ours, theirs = build("GatedDsConvLM", **LM)
+    names = [name for name, _ in theirs.named_modules()]
+    assert [name for name, _ in ours.named_modules()] == names
+    assert isinstance(ours.layers, nn.ModuleList) and len(ours.layers) == 2
+    assert ours.layers[1].dsconv.heads == theirs.layers[1].dsconv.heads == 3
+    assert ours.layers[1].reverse_seq is theirs.layers[1].reverse_seq is False
+
+
+def test_autocast_stays_near_float32():
+    model, _ = build("GatedDsConv", dim=6, heads=3, dim_dsconv=9)
+    x = torch.randn(2, 13, 6)
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    assert out.dtype == torch.float32
+    assert 0 < (out - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_refused_arguments():
+    with pytest.raises(ValueError, match="EfficientDsConv: heads must divide dim, got heads=4"):
+        dsconv.EfficientDsConv(dim=6, heads=4)
+    with pytest.raises(ValueError, match="GatedDsConv: heads must divide dim_dsconv, got heads=8"):
+        dsconv.GatedDsConv(dim=8, dim_dsconv=9)
+    with pytest.raises(ValueError, match="heads must divide dim_dsconv, got heads=0"):
+        dsconv.GatedDsConvLM(num_tokens=3, dim=6, depth=1, heads=0, dim_dsconv=6)
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("EfficientDsConv", dict(dim=6, heads=3)),
+    ("GatedDsConv", dict(dim=6, heads=3, dim_dsconv=9, reverse_seq=True))])
+def test_refused_sequences(name, arguments):
+    model = getattr(dsconv, name)(**arguments)
+    with pytest.raises(ValueError, match=rf"^{name}: x must have shape \(b, n, dim\).*\(2, 7\)"):
+        model(torch.randn(2, 7))
+    with pytest.raises(ValueError, match=rf"^{name}: x .* = \(2, 7, 6\), got \(2, 7, 5\)"):
+        model(torch.randn(2, 7, 5))
+    with pytest.raises(ValueError, match=f"^{name}: x must have at least one time step, got n=0"):
+        model(torch.randn(2, 0, 6))
+    with pytest.raises(TypeError, match=f"^{name}: x must be float64 .*, got complex64"):
+        model(torch.randn(2, 7, 6) + 0j)
+    with pytest.raises(TypeError, match=f"^{name}: x must be a tensor, got NoneType"):
+        model(None)
+    with pytest.raises(ValueError, match=f"^{name}: x must be on meta like norm.weight, got cpu"):
+        model.to("meta")(torch.randn(2, 7, 6))
+
+
+def test_refused_tokens_and_labels():
+    model = dsconv.GatedDsConvLM(**LM)
+    x = torch.randint(0, 11, (2, 20))
+    name = "^GatedDsConvLM: "
+    with pytest.raises(ValueError, match=name + "x must have at most 19 time steps, got n=20"):
+        model(x)
+    x = x[:, :7]
+    with pytest.raises(TypeError, match=name + "x must be int64 or int32, got bool"):
+        model(x > 0)
+    with pytest.raises(ValueError, match=name + r"x must have shape \(b, n\), got \(7,\)"):
+        model(x[0])
+    with pytest.raises(ValueError, match=name + "x must have at least one time step"):
+        model(x[:, :0])
+    with pytest.raises(ValueError, match=name + r"labels .*\(b, n\) = \(2, 7\), got \(1, 7\)"):
+        model(x, x[:1])
+    with pytest.raises(TypeError, match=name + "labels must be int64, got float32"):
+        model(x, x.float())
+    with pytest.raises(ValueError, match=name + "x must be on meta like token_emb.weight, got cpu"):
+        model.to("meta")(x)
