@@ -19,8 +19,8 @@ def header(device, dtype):
     copy_gb_s, matmul_gflop_s = limits(device, dtype)
     model, flags = processor()
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else model,
-        "device_type": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
+        "device_type": device.type,
         "cpu": model,
         "cpu_flags": flags,
         "cores": os.cpu_count(),
@@ -68,9 +68,9 @@ def first_line(command):
 def limits(device, dtype):
     """(GB/s of a copy far larger than the caches, read and write counted; GFLOP/s of a
     square matmul in `dtype`): the best of a few."""
-    source = torch.zeros((1024 if device == "cuda" else 256) << 20, dtype=torch.uint8, device=device)
+    source = torch.zeros((1024 if device.type == "cuda" else 256) << 20, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    size = 8192 if device == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(size, size, device=device).to(dtype)
     copy = min(stopwatch(lambda: target.copy_(source), device) for _ in range(7))
     matmul = min(stopwatch(lambda: matrix @ matrix, device) for _ in range(7))

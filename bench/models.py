@@ -15,6 +15,7 @@ from rows import HALF, compile_function, forced, implementations, name_of, reaso
 from timing import peak_bytes, side_by_side
 
 DEPTH = 1
+COMPILE_SECONDS = 90  # cold torch.compile of an original model, two cores
 VOCABULARY = 256  # bytes
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
@@ -61,27 +62,27 @@ class Trainer:
         self.model = self.function = model.to(device, torch.float32 if half else dtype)
         self.autocast = torch.autocast(device.type, dtype if half else None, enabled=half)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        self.pieces, self.force = pieces, force
+        self.pieces, self.surroundings = pieces, forced(force)
         self.losses = []
 
     def step(self):
         tokens = self.pieces[len(self.losses) % len(self.pieces)]
         self.optimizer.zero_grad()
-        with forced(self.force):
-            with self.autocast:
-                logits = self.function(tokens[:, :-1])
-            logits = logits.float() if logits.dtype in HALF else logits
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            loss.backward()
+        with self.autocast:
+            logits = self.function(tokens[:, :-1])
+        logits = logits.float() if logits.dtype in HALF else logits
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
         self.optimizer.step()
         self.losses.append(loss.detach())
 
     def first_two_steps(self):
         """(gradients of the first, peak bytes of the second)."""
-        self.step()
-        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()
-                     if p.grad is not None}
-        return gradients, peak_bytes(self.step, self.pieces.device)
+        with self.surroundings():
+            self.step()
+            gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()
+                         if p.grad is not None}
+            return gradients, peak_bytes(self.step, self.pieces.device)
 
 
 class Course:
@@ -93,7 +94,7 @@ class Course:
         self.arguments = {"num_tokens": VOCABULARY, "dim": dim, "depth": DEPTH,
                           **more(n, dim, heads)}
         self.pieces = read_bytes(text, 16 * b * (n + 1)).view(16, b, n + 1).to(device)
-        self.tokens = b * n
+        self.n, self.tokens = n, b * n
 
     def trainer(self, module, dtype, force=None):
         torch.manual_seed(0)
@@ -127,14 +128,14 @@ class Course:
         return baseline, exact, gradients, rival
 
 
-def model_rows(course, names, device, seconds=0):
+def model_rows(course, names, seconds=0):
     """A row for each implementation of a course; checked only, if `seconds` is 0."""
     original, exact, gradients, rival = course.original()
     tolerance = TOLERANCE[course.dtype]
     rows, trainers = {}, {}
-    for implementation, missing in implementations(course.operator, device, names):
+    for implementation, missing in implementations(course.operator, course.pieces.device, names):
         rows[implementation] = row = {
-            "model": course.name, "implementation": implementation, "n": course.pieces.shape[-1] - 1,
+            "model": course.name, "implementation": implementation, "n": course.n,
             "arguments": course.arguments, "tolerance": tolerance, "original": original,
             "status": "failed", "reason": missing}
         if missing is not None:
@@ -156,7 +157,7 @@ def model_rows(course, names, device, seconds=0):
             row["peak_bytes"] = peak
             trainers[implementation] = ours
     if seconds and trainers:
-        timing = in_turns(trainers | ({"original": rival} if rival else {}), seconds, device)
+        timing = in_turns(trainers | ({"original": rival} if rival else {}), seconds)
         for implementation in trainers:
             row = rows[implementation]
             row["step_ms"] = timing[implementation]
@@ -167,9 +168,11 @@ def model_rows(course, names, device, seconds=0):
     return list(rows.values())
 
 
-def add_compiled(course, rows, names, device, seconds):
+def add_compiled(course, rows, names, seconds):
     """Times torch.compile of the original beside the rows' implementations."""
     rows = [row for row in rows if row["status"] == "ok"]
+    if not rows:
+        return
     trainer = course.trainer(course.published, getattr(torch, rows[0]["original"]["dtype"]))
     baseline = {"status": "ok"}
     try:
@@ -178,7 +181,7 @@ def add_compiled(course, rows, names, device, seconds):
         baseline |= {"status": "fails to compile", "reason": reason(error)}
     trainers = {row["implementation"]: course.ours(names and row["implementation"]) for row in rows}
     if baseline["status"] == "ok":
-        timing = in_turns(trainers | {"compiled": trainer}, seconds, device)
+        timing = in_turns(trainers | {"compiled": trainer}, seconds)
         baseline["step_ms"] = timing["compiled"]
         for row in rows:
             row["ratio_compiled"] = ratio(baseline, {"step_ms": timing[row["implementation"]]})
@@ -186,8 +189,10 @@ def add_compiled(course, rows, names, device, seconds):
         row["compiled"] = baseline
 
 
-def in_turns(trainers, seconds, device):
-    return side_by_side({key: t.step for key, t in trainers.items()}, seconds, device, least=2)
+def in_turns(trainers, seconds):
+    device = next(iter(trainers.values())).pieces.device
+    steps = {key: (trainer.surroundings, trainer.step) for key, trainer in trainers.items()}
+    return side_by_side(steps, seconds, device, least=2)
 
 
 def ratio(baseline, row):

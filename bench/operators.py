@@ -80,7 +80,7 @@ def linear_scan(b, n, dim, heads):
     gates = torch.polar(uniform(0.9, 1, b, n, dim), uniform(-math.pi, math.pi, b, n, dim))
     inputs = torch.complex(normal(b, n, dim), normal(b, n, dim))
     return Case(
-        "linear_scan", "linear_scan complex",
+        "linear_scan", "linear_scan",
         {"gates": ("b n c", gates), "inputs": ("b n c", inputs)}, "b n c",
         lambda ops, gates, inputs: ops.linear_scan(gates, inputs),
         "gateloop_transformer", original, {"b": 1, "c": 2}, 65536, 2048, compile_seconds=60)
@@ -199,7 +199,7 @@ def causal_sgu(b, n, dim, heads, sgu_heads=4):
         return hold(module, **names), (x,)
 
     return Case(
-        "causal_sgu", f"causal_sgu n={n}", sgu_inputs(b, n, dim, sgu_heads, n, n), "b n c",
+        "causal_sgu", "causal_sgu", sgu_inputs(b, n, dim, sgu_heads, n, n), "b n c",
         sgu_call("causal_sgu"), "g_mlp_gpt", original, {"b": 1}, 1024, 256,
         flops=b * dim * n * (n + 1), masked=sgu_heads * n * (n - 1) // 2, compile_seconds=10)
 

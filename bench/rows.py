@@ -5,6 +5,7 @@ A row is a dict of plain values. Its `status` is "ok", "wrong" (it carries no ti
 """
 
 import contextlib
+import functools
 import warnings
 
 import torch
@@ -28,10 +29,6 @@ def implementations(operator, device, names):
     return [(name, known.get(name, f"fastmix has no implementation {name}")) for name in names]
 
 
-def forced(name):
-    return fastmix.force(name) if name else contextlib.nullcontext()
-
-
 def reason(error):
     """An error in one line, short enough for a footnote."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -39,20 +36,25 @@ def reason(error):
     return text if len(text) <= 160 else text[:160] + " …"
 
 
+def forced(name):
+    """A maker of surroundings in which implementation `name` runs; None changes nothing."""
+    return functools.partial(fastmix.force, name) if name else contextlib.nullcontext
+
+
 class Step:
     """A function with its arguments, to run forward, or forward and backward."""
 
     def __init__(self, function, arguments, leaves, incoming, force=None):
         self.function, self.arguments = function, arguments
-        self.leaves, self.incoming, self.force = leaves, incoming, force
+        self.leaves, self.incoming = leaves, incoming
+        self.surroundings = forced(force)
 
     def run(self, incoming):
-        with forced(self.force):
-            out = self.function(*self.arguments)
-            return out.detach(), torch.autograd.grad(out, self.leaves, incoming)
+        out = self.function(*self.arguments)
+        return out.detach(), torch.autograd.grad(out, self.leaves, incoming)
 
     def forward(self):
-        with forced(self.force), torch.no_grad():
+        with torch.no_grad():
             self.function(*self.arguments)
 
     def forward_backward(self):
@@ -83,7 +85,7 @@ class Contest:
         """{name: {mode_ms: timing}} of steps run in turns."""
         found = {name: {} for name in steps}
         for mode in MODES:
-            functions = {name: getattr(step, mode) for name, step in steps.items()}
+            functions = {name: (step.surroundings, getattr(step, mode)) for name, step in steps.items()}
             for name, timing in side_by_side(functions, seconds, self.device).items():
                 found[name][f"{mode}_ms"] = timing
         return found
@@ -103,7 +105,8 @@ def operator_rows(make, n, names, dtype, device, limits=None, seconds=0):
         if missing is None:
             steps[name] = contest.ours(name if names else None)
             try:
-                row["errors"] = exam.errors(steps[name])
+                with steps[name].surroundings():
+                    row["errors"] = exam.errors(steps[name])
                 row["status"] = "ok" if within(row["errors"], exam.limits) else "wrong"
             except (RuntimeError, ValueError, TypeError) as error:
                 row["reason"] = reason(error)
@@ -115,7 +118,8 @@ def operator_rows(make, n, names, dtype, device, limits=None, seconds=0):
     original, step = judge_original(contest, exam, dtype)
     contestants = steps if step is None else steps | {"original": step}
     for name, timing in contest.times(contestants, seconds).items():
-        timing["peak_bytes"] = peak_bytes(contestants[name].forward_backward, device)
+        with contestants[name].surroundings():
+            timing["peak_bytes"] = peak_bytes(contestants[name].forward_backward, device)
         (original if name == "original" else rows[name]).update(timing)
     for name in steps:
         row = rows[name]
@@ -156,9 +160,9 @@ def judge_original(contest, exam, dtype):
 def add_compiled(make, rows, names, dtype, device, seconds):
     """Times torch.compile of the original beside the rows' implementations."""
     rows = [row for row in rows if row["status"] == "ok"]
-    original = rows[0]["original"]
-    if original["status"] != "ok":
+    if not rows or rows[0]["original"]["status"] != "ok":
         return
+    original = rows[0]["original"]
     contest = Contest(make(original["n"]), dtype, device)
     step = contest.original(getattr(torch, original["dtype"]))
     baseline = {"n": original["n"], "status": "ok"}

@@ -1,76 +1,217 @@
-"""The report on a terminal (markdown; in colour where it is one), as JSON and as CSV."""
+"""The report as text (markdown, red where a result is wrong), as JSON and as CSV."""
 
 import csv
 import json
 import math
 
 RED = "\x1b[31m{}\x1b[0m"
+MODES = ("forward", "forward_backward")
 
 
-class Notes:
-    """Footnotes: mark(text) returns its number, the same for the same text."""
-
-    def __init__(self):
-        self.texts = []
-
-    def mark(self, text):
-        if text not in self.texts:
-            self.texts.append(text)
-        return f"[{self.texts.index(text) + 1}]"
-
-
-def report(header, settings, operators, models, left_out, colour):
+def text(report, colour):
     notes = Notes()
-    lines = [*heading(header, settings), ""]
+    operators, models = report["operators"], report["models"]
+    timed = not report["settings"]["check"]
+    parts = [heading(report["header"], report["settings"])]
+    if operators and timed:
+        parts += ["## Operators: speed", grid(operators, SPEED, notes, colour),
+                  "## Operators: the machine's limit, and memory",
+                  grid(operators, LIMITS, notes, colour)]
     if operators:
-        lines += ["## Operators", "", *grid(
-            ["operator", "runs on", "forward ms", "fwd+bwd ms", "× original", "× compiled",
-             "peak MB", "error"],
-            [speed_cells(row, notes) for row in operators], operators, colour), ""]
-        lines += ["## How close to the machine's limit, and to float64", "", *grid(
-            ["operator", "runs on", "Mtoken/s", "GB/s", "% of limit", "original MB", "error fwd",
-             "bwd", "allowed fwd", "bwd", "original's"],
-            [limit_cells(row, notes) for row in operators], operators, colour), ""]
+        parts += ["## Operators: error against float64",
+                  grid(operators, EXACTNESS, notes, colour)]
+    if models and timed:
+        parts += ["## Models: training steps", grid(models, TRAINING, notes, colour)]
     if models:
-        lines += ["## Models", "", *grid(
-            ["model", "runs on", "step ms", "ktoken/s", "× original", "× compiled", "peak MB",
-             "original MB", "losses off", "gradients"],
-            [model_cells(row, notes) for row in models], models, colour), ""]
-    lines += [f"[{i + 1}] {text}" for i, text in enumerate(notes.texts)]
-    lines += [f"left out: {text}" for text in left_out]
-    lines += explanations(operators, models)
-    return "\n".join(lines)
+        parts += ["## Models: beside the original's losses and first gradients",
+                  grid(models, LEARNING, notes, colour)]
+    if notes.texts:
+        parts.append("\n".join(f"[{i}] {note}" for i, note in enumerate(notes.texts, 1)))
+    if report["left_out"]:
+        parts.append("\n".join(f"left out: {what}" for what in report["left_out"]))
+    if timed and (operators or models):
+        parts.append(READING)
+    return "\n\n".join(parts)
+
+
+READING = """\
+Medians of calls taken in turns with the baselines, caches flushed before each call; ± is half
+of what lies between the 20th and the 80th percentile. Of two numbers, the first is forward
+without gradients, the second forward and backward. The limit counts the bytes that every
+algorithm must move against the measured copy bandwidth, or the matrix products that it cannot
+avoid against the measured matmul rate, whichever takes longer. Memory is the peak of a forward
+and backward call beyond its inputs. Errors are max |difference| / max |truth|; allowed is twice
+the error of the plain definition in the same dtype, plus rounding."""
 
 
 def heading(h, s):
-    cpu = f"{h['cores']} cores, {h['threads']} threads, {' '.join(h['cpu_flags']) or 'no flags known'}"
-    name = h["device"] if h["device_type"] == "cpu" else f"{h['device']} (host {h['cpu']})"
-    return [
-        f"# fastmix on {h['device_type'].upper()}: {name}", "",
-        f"{cpu}",
-        f"torch {h['torch']} · triton {h['triton']} · compiler {h['compiler']} · "
-        f"Python {h['python']} · commit {h['commit']}",
-        f"measured limits: copy {h['copy_gb_s']:.1f} GB/s (read + write), "
+    gpu = h["device_type"] != "cpu"
+    lines = [
+        f"# fastmix on {h['device']}", "",
+        (f"host {h['cpu']}, " if gpu else "")
+        + f"{h['cores']} cores, {h['threads']} threads, {' '.join(h['cpu_flags']) or 'flags unknown'}",
+        f"torch {h['torch']}, triton {h['triton']}, python {h['python']}, compiler {h['compiler']}, "
+        f"fastmix {h['fastmix']}, commit {h['commit']}",
+        f"measured: copy {h['copy_gb_s']:.1f} GB/s (read + write), "
         f"matmul {h['matmul_gflop_s']:.0f} GFLOP/s in {h['matmul_dtype']}",
         f"batch {s['batch']}, sequence {', '.join(map(str, s['seq']))}, width {s['dim']}, "
         f"{s['heads']} heads, {s['dtype']}"]
+    return "\n".join(lines)
 
 
-def explanations(operators, models):
-    lines = []
-    if operators:
-        lines += [
-            "", "Times are medians of calls taken in turns with the original, caches flushed before",
-            "each; ± is half of what lies between the 20th and the 80th percentile. Where two numbers",
-            "stand, the first is forward (no gradients), the second forward+backward; one number of",
-            "GB/s, of tokens or of memory: forward for the rates, forward+backward for the memory."]
-    return lines
+class Notes:
+    def __init__(self):
+        self.texts = []
+
+    def mark(self, note):
+        """The footnote's number; the same text is noted once."""
+        if note not in self.texts:
+            self.texts.append(note)
+        return f"[{self.texts.index(note) + 1}]"
 
 
-def speed_cells(row, notes):
-    cells = [name_of(row), row["implementation"]]
-    if row["status"] != "ok":
-        return [*cells, verdict(row, notes), "–", "–", "–", "–", worst(row)]
-    return [*cells, milliseconds(row.get("forward_ms")), milliseconds(row.get("forward_backward_ms")),
-            ratio(row, "original", notes), ratio(row, "compiled", notes),
-            megabytes(row.get("peak_bytes")), worst(row)]
+def grid(rows, columns, notes, colour):
+    cells = [[title for title, _ in columns]]
+    cells += [[cell(row, notes) for _, cell in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+
+    def line(texts):
+        padded = [t.ljust(w) if i < 1 else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths))]
+        return "| " + " | ".join(padded) + " |"
+
+    lines = [line(texts) for texts in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-")
+                                   for i, w in enumerate(widths)) + "|")
+    if colour:
+        for i, row in enumerate(rows):
+            if row["status"] in ("wrong", "failed"):
+                lines[i + 2] = RED.format(lines[i + 2])
+    return "\n".join(lines)
+
+
+def significant(x):
+    """Three digits, and no exponent."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
+
+def pair(values, form=significant):
+    return " / ".join(form(values[mode]) for mode in MODES)
+
+
+def name(row, notes):
+    return row.get("row") or row["model"]
+
+
+def time(key):
+    def cell(row, notes):
+        if row["status"] in ("wrong", "failed"):
+            mark = notes.mark(row["reason"]) if row.get("reason") else ""
+            return f"{row['status'].upper()} {mark}".strip()
+        ms = row[key]
+        return f"{significant(ms['median'])} ±{50 * (ms['p80'] - ms['p20']) / ms['median']:.0f}%"
+    return cell
+
+
+def against(baseline):
+    def cell(row, notes):
+        other = row.get(baseline)
+        if other is None:
+            return "left out" if row["status"] == "ok" else "–"
+        mark = ""
+        if other.get("n", row["n"]) != row["n"]:
+            mark = notes.mark(f"at n={other['n']}, both sides: {other['reason']}")
+        elif other.get("reason"):
+            mark = notes.mark(f"{other.get('package', name(row, notes))}: {other['reason']}")
+        value = row.get(f"ratio_{baseline}")
+        if value is None:
+            return f"{other['status']} {mark}".strip()
+        return f"{pair(value) if isinstance(value, dict) else significant(value)} {mark}".strip()
+    return cell
+
+
+def rate(key, scale=1):
+    def cell(row, notes):
+        if key not in row:
+            return "–"
+        values = row[key]
+        if not isinstance(values, dict):
+            return significant(values / scale)
+        return pair({mode: values[mode] / scale for mode in MODES})
+    return cell
+
+
+def bound(row, notes):
+    if "bound" not in row:
+        return "–"
+    return " / ".join(dict.fromkeys(row["bound"][mode] for mode in MODES))
+
+
+def memory(baseline=None):
+    def cell(row, notes):
+        holder = row.get(baseline, {}) if baseline else row
+        if "peak_bytes" not in holder:
+            return "–"
+        shorter = holder.get("n", row["n"]) != row["n"]
+        return significant(holder["peak_bytes"] / 1e6) + (f" at {holder['n']}" if shorter else "")
+    return cell
+
+
+def errors(key, baseline=None):
+    def cell(row, notes):
+        holder = row.get(baseline) or {} if baseline else row
+        if key not in holder:
+            return "–"
+        values = holder[key]
+        return " / ".join(f"{x:.0e}" for x in (values.values() if isinstance(values, dict) else [values]))
+    return cell
+
+
+def verdict(row, notes):
+    mark = notes.mark(row["reason"]) if row.get("reason") else ""
+    return f"{row['status'].upper() if row['status'] in ('wrong', 'failed') else row['status']} {mark}".strip()
+
+
+WHO = [("operator", name), ("n", lambda row, notes: str(row["n"])),
+       ("runs on", lambda row, notes: row["implementation"])]
+SPEED = [*WHO, ("forward ms", time("forward_ms")), ("fwd+bwd ms", time("forward_backward_ms")),
+         ("× original", against("original")), ("× compiled", against("compiled"))]
+LIMITS = [*WHO, ("Mtoken/s", rate("tokens_per_s", 1e6)), ("GB/s", rate("gb_per_s")),
+          ("% of limit", rate("percent_of_limit")), ("limit", bound), ("peak MB", memory()),
+          ("original MB", memory("original"))]
+EXACTNESS = [*WHO, ("result", verdict), ("error fwd / bwd", errors("errors")),
+             ("allowed", errors("limits")), ("original's error", errors("errors", "original"))]
+TRAINING = [("model", name), *WHO[1:], ("step ms", time("step_ms")),
+            ("ktoken/s", rate("tokens_per_s", 1e3)), ("× original", against("original")),
+            ("× compiled", against("compiled"))]
+LEARNING = [("model", name), *WHO[1:], ("result", verdict), ("off by", errors("errors")),
+            ("allowed", errors("tolerance")), ("peak MB", memory()),
+            ("original MB", memory("original"))]
+
+
+def write_json(report, path):
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        return value
+    with open(path, "w") as file:
+        json.dump(plain(report), file, indent=1, allow_nan=False)
+
+
+def write_csv(report, path):
+    """One line for each row; nested values become columns named outer.inner."""
+    def flat(value, prefix=""):
+        for key, inner in value.items():
+            if isinstance(inner, dict):
+                yield from flat(inner, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", inner
+    rows = [dict(flat(row)) for row in report["operators"] + report["models"]]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

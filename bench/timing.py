@@ -12,13 +12,13 @@ import torch
 
 @functools.cache
 def _cold(device):
-    return torch.empty((256 if device == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
+    return torch.empty((256 if device.type == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
 
 
 def stopwatch(function, device):
     """Milliseconds of one call, with the caches full of something else."""
     _cold(device).zero_()
-    if device == "cuda":
+    if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
@@ -31,17 +31,19 @@ def stopwatch(function, device):
 
 
 def side_by_side(functions, seconds, device, least=3, most=100):
-    """A B C A B C …: {name: function} → {name: {median, p20, p80, runs}}, milliseconds.
+    """A B C A B C …: {name: (surroundings, function)} → {name: {median, p20, p80, runs}}, in ms.
 
-    Goes on for `seconds`, but for `least` rounds in any case.
+    Each call runs in a context manager that `surroundings()` makes and that is not timed. Goes
+    on for `seconds`, but for `least` rounds in any case.
     """
     times = {name: [] for name in functions}
     start = time.perf_counter()
     for round in range(most):
         if round >= least and time.perf_counter() - start > seconds:
             break
-        for name, function in functions.items():
-            times[name].append(stopwatch(function, device))
+        for name, (surroundings, function) in functions.items():
+            with surroundings():
+                times[name].append(stopwatch(function, device))
     return {name: summary(ms) for name, ms in times.items()}
 
 
@@ -57,7 +59,7 @@ def peak_bytes(function, device):
     On CPU this walks the profiler's record of every allocation: the same number in each
     run, where the process's resident size would count the allocator's leftovers too.
     """
-    if device == "cuda":
+    if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()

@@ -30,26 +30,18 @@ def check_tensor(where, name, value, dtypes=REAL, like=None):
 
 def check_shape(where, name, value, layout, sizes=None):
     """Holds `value` against `layout` and returns `sizes` with the newly learned ones."""
-    axes = layout.split()
-    sizes = dict(sizes or {})
-    shape = tuple(value.shape)
+    axes, shape = layout.split(), tuple(value.shape)
+    known = sizes or {}
+    found = dict(known)
     fits = len(shape) == len(axes)
-    if fits:
-        for axis, size in zip(axes, shape):
-            if axis.isdigit():
-                fits = fits and size == int(axis)
-            elif axis in sizes:
-                fits = fits and size == sizes[axis]
-            else:
-                sizes[axis] = size
+    for axis, size in zip(axes, shape):
+        fits = fits and size == (int(axis) if axis.isdigit() else found.setdefault(axis, size))
     if not fits:
-        known = [str(sizes.get(axis, axis)) if len(shape) != len(axes) or axis in sizes else axis
-                 for axis in axes]
-        wanted = "(" + ", ".join(axes) + ")"
-        filled = "(" + ", ".join(known) + ")"
-        expected = wanted if wanted == filled else f"{wanted} = {filled}"
+        names = f"({', '.join(axes)})"
+        numbers = f"({', '.join(str(known.get(axis, axis)) for axis in axes)})"
+        expected = names if numbers == names else f"{names} = {numbers}"
         raise ValueError(f"{where}: {name} must have shape {expected}, got {shape}")
-    return sizes
+    return found
 
 
 def check_divides(where, heads_name, heads, dim_name, dim):

@@ -91,10 +91,13 @@ def _transform(x, length):
     return torch.fft.fft(pairs.permute(0, 2, 3, 1), n=length)
 
 
-def _kernel_spectrum(kernel, length, real):
-    """kernel (b, m, h) → (b, h, 1, frequencies)."""
-    transform = torch.fft.rfft if real else torch.fft.fft
-    return transform(kernel.transpose(1, 2), n=length).unsqueeze(2)
+def _kernel_spectrum(kernel, length, real, conjugate):
+    """kernel (b, m, h) → (b, h, 1, frequencies), conjugate or not."""
+    kernel = kernel.transpose(1, 2).unsqueeze(2)
+    if conjugate:  # an unscaled inverse transform is the conjugate spectrum of real data
+        inverse = torch.fft.ihfft if real else torch.fft.ifft
+        return inverse(kernel, n=length, norm="forward")
+    return (torch.fft.rfft if real else torch.fft.fft)(kernel, n=length)
 
 
 def _inverse(spectrum, length, n, real):
@@ -109,9 +112,8 @@ def _spectral_forward(x, kernel, reverse):
     """x (b, n, h, d), kernel (b or 1, m, h) → y (b, n, h, d)."""
     n, real = x.shape[1], x.shape[3] % 2 == 1
     length = _fft_length(n + kernel.shape[1] - 1)
-    factor = _kernel_spectrum(kernel, length, real)
-    return _inverse(_transform(x, length) * (factor.conj_physical() if reverse else factor),
-                    length, n, real)
+    spectrum = _transform(x, length) * _kernel_spectrum(kernel, length, real, reverse)
+    return _inverse(spectrum, length, n, real)
 
 
 def _spectral_backward(grad, x, kernel, reverse):
@@ -122,8 +124,8 @@ def _spectral_backward(grad, x, kernel, reverse):
     lags = _transform(x, length).conj_physical_().mul_(grad).sum(dim=2)
     lags = lags.conj() if reverse else lags
     dkernel = torch.fft.irfft(lags, n=length) if real else torch.fft.ifft(lags).real
-    factor = _kernel_spectrum(kernel, length, real)
-    dx = _inverse(grad.mul_(factor if reverse else factor.conj_physical()), length, n, real)
+    grad.mul_(_kernel_spectrum(kernel, length, real, not reverse))
+    dx = _inverse(grad, length, n, real)
     return dx, dkernel[..., :m].transpose(1, 2)
 
 

@@ -70,11 +70,11 @@ class CausalFullAttention(nn.Module):
     """Causal softmax attention, which the published package keeps to compare with.
 
     x (b, n, dim) → (b, n, dim), any floating dtype. `rotary_emb` needs the package
-    rotary_embedding_torch. `data_dependent_rel_pos` scales each query's pairs of channels,
-    and each key's by the inverse, by the real part of a cumulative product of learned complex
-    gates; as in the published code that product runs over the channels, not over time, and
-    what is below 1e-10 (all that is negative, too) counts as 1e-10. It turns the softmax off
-    unless `softmax_normalize` says otherwise.
+    rotary_embedding_torch. `data_dependent_rel_pos` (float32 and float64 only) scales each
+    query's pairs of channels, and each key's by the inverse, by the real part of a cumulative
+    product of learned complex gates; as in the published code that product runs over the
+    channels, not over time, and what is below 1e-10 (all that is negative, too) counts as
+    1e-10. It turns the softmax off unless `softmax_normalize` says otherwise.
     ValueError where dim_head is odd under `data_dependent_rel_pos`, or x is of another shape.
     """
 

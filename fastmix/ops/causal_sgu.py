@@ -1,6 +1,5 @@
 """The spatial gating unit of gMLP, causal, over the whole sequence."""
 
-from fastmix.checks import check_length, check_shape, check_tensor
 from fastmix.fallback import causal_sgu as fallback
 from fastmix.ops._register import Operator
 from fastmix.ops.windowed_sgu import ARGUMENTS, fake, gate
@@ -30,11 +29,5 @@ def causal_sgu(x, weight, bias, *, norm_weight=None, norm_bias=None, eps=1e-5,
 
     CausalSGU of g-mlp-gpt, after gMLP (arXiv:2105.08050).
     """
-    where = "causal_sgu"
-    check_tensor(where, "x", x)
-    check_tensor(where, "weight", weight, like=("x", x))
-    sizes = check_shape(where, "weight", weight, "h s s")
-    check_shape(where, "bias", bias, "h s", sizes)
-    check_length(where, "x", x.shape[1], sizes["s"])
-    return gate(where, _operator, x, weight, bias, norm_weight, norm_bias, eps,
+    return gate("causal_sgu", _operator, "s", x, weight, bias, norm_weight, norm_bias, eps,
                 gate_residual, activation)

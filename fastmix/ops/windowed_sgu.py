@@ -47,39 +47,40 @@ def windowed_sgu(x, weight, bias, *, norm_weight=None, norm_bias=None, eps=1e-5,
 
     CausalLocalSGU of g-mlp-gpt, after gMLP (arXiv:2105.08050).
     """
-    where = "windowed_sgu"
-    check_tensor(where, "weight", weight, like=("x", x))
-    sizes = check_shape(where, "weight", weight, "h w 2w")
-    if sizes["2w"] != 2 * sizes["w"]:
-        raise ValueError(f"{where}: weight must have shape (h, w, 2w), got {tuple(weight.shape)}")
-    check_shape(where, "bias", bias, "h w", sizes)
-    return gate(where, _operator, x, weight, bias, norm_weight, norm_bias, eps,
+    return gate("windowed_sgu", _operator, "w", x, weight, bias, norm_weight, norm_bias, eps,
                 gate_residual, activation)
 
 
-def gate(where, operator, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
-    """What windowed_sgu and causal_sgu check and do alike."""
+def gate(where, operator, window, x, weight, bias, norm_weight, norm_bias, eps, gate_residual,
+         activation):
+    """What windowed_sgu and causal_sgu check and do alike; `window` is weight's axis w or s."""
     check_tensor(where, "x", x)
     sizes = check_shape(where, "x", x, "b n 2c")
     check_length(where, "x", sizes["n"])
     if sizes["2c"] % 2:
         raise ValueError(f"{where}: x must have an even last axis [res, gate], got {sizes['2c']}")
     sizes["c"] = sizes["2c"] // 2
-    check_divides(where, "weight's h", weight.shape[0], "c", sizes["c"])
-    weight = match_parameter(where, "weight", weight, ("x", x))
-    parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    for name, value in parameters.items():
-        if value is None:
-            continue
-        check_tensor(where, name, value, like=("x", x))
-        if name != "bias":
-            check_shape(where, name, value, "c", sizes)
-        parameters[name] = match_parameter(where, name, value, ("x", x))
+    check_tensor(where, "weight", weight, like=("x", x))
+    columns = "2w" if window == "w" else "s"
+    sizes = check_shape(where, "weight", weight, f"h {window} {columns}", sizes)
+    if window == "w" and sizes["2w"] != 2 * sizes["w"]:
+        raise ValueError(f"{where}: weight must have shape (h, w, 2w), got {tuple(weight.shape)}")
+    if window == "s":
+        check_length(where, "x", sizes["n"], sizes["s"])
+    check_divides(where, "weight's h", sizes["h"], "c", sizes["c"])
+    parameters = {"weight": weight, "bias": bias, "norm_weight": norm_weight,
+                  "norm_bias": norm_bias}
+    for name, layout in (("bias", f"h {window}"), ("norm_weight", "c"), ("norm_bias", "c")):
+        if parameters[name] is not None:
+            check_tensor(where, name, parameters[name], like=("x", x))
+            check_shape(where, name, parameters[name], layout, sizes)
     if gate_residual is not None:
         check_tensor(where, "gate_residual", gate_residual, like=("x", x))
         check_shape(where, "gate_residual", gate_residual, "b n c", sizes)
         x, gate_residual = match_dtypes(where, x=x, gate_residual=gate_residual)
-    bias, norm_weight, norm_bias = parameters.values()
+    weight, bias, norm_weight, norm_bias = (
+        None if value is None else match_parameter(where, name, value, ("x", x))
+        for name, value in parameters.items())
     outside = callable(activation)
     if not outside and activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"{where}: activation must be None, a callable or one of {ACTIVATIONS}, "

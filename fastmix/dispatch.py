@@ -1,0 +1,88 @@
+"""Which implementation an operator runs on, and how to force one.
+
+PyTorch's dispatcher chooses: an implementation registered for the tensors' device runs
+before the fallback, which is registered for all. This file only reports that choice and
+overrides it on request.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+
+import torch
+
+from fastmix.ops._register import OPERATORS
+
+# The devices whose kernels `force` overrides.
+DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
+
+# Modules that bring kernels, fastest first. Importing one registers its kernels. It has
+# unavailable(operator, device_type), None or the reason why it cannot run there, and
+# kernels(operator), its forward and backward.
+SOURCES = {"triton": "fastmix._triton", "native": "fastmix._native"}
+
+
+def _present(source):
+    return importlib.util.find_spec(SOURCES[source]) is not None
+
+
+def load():
+    """Import, and so register, whatever kernels this installation has."""
+    for source in SOURCES:
+        if _present(source):
+            importlib.import_module(SOURCES[source])
+
+
+def implementations(operator, device_type="cpu"):
+    """{implementation: None if it can run here, else the reason}; the first that can, runs."""
+    if operator not in OPERATORS:
+        raise ValueError(f"operator must be one of {sorted(OPERATORS)}, got {operator!r}")
+    found = {}
+    for source in SOURCES:
+        if _present(source):
+            module = importlib.import_module(SOURCES[source])
+            found[source] = module.unavailable(operator, device_type)
+        else:
+            found[source] = f"this version of fastmix has no {source} kernels"
+    found["fallback"] = None
+    return found
+
+
+@contextlib.contextmanager
+def force(implementation):
+    """Run every operator on `implementation`: "fallback", "native" or "triton".
+
+    For tests, benchmarks and bug reports. Holds for the whole process, compiled programs
+    included. An operator that it cannot run raises RuntimeError with the reason when
+    called; if it can run none at all, that is raised at once.
+    """
+    known = [*SOURCES, "fallback"]
+    if implementation not in known:
+        raise ValueError(f"implementation must be one of {known}, got {implementation!r}")
+    reasons = {(name, device): implementations(name, device)[implementation]
+               for name in OPERATORS for device in DEVICE_KEYS}
+    if all(reason is not None for reason in reasons.values()):
+        raise RuntimeError(f"no operator can run on {implementation!r}: "
+                           f"{next(iter(reasons.values()))}")
+    library = torch.library.Library("fastmix", "IMPL")
+    try:
+        for (name, device), reason in reasons.items():
+            if reason is not None:
+                run = run_backward = _refusal(name, implementation, device, reason)
+            elif implementation == "fallback":
+                run, run_backward = OPERATORS[name].run_fallback, OPERATORS[name].run_fallback_backward
+            else:
+                run, run_backward = importlib.import_module(SOURCES[implementation]).kernels(name)
+            library.impl(name, run, DEVICE_KEYS[device])
+            library.impl(f"{name}_backward", run_backward, DEVICE_KEYS[device])
+        yield
+    finally:
+        library._destroy()
+
+
+def _refusal(operator, implementation, device, reason):
+    def refuse(*args):
+        raise RuntimeError(f"{operator} was asked to run on {implementation!r}, which cannot "
+                           f"on {device}: {reason}")
+
+    return refuse

@@ -1,0 +1,64 @@
+"""What is available here, and what is not and why: `python -m fastmix.env`."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+
+import torch
+
+import fastmix
+from fastmix.ops._register import OPERATORS
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def compiler():
+    """The C++ compiler's version line, or 'none found'."""
+    command = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if command is None:
+        return "none found"
+    asked = subprocess.run([command, "--version"], capture_output=True, text=True)
+    return asked.stdout.splitlines()[0] if asked.returncode == 0 else f"{command} does not run"
+
+
+def devices():
+    """(type, description) of every device torch can use here."""
+    found = [("cpu", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+                     f"{torch.get_num_threads()} threads")]
+    if torch.cuda.is_available():
+        found.append(("cuda", ", ".join(torch.cuda.get_device_name(i)
+                                        for i in range(torch.cuda.device_count()))))
+    for kind in ("xpu", "mps"):
+        if getattr(torch, kind).is_available():
+            found.append((kind, platform.processor() or kind))
+    return found
+
+
+def report():
+    """The lines that `python -m fastmix.env` prints."""
+    lines = [f"fastmix {fastmix.__version__}", f"python  {platform.python_version()} on "
+             f"{platform.system()} {platform.machine()}"]
+    for package in ("torch", "einops", "triton", "scipy", "rotary-embedding-torch", "matplotlib"):
+        lines.append(f"{package:<24}{_version(package)}")
+    lines.append(f"{'C++ compiler':<24}{compiler()}")
+    lines.append(f"{'nvcc':<24}{shutil.which('nvcc') or 'none found'}")
+    for device, description in devices():
+        lines += ["", f"{device}: {description}"]
+        for operator in OPERATORS:
+            found = fastmix.implementations(operator, device)
+            runs = next(name for name, reason in found.items() if reason is None)
+            lines.append(f"  {operator:<18}{runs}")
+            lines += [f"    not {name}: {reason}" for name, reason in found.items() if reason]
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(report()))

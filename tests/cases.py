@@ -1,0 +1,162 @@
+"""Every operator with random arguments of every kind: what the generic tests run over."""
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+
+from fastmix import ops, reference
+
+
+@dataclass
+class Case:
+    """`make(n, dtype, b)` draws the tensor arguments; `options` are the others."""
+
+    operator: str
+    make: Callable
+    options: dict
+    tolerant: bool = False  # transforms round globally: errors compare to the largest output
+
+    def run(self, tensors):
+        return as_tuple(getattr(ops, self.operator)(**tensors, **self.options))
+
+    def define(self, tensors):
+        return as_tuple(getattr(reference, self.operator)(**tensors, **self.options))
+
+
+def as_tuple(out):
+    return out if isinstance(out, tuple) else (out,)
+
+
+def randn(*shape, dtype):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def state_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def complex_dtype(dtype):
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
+def random_gates(*shape, dtype):
+    """Complex, every size in [0, 1] with many close to 1, some exactly 0."""
+    size = 1 - torch.rand(*shape, dtype=torch.float64) ** 3
+    size = torch.where(torch.rand(*shape) < 0.05, 0, size)
+    return torch.polar(size, 6.3 * torch.rand(*shape, dtype=torch.float64)).to(complex_dtype(dtype))
+
+
+def _linear_scan_real(n, dtype, b=2):
+    return {"gates": torch.rand(b, n, 3).to(dtype), "inputs": randn(b, n, 3, 2, dtype=dtype),
+            "initial_state": randn(b, 3, 2, dtype=dtype)}
+
+
+def _linear_scan_complex(n, dtype, b=2):
+    return {"gates": random_gates(b, n, 3, dtype=dtype),
+            "inputs": randn(b, n, 3, dtype=complex_dtype(dtype))}
+
+
+def _linear_scan_mixed(n, dtype, b=2):
+    return {"gates": random_gates(b, n, dtype=dtype), "inputs": randn(b, n, 3, dtype=dtype),
+            "initial_state": randn(b, 3, dtype=complex_dtype(dtype))}
+
+
+def _gate_loop(dk, dv, logits, state):
+    def make(n, dtype, b=2):
+        h = 3
+        made = {"q": randn(b, n, h, dk, dtype=dtype), "k": randn(b, n, h, dk, dtype=dtype),
+                "v": randn(b, n, h, dv, dtype=dtype)}
+        if logits:
+            made["gate_logits"] = 3 * randn(b, n, h, 2, dtype=dtype)
+        else:
+            made["gates"] = random_gates(b, n, h, dtype=dtype)
+        if state:
+            made["initial_state"] = randn(b, h, dk, dv, dtype=complex_dtype(dtype))
+        return made
+
+    return make
+
+
+def _decay_conv(n, dtype, b=2):
+    return {"x": randn(b, n, 3, 2, dtype=dtype), "decay": torch.rand(3).to(dtype),
+            "gain": randn(3, dtype=dtype), "initial_state": randn(b, 3, 2, dtype=state_dtype(dtype))}
+
+
+def _decay_conv_plain(n, dtype, b=2):
+    return {"x": randn(b, n, 3, 2, dtype=dtype), "decay": 2 * torch.rand(3).to(dtype) - 1}
+
+
+def _fft_conv(kernel_shape):
+    def make(n, dtype, b=2):
+        return {"x": randn(b, n, 3, 3, dtype=dtype),
+                "kernel": randn(*kernel_shape(b, n), 3, dtype=dtype)}
+
+    return make
+
+
+def _sgu(weight_shape, affine, residual):
+    def make(n, dtype, b=2):
+        h, c = 2, 6
+        made = {"x": randn(b, n, 2 * c, dtype=dtype),
+                "weight": randn(h, *weight_shape(n), dtype=dtype),
+                "bias": randn(h, weight_shape(n)[0], dtype=dtype)}
+        if affine:
+            made["norm_weight"], made["norm_bias"] = randn(2, c, dtype=dtype).unbind(0)
+        if residual:
+            made["gate_residual"] = randn(b, n, c, dtype=dtype)
+        return made
+
+    return make
+
+
+def _cumulative_mean(n, dtype, b=2):
+    return {"x": randn(b, n, 3, dtype=dtype)}
+
+
+CASES = {
+    "linear_scan": Case("linear_scan", _linear_scan_real, {}),
+    "linear_scan-complex-reverse": Case("linear_scan", _linear_scan_complex, {"reverse": True}),
+    "linear_scan-mixed": Case("linear_scan", _linear_scan_mixed, {}),
+    "gate_loop-diagonal-logits": Case("gate_loop", _gate_loop(1, 1, True, False), {}),
+    "gate_loop-diagonal-gates": Case(
+        "gate_loop", _gate_loop(1, 1, False, True), {"return_state": True}),
+    "gate_loop-heads-logits": Case(
+        "gate_loop", _gate_loop(3, 2, True, True), {"return_state": True}),
+    "gate_loop-heads-gates": Case("gate_loop", _gate_loop(2, 3, False, False), {}),
+    "decay_conv": Case("decay_conv", _decay_conv, {"return_state": True}),
+    "decay_conv-plain": Case("decay_conv", _decay_conv_plain, {}),
+    "fft_conv-per-sample": Case("fft_conv", _fft_conv(lambda b, n: (b, n)), {}, True),
+    "fft_conv-shared": Case("fft_conv", _fft_conv(lambda b, n: (n,)), {}, True),
+    "fft_conv-short": Case("fft_conv", _fft_conv(lambda b, n: (b, n // 3 + 1)), {}, True),
+    "fft_conv-long": Case("fft_conv", _fft_conv(lambda b, n: (n + 7,)), {}, True),
+    "windowed_sgu": Case(
+        "windowed_sgu", _sgu(lambda n: (5, 10), True, True), {"activation": "gelu"}),
+    "windowed_sgu-plain": Case("windowed_sgu", _sgu(lambda n: (4, 8), False, False), {}),
+    "causal_sgu": Case(
+        "causal_sgu", _sgu(lambda n: (n + 3, n + 3), True, True), {"activation": "tanh"}),
+    "causal_sgu-plain": Case(
+        "causal_sgu", _sgu(lambda n: (n, n), False, False), {"activation": "silu"}),
+    "cumulative_mean": Case("cumulative_mean", _cumulative_mean, {}),
+}
+
+
+def leaves(tensors):
+    """Fresh leaves that require a gradient."""
+    return {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+
+
+def weigh(outputs, weights):
+    """A real number that depends on every part of every output."""
+    return sum((torch.view_as_real(o) * torch.view_as_real(w)).sum() if o.is_complex()
+               else (o * w).sum() for o, w in zip(outputs, weights))
+
+
+def largest(t):
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def distance(a, b):
+    """Largest difference relative to the largest of b."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return largest(a - b) / max(largest(b), 1e-30)

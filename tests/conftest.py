@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs(request):
+    """New random numbers in every run; the seed is shown with a failure."""
+    seed = torch.seed() % 2**32
+    torch.manual_seed(seed)
+    request.node.user_properties.append(("seed", seed))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    outcome = yield
+    report = outcome.get_result()
+    for name, seed in item.user_properties:
+        if report.failed and name == "seed":
+            report.sections.append(("seed", f"torch.manual_seed({seed})"))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU here"))

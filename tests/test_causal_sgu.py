@@ -1,0 +1,67 @@
+"""causal_sgu's own: lengths below the weight's, the mask, refusals."""
+
+import pytest
+import torch
+from cases import distance, largest
+from refusal import check_refusal
+
+from fastmix import ops, reference
+
+F64 = torch.float64
+
+
+def draw(n, s, h=2, c=6, b=2, dtype=F64):
+    return (torch.randn(b, n, 2 * c, dtype=dtype), torch.randn(h, s, s, dtype=dtype),
+            torch.randn(h, s, dtype=dtype))
+
+
+@pytest.mark.parametrize("n, s", [(1, 1), (1, 9), (2, 2), (13, 31), (64, 64), (200, 211),
+                                  (600, 600), (601, 1000)])
+def test_definition(n, s):
+    inputs = [t.requires_grad_() for t in draw(n, s)]
+    weight = torch.randn(2, n, 6, dtype=F64)
+    found, expected = ops.causal_sgu(*inputs), reference.causal_sgu(*inputs)
+    assert distance(found, expected) < 1e-11
+    for f, e in zip(torch.autograd.grad((found * weight).sum(), inputs),
+                    torch.autograd.grad((expected * weight).sum(), inputs)):
+        assert distance(f, e) < 1e-10
+
+
+def test_it_is_a_window_as_long_as_the_sequence():
+    x, weight, bias = draw(30, 40)
+    doubled = torch.cat([torch.randn_like(weight), weight], dim=-1)
+    assert distance(ops.causal_sgu(x, weight, bias), ops.windowed_sgu(x, doubled, bias)) < 1e-12
+
+
+def test_weights_out_of_use_do_nothing_and_get_no_gradient():
+    x, weight, bias = draw(300, 320)
+    used = torch.ones(320, 320).tril().bool()
+    used[300:], used[:, 300:] = False, False
+    wild = torch.where(used, weight, torch.inf).requires_grad_()
+    out = ops.causal_sgu(x, wild, bias)
+    assert torch.equal(out, ops.causal_sgu(x, weight, bias))
+    (grad,) = torch.autograd.grad(out.sum(), wild)
+    assert largest(grad[:, ~used]) == 0 and largest(grad[:, used]) > 0
+
+
+def refusals():
+    x, weight, bias = draw(7, 9, dtype=torch.float32)
+    return {
+        "too long": ((x, weight[:, :6, :6], bias[:, :6]), {}, ValueError,
+                     "x must have at most 6 time steps, got n=7"),
+        "not square": ((x, weight[..., 1:], bias), {}, ValueError,
+                       r"weight must have shape \(h, s, s\), got \(2, 9, 8\)"),
+        "bias": ((x, weight, bias[:, 1:]), {}, ValueError,
+                 r"bias must have shape \(h, s\) = \(2, 9\), got \(2, 8\)"),
+        "rank": ((x[0, 0], weight, bias), {}, ValueError, r"x must have shape \(b, n, 2c\), got \(12,\)"),
+        "heads": ((x[..., :10], weight, bias), {}, ValueError, "weight's h must divide c"),
+        "mixed": ((x, weight, bias.double()), {}, TypeError,
+                  "bias must be float32 for float32 x, got float64"),
+        "no steps": ((x[:, :0], weight, bias), {}, ValueError, "x must have at least one time step"),
+        "devices": ((x, weight, bias.to("meta")), {}, ValueError, "bias must be on cpu like x, got meta"),
+    }
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_refuses(name):
+    check_refusal(ops.causal_sgu, *refusals()[name])

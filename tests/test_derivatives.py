@@ -1,0 +1,253 @@
+"""What holds for every operator: its derivatives, and the transforms it composes with."""
+
+import pytest
+import torch
+from cases import CASES, as_tuple, distance, largest, leaves, weigh
+from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+from fastmix.ops._register import OPERATORS
+
+F64 = torch.float64
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def positional(case, tensors):
+    """The operator as a function of its tensors alone, and those tensors."""
+    names = list(tensors)
+
+    def call(*values):
+        out = case.run(dict(zip(names, values)))
+        return out if len(out) > 1 else out[0]
+
+    return call, tuple(tensors.values())
+
+
+def scalar(call):
+    """A smooth real function of the operator's outputs."""
+    def loss(*values):
+        outputs = as_tuple(call(*values))
+        real = [torch.view_as_real(o) if o.is_complex() else o for o in outputs]
+        return sum((o.square() + o.sin()).sum() for o in real)
+
+    return loss
+
+
+@every_case
+def test_first_derivatives(case):
+    call, values = positional(case, leaves(case.make(6, F64)))
+    assert gradcheck(call, values, check_forward_ad=True, check_batched_grad=True,
+                     check_batched_forward_grad=True)
+
+
+@every_case
+def test_second_derivatives(case):
+    call, values = positional(case, leaves(case.make(4, F64, b=1)))
+    assert gradgradcheck(call, values, check_batched_grad=True, check_fwd_over_rev=True)
+
+
+@every_case
+def test_third_derivatives(case):
+    """The gradient of a Hessian-vector product, against the definition's."""
+    made = case.make(4, F64, b=1)
+    found = []
+    for run in (case.run, case.define):
+        tensors = leaves(made)
+        values = list(tensors.values())
+        outputs = [torch.view_as_real(o) if o.is_complex() else o for o in run(tensors)]
+        loss = sum((o.square() * o).sum() for o in outputs)
+        for _ in range(2):
+            grads = torch.autograd.grad(loss, values, create_graph=True)
+            loss = sum((torch.view_as_real(g) if g.is_complex() else g).square().sum()
+                       for g in grads)
+        found.append(torch.autograd.grad(loss, values))
+    for ours, defined in zip(*found):
+        assert distance(ours, defined) < 1e-9
+
+
+@every_case
+def test_compiles_whole_with_dynamic_shapes(case):
+    """One graph, forward and training, and no recompilation for another length."""
+    names = list(case.make(8, F64))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(*values):
+        return scalar(lambda *v: case.run(dict(zip(names, v))))(*values)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True,
+                             backend=aot_autograd(fw_compiler=count))
+    for n in (70, 131):
+        tensors = leaves(case.make(n, F64))
+        expected = torch.autograd.grad(loss(*tensors.values()), tensors.values())
+        found = torch.autograd.grad(compiled(*tensors.values()), tensors.values())
+        for name, f, e in zip(names, found, expected):
+            assert distance(f, e) < 1e-10, name
+        with torch.no_grad():
+            assert distance(compiled(*tensors.values()), loss(*tensors.values())) < 1e-12
+    # Forward and backward of training, and inference: three graphs for every length.
+    assert len(graphs) == 3
+
+
+@pytest.mark.parametrize("name", ["linear_scan-complex-reverse", "gate_loop-heads-logits",
+                                  "decay_conv", "fft_conv-per-sample", "windowed_sgu"])
+def test_compiles_with_inductor(name):
+    case = CASES[name]
+    call, values = positional(case, leaves(case.make(70, F64)))
+    loss = scalar(call)
+    compiled = torch.compile(loss, fullgraph=True)
+    expected = torch.autograd.grad(loss(*values), values)
+    for found, e in zip(torch.autograd.grad(compiled(*values), values), expected):
+        assert distance(found, e) < 1e-10
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@every_case
+def test_exports_with_dynamic_length(case, strict):
+    names = list(case.make(8, F64))
+
+    class Mixer(torch.nn.Module):
+        def forward(self, *values):
+            return case.run(dict(zip(names, values)))
+
+    made = case.make(20, F64)
+    program = torch.export.export(Mixer(), tuple(made.values()), strict=strict,
+                                  dynamic_shapes=(tuple(
+                                      {i: torch.export.Dim.AUTO for i in range(t.ndim)}
+                                      for t in made.values()),))
+    for n in (20, 41):
+        tensors = case.make(n, F64)
+        for found, expected in zip(program.module()(*tensors.values()), case.run(tensors)):
+            assert distance(found, expected) < 1e-12
+
+
+@every_case
+def test_func_grad_and_hessian_vector(case):
+    made = case.make(5, F64)
+    call, values = positional(case, made)
+    loss = scalar(call)
+    everything = tuple(range(len(values)))
+    tracked = tuple(v.clone().requires_grad_() for v in values)
+    expected = torch.autograd.grad(loss(*tracked), tracked, create_graph=True)
+    for found, e in zip(torch.func.grad(loss, argnums=everything)(*values), expected):
+        assert distance(found, e) < 1e-12
+    # Forward over reverse against reverse over reverse.
+    tangents = tuple(torch.randn_like(v) for v in values)
+    _, found = torch.func.jvp(torch.func.grad(loss, argnums=everything), values, tangents)
+    along = weigh(expected, tangents)
+    for f, e in zip(found, torch.autograd.grad(along, tracked)):
+        assert distance(f, e) < 1e-10
+
+
+@every_case
+def test_vmap_over_each_argument(case):
+    """Over all arguments, and over each alone; also the gradients per sample."""
+    size = 3
+    draws = [case.make(5, F64) for _ in range(size)]
+    names = list(draws[0])
+    call, _ = positional(case, draws[0])
+    loss = scalar(call)
+    everything = tuple(range(len(names)))
+    for mapped in [names] + [[name] for name in names]:
+        dims = tuple(0 if name in mapped else None for name in names)
+        values = [torch.stack([d[name] for d in draws]) if name in mapped else draws[0][name]
+                  for name in names]
+        samples = [[v[i] if dim == 0 else v for v, dim in zip(values, dims)] for i in range(size)]
+        found = as_tuple(torch.vmap(call, in_dims=dims)(*values))
+        expected = zip(*(as_tuple(call(*sample)) for sample in samples))
+        for f, e in zip(found, expected):
+            assert distance(f, torch.stack(e)) < 1e-12
+        per_sample = torch.vmap(torch.func.grad(loss, argnums=everything), in_dims=dims)
+        expected = zip(*(torch.func.grad(loss, argnums=everything)(*s) for s in samples))
+        for f, e in zip(per_sample(*values), expected):
+            assert distance(f, torch.stack(e)) < 1e-10
+
+
+@every_case
+def test_checkpointing(case):
+    tensors = leaves(case.make(70, F64))
+    call, values = positional(case, tensors)
+    expected = torch.autograd.grad(scalar(call)(*values), values)
+    loss = checkpoint(scalar(call), *values, use_reentrant=False)
+    for found, e in zip(torch.autograd.grad(loss, values), expected):
+        assert distance(found, e) < 1e-12
+
+
+@every_case
+def test_only_the_gradients_asked_for(case):
+    """Each argument alone may require one."""
+    made = case.make(9, F64)
+    tensors = leaves(made)
+    expected = dict(zip(made, torch.autograd.grad(
+        scalar(positional(case, tensors)[0])(*tensors.values()), tensors.values())))
+    for name in made:
+        alone = dict(made)
+        alone[name] = made[name].clone().requires_grad_()
+        loss = scalar(positional(case, alone)[0])(*alone.values())
+        (found,) = torch.autograd.grad(loss, alone[name])
+        assert distance(found, expected[name]) < 1e-12
+
+
+@every_case
+def test_torch_accepts_the_registration(case):
+    """torch.library.opcheck on the operator and on its backward."""
+    recorded = []
+    operator = OPERATORS[case.operator]
+    with torch.no_grad():
+        tensors = case.make(5, F64, b=1)
+    forward, backward = operator.forward, operator.backward
+
+    def record(target):
+        def call(*args):
+            recorded.append((target, args))
+            return target(*args)
+        return call
+
+    operator.forward, operator.backward = record(forward), record(backward)
+    try:
+        tensors = leaves(tensors)
+        outputs = case.run(tensors)
+        torch.autograd.grad(weigh(outputs, [torch.randn_like(o) for o in outputs]),
+                            tensors.values())
+    finally:
+        operator.forward, operator.backward = forward, backward
+    assert [target for target, _ in recorded] == [forward, backward]
+    for target, args in recorded:
+        args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        if target is forward:
+            args = tuple(a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args)
+        found = torch.library.opcheck(target, args)
+        assert set(found.values()) == {"SUCCESS"}, found
+
+
+@every_case
+def test_autocast_changes_nothing_inside(case):
+    """float32 tensors stay float32: an operator's sums are not autocast's business."""
+    tensors = leaves(case.make(70, torch.float32))
+    weights = [torch.randn_like(o) for o in case.run(tensors)]
+    expected = torch.autograd.grad(weigh(case.run(tensors), weights), tensors.values())
+    plain = case.run(tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = case.run(tensors)
+        found = torch.autograd.grad(weigh(outputs, weights), tensors.values())
+    for o, p in zip(outputs, plain):
+        assert torch.equal(o, p)
+    for f, e in zip(found, expected):
+        assert torch.equal(f, e)
+
+
+@every_case
+def test_create_graph_and_plain_backward_agree(case):
+    """The hand-written gradient against the one that autograd finds, past every block edge."""
+    tensors = leaves(case.make(200, F64))
+    outputs = case.run(tensors)
+    weights = [torch.randn_like(o) for o in outputs]
+    plain = torch.autograd.grad(weigh(outputs, weights), tensors.values(), retain_graph=True)
+    graph = torch.autograd.grad(weigh(outputs, weights), tensors.values(), create_graph=True)
+    for p, g in zip(plain, graph):
+        assert largest(p) > 0
+        assert distance(p, g.detach()) < 1e-11

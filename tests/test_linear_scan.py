@@ -1,0 +1,93 @@
+"""linear_scan's own: broadcasting, resets, both directions, dtypes, refusals."""
+
+import pytest
+import torch
+from cases import distance
+from refusal import check_refusal
+
+from fastmix import ops, reference
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("shape", [(2, 90), (2, 90, 3), (2, 90, 3, 1), (2, 90, 1, 4), (2, 90, 3, 4),
+                                   (2, 90, 1, 1)])
+def test_gates_broadcast_over_trailing_axes(shape):
+    gates = torch.rand(*shape, dtype=F64, requires_grad=True)
+    inputs = torch.randn(2, 90, 3, 4, dtype=F64)
+    full = gates.reshape(*shape, *(1,) * (4 - len(shape))).expand(2, 90, 3, 4)
+    weight = torch.randn_like(inputs)
+    for reverse in (False, True):
+        found = ops.linear_scan(gates, inputs, reverse=reverse)
+        expected = reference.linear_scan(full, inputs, reverse=reverse)
+        assert distance(found, expected) < 1e-13
+        (grad,) = torch.autograd.grad((found * weight).sum(), gates)
+        (defined,) = torch.autograd.grad((expected * weight).sum(), gates, retain_graph=True)
+        assert grad.shape == gates.shape
+        assert distance(grad, defined) < 1e-12
+
+
+def test_inputs_of_one_number_per_step():
+    gates, inputs = torch.rand(2, 2, 70, dtype=F64).unbind(0)
+    assert distance(ops.linear_scan(gates, inputs), reference.linear_scan(gates, inputs)) < 1e-13
+
+
+def test_a_gate_of_zero_resets_exactly():
+    gates, inputs = torch.rand(2, 2, 200, 3, dtype=F64).unbind(0)
+    gates[:, 120] = 0
+    inputs[:, :120] *= 1e200
+    found = ops.linear_scan(gates, inputs)
+    late = ops.linear_scan(gates[:, 120:], inputs[:, 120:])
+    assert distance(found[:, 120:], late) < 1e-14
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_segments_joined_by_their_states(reverse):
+    gates, inputs = torch.randn(2, 2, 150, 3, dtype=torch.complex128).unbind(0)
+    gates = gates / (1 + gates.abs())
+    whole = ops.linear_scan(gates, inputs, reverse=reverse)
+    cuts = [(0, 1), (1, 64), (64, 131), (131, 150)]
+    state, pieces = None, {}
+    for start, stop in reversed(cuts) if reverse else cuts:
+        pieces[start] = ops.linear_scan(gates[:, start:stop], inputs[:, start:stop], state,
+                                        reverse=reverse)
+        state = pieces[start][:, 0 if reverse else -1]
+    assert distance(torch.cat([pieces[start] for start, _ in cuts], 1), whole) < 1e-13
+
+
+def test_reverse_is_the_flipped_scan():
+    gates, inputs = torch.rand(2, 2, 101, 3, dtype=F64).unbind(0)
+    flipped = ops.linear_scan(gates.flip(1), inputs.flip(1)).flip(1)
+    assert distance(ops.linear_scan(gates, inputs, reverse=True), flipped) < 1e-13
+
+
+def test_unit_gates_over_65536_steps():
+    angle = 6.3 * torch.rand(1, 65_536, 2, dtype=F64)
+    gates, inputs = torch.polar(torch.ones_like(angle), angle), torch.randn(1, 65_536, 2, dtype=F64)
+    found = ops.linear_scan(gates.to(torch.complex64), inputs.float())
+    assert distance(found.to(gates.dtype), ops.linear_scan(gates, inputs)) < 2e-4
+
+
+def refusals():
+    a, x = torch.rand(2, 2, 7, 3).unbind(0)
+    c = a.to(torch.complex64)
+    return {
+        "rank": ((a[0, :, 0], x[0, :, 0]), {}, ValueError, r"inputs must have shape \(b, n, …\), got \(7,\)"),
+        "length": ((a[:, 1:], x), {}, ValueError, r"gates must have leading axes.*got \(2, 6, 3\)"),
+        "extra axis": ((a[..., None], x), {}, ValueError, "gates must have leading axes"),
+        "too wide": ((a, x[..., :1]), {}, ValueError, "gates must have leading axes"),
+        "state": ((a, x, x[:, 0, :2]), {}, ValueError,
+                  r"initial_state must have shape \(2, 3\), got \(2, 2\)"),
+        "state dtype": ((c, x, x[:, 0]), {}, TypeError, "initial_state must be complex64, got float32"),
+        "mixed": ((a, x.double()), {}, TypeError, "inputs must be float32 like gates, got float64"),
+        "mixed complex": ((a.to(torch.complex128), x), {}, TypeError,
+                          "gates must be complex64 for float32 inputs, got complex128"),
+        "integers": ((a, x.int()), {}, TypeError, "inputs must be.*got int32"),
+        "no steps": ((a[:, :0], x[:, :0]), {}, ValueError, "inputs must have at least one time step"),
+        "devices": ((a, x.to("meta")), {}, ValueError, "inputs must be on cpu like gates, got meta"),
+    }
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_refuses(name):
+    check_refusal(ops.linear_scan, *refusals()[name])

@@ -1,0 +1,196 @@
+"""What every operator computes: against its definition, in every dtype and layout."""
+
+import pytest
+import torch
+from cases import CASES, distance, largest, leaves, weigh
+
+import fastmix
+
+F64 = torch.float64
+LENGTHS = (1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 251, 300)
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def implementations(operator):
+    return [name for name, reason in fastmix.implementations(operator, "cpu").items()
+            if reason is None]
+
+
+every_implementation = pytest.mark.parametrize(
+    "case, implementation",
+    [pytest.param(case, i, id=f"{name}-{i}") for name, case in CASES.items()
+     for i in implementations(case.operator)])
+
+
+def gradients(run, tensors, weights):
+    outputs = run(tensors)
+    return outputs, torch.autograd.grad(weigh(outputs, weights), tensors.values())
+
+
+@every_implementation
+def test_definition_at_every_length(case, implementation):
+    """Values and gradients in float64, over lengths around every block edge."""
+    with fastmix.force(implementation):
+        for n in LENGTHS:
+            tensors = leaves(case.make(n, F64))
+            weights = [torch.randn_like(o) for o in case.run(tensors)]
+            outputs, grads = gradients(case.run, tensors, weights)
+            defined, defined_grads = gradients(case.define, tensors, weights)
+            for o, d in zip(outputs, defined, strict=True):
+                assert distance(o, d) < 1e-11, n
+            for name, g, d in zip(tensors, grads, defined_grads, strict=True):
+                assert distance(g, d) < 1e-10, (n, name)
+
+
+def to_dtype(tensors, dtype):
+    wide = {torch.float64: torch.complex128}.get(dtype, torch.complex64)
+    return {name: t.detach().to(wide if t.is_complex() else dtype) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@every_implementation
+def test_rounding_is_at_most_twice_the_definitions(case, implementation, dtype):
+    """Error against float64, held against plain PyTorch's for the same rounded inputs.
+
+    Plain PyTorch is the definition, computed in float32 and rounded to the dtype. The
+    measure is the root of the mean square: single extremes are a matter of luck.
+    """
+    n = 257
+    keep = case.make(n, torch.float32)
+    keep = {name: t.to(dtype) if not t.is_complex() and name != "initial_state" else t
+            for name, t in keep.items()}
+    if case.operator == "linear_scan" and "initial_state" in keep:
+        state = keep["initial_state"]
+        keep["initial_state"] = state if state.is_complex() else state.to(dtype)
+    ours_in = leaves(keep)
+    plain_in = leaves({name: t if t.is_complex() else t.float() for name, t in keep.items()})
+    exact_in = leaves(to_dtype(keep, F64))
+    with fastmix.force(implementation):
+        weights = [torch.randn_like(o) for o in case.run(ours_in)]
+        ours = gradients(case.run, ours_in, weights)
+    plain = gradients(case.define, plain_in, [w if w.is_complex() else w.float() for w in weights])
+    exact = gradients(case.define, exact_in, list(to_dtype(
+        dict(enumerate(weights)), F64).values()))
+    names = [*(f"output {i}" for i in range(len(ours[0]))), *keep]
+    for name, o, p, e in zip(names, (*ours[0], *ours[1]), (*plain[0], *plain[1]),
+                             (*exact[0], *exact[1]), strict=True):
+        p = p.to(o.dtype)
+        assert o.dtype == (keep[name].dtype if name in keep else o.dtype)
+        wide = e.dtype
+        ours_error = (o.to(wide) - e).abs().square().mean().sqrt()
+        plain_error = (p.to(wide) - e).abs().square().mean().sqrt()
+        floor = torch.finfo(o.dtype).eps * e.abs().square().mean().sqrt() / 8
+        assert ours_error <= 2 * plain_error + floor, (name, ours_error, plain_error)
+
+
+@every_case
+def test_strided_views(case):
+    """Slices of wider tensors, transposed and negated-stride-free views: the same bits."""
+    tensors = case.make(70, F64)
+    expected = case.run(tensors)
+    wider = {name: torch.cat([torch.randn_like(t), t, torch.randn_like(t)], dim=-1)
+             [..., t.shape[-1] : 2 * t.shape[-1]] for name, t in tensors.items()}
+    for o, e in zip(case.run(wider), expected):
+        assert distance(o, e) < 1e-14
+    turned = {name: t.transpose(0, -1).contiguous().transpose(0, -1)
+              for name, t in tensors.items()}
+    assert any(not t.is_contiguous() for t in turned.values())
+    for o, e in zip(case.run(turned), expected):
+        assert distance(o, e) < 1e-14
+    every_second = {name: torch.stack([t, t + 1], dim=-1)[..., 0] for name, t in tensors.items()}
+    strided = leaves(every_second)
+    weights = [torch.randn_like(o) for o in expected]
+    for g, e in zip(gradients(case.run, strided, weights)[1],
+                    gradients(case.run, leaves(tensors), weights)[1]):
+        assert distance(g, e) < 1e-14
+
+
+@every_case
+def test_expanded_inputs_and_gradients(case):
+    """Stride 0, forward and in what comes back: a sum sends one number to every output."""
+    tensors = case.make(70, F64)
+    one = {name: t[:1].expand_as(t) if t.ndim > 2 else t for name, t in tensors.items()}
+    for o, e in zip(case.run(one), case.run({k: t.contiguous() for k, t in one.items()})):
+        assert torch.equal(o, e)
+    asked = leaves(tensors)
+    outputs = case.run(asked)
+    total = sum(o.real.sum() if o.is_complex() else o.sum() for o in outputs)
+    found = torch.autograd.grad(total, asked.values(), retain_graph=True)
+    expected = torch.autograd.grad(outputs, asked.values(), [torch.ones_like(o) for o in outputs])
+    for f, e in zip(found, expected):
+        assert distance(f, e) < 1e-14
+
+
+@every_case
+def test_lazily_conjugated_and_negated_inputs(case):
+    """Views whose conjugation or negation is still to come, eager and compiled."""
+    tensors = case.make(20, F64)
+    flipped = {name: t.conj() if t.is_complex() else (1j * t).conj().imag
+               for name, t in tensors.items()}
+    assert all(t.is_conj() or t.is_neg() for t in flipped.values())
+    settled = {name: t.resolve_conj().resolve_neg() for name, t in flipped.items()}
+    expected = case.run(settled)
+    names = list(tensors)
+
+    def lazily(*values):
+        made = {}
+        for name, t in zip(names, values):
+            made[name] = t.conj() if t.is_complex() else (1j * t).conj().imag
+        return case.run(made)
+
+    compiled = torch.compile(lazily, fullgraph=True, backend="aot_eager")
+    for found in (case.run(flipped), lazily(*tensors.values()), compiled(*tensors.values())):
+        for f, e in zip(found, expected):
+            assert distance(f, e) < 1e-14
+
+
+@every_case
+def test_unwritten_memory_never_shows(case):
+    """Fresh buffers are filled with NaN: every output and gradient is still finite and equal."""
+    tensors = leaves(case.make(131, F64))
+    weights = [torch.randn_like(o) for o in case.run(tensors)]
+    outputs, grads = gradients(case.run, tensors, weights)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        poisoned, poisoned_grads = gradients(case.run, tensors, weights)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for p, o in zip((*poisoned, *poisoned_grads), (*outputs, *grads)):
+        assert torch.equal(p, o)
+
+
+@every_case
+def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(case):
+    tensors = leaves(case.make(131, torch.float32))
+    before = {name: t.detach().clone() for name, t in tensors.items()}
+    weights = [torch.randn_like(o) for o in case.run(tensors)]
+    first, first_grads = gradients(case.run, tensors, weights)
+    second, second_grads = gradients(case.run, tensors, weights)
+    for a, b in zip((*first, *first_grads), (*second, *second_grads)):
+        assert torch.equal(a, b)
+    for name, t in tensors.items():
+        assert torch.equal(t, before[name])
+
+
+@every_case
+def test_empty_batch(case):
+    tensors = leaves(case.make(20, F64, b=0))
+    outputs = case.run(tensors)
+    one = case.run(case.make(20, F64, b=1))
+    for o, e in zip(outputs, one):
+        assert o.shape == (0, *e.shape[1:]) and o.dtype == e.dtype
+    grads = torch.autograd.grad(weigh(outputs, outputs), tensors.values())
+    for g, t in zip(grads, tensors.values()):
+        assert g.shape == t.shape and largest(g) == 0
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("causal_sgu")])
+def test_long_sequences(name):
+    """30,011 steps, a prime, in float32: finite, and close to float64."""
+    case = CASES[name]
+    tensors = case.make(30_011, torch.float32, b=1)
+    exact = case.run(to_dtype(tensors, F64))
+    for o, e in zip(case.run(tensors), exact):
+        assert o.isfinite().all()
+        assert distance(o.to(e.dtype), e) < 3e-5
