@@ -26,7 +26,7 @@ class Exam:
         plain = self._answer(torch.float32 if half else inputs[0].dtype.to_real())
         if half:
             plain = {name: [t.to(inputs[0].dtype) for t in plain[name]] for name in plain}
-        floor = max(2 * torch.finfo(inputs[0].dtype).eps, 1e-12)
+        floor = max((2 if half else 4) * torch.finfo(inputs[0].dtype).eps, 1e-12)
         self.limits = {name: 2 * relative(plain[name], self.truth[name]) + floor for name in plain}
 
     def errors(self, step):

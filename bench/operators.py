@@ -83,7 +83,7 @@ def linear_scan(b, n, dim, heads):
         "linear_scan", "linear_scan",
         {"gates": ("b n c", gates), "inputs": ("b n c", inputs)}, "b n c",
         lambda ops, gates, inputs: ops.linear_scan(gates, inputs),
-        "gateloop_transformer", original, {"b": 1, "c": 2}, 65536, 2048, compile_seconds=60)
+        "gateloop_transformer", original, {"b": 1, "c": 8}, 65536, 2048, compile_seconds=60)
 
 
 def gate_loop(b, n, dim, heads):
@@ -110,7 +110,7 @@ def gate_loop(b, n, dim, heads):
     return Case(
         "gate_loop", f"gate_loop {heads}×{d}", inputs, "b n h d",
         lambda ops, q, k, v, z: ops.gate_loop(q, k, v, gate_logits=z),
-        "gateloop_transformer", original, {"b": 1, "h": 1},
+        "gateloop_transformer", original, {"b": 1, "h": 8 if d == 1 else 2},
         65536 if d == 1 else 2048, 2048 if d == 1 else 512,
         flops=0 if d == 1 else 8 * b * n * heads * d * d,
         original_bytes=11 * 8 * b * n * heads * d * d, compile_seconds=45)
@@ -138,7 +138,7 @@ def decay_conv(b, n, dim, heads):
         {"x": ("b n h d", normal(b, n, heads, dim // heads)),
          "decay": ("h", 1 - gain), "gain": ("h", gain)}, "b n h d",
         lambda ops, x, decay, gain: ops.decay_conv(x, decay, gain),
-        "metaformer_gpt", original, {"b": 1, "h": 1}, 65536, 2048, compile_seconds=25)
+        "metaformer_gpt", original, {"b": 1, "h": 8, "d": 8}, 65536, 2048, compile_seconds=25)
 
 
 def fft_conv(b, n, dim, heads):

@@ -4,7 +4,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 OURS = ("#0f766e", "#b45309", "#6d28d9")
 ORIGINAL = "#8a8f98"
@@ -57,6 +57,7 @@ def time_against_length(panel, rows, colours):
     panel.set(xscale="log", yscale="log", title=rows[0]["row"])
     panel.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
     panel.xaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("time steps")

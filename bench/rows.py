@@ -6,7 +6,7 @@ A row is a dict of plain values. Its `status` is "ok", "wrong" (it carries no ti
 
 import contextlib
 import functools
-import warnings
+import re
 
 import torch
 
@@ -30,10 +30,11 @@ def implementations(operator, device, names):
 
 
 def reason(error):
-    """An error in one line, short enough for a footnote."""
+    """The first sentence of an error, or of the explanation that torch.compile gives for it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2]) or type(error).__name__
-    return text if len(text) <= 160 else text[:160] + " …"
+    lines = [line.removeprefix("Explanation: ") for line in lines
+             if line.startswith("Explanation: ")] or lines or [type(error).__name__]
+    return re.split(r"(?<=[.`]) (?=[A-Z])", lines[0])[0][:200]
 
 
 def forced(name):
@@ -101,7 +102,7 @@ def operator_rows(make, n, names, dtype, device, limits=None, seconds=0):
         rows[name] = row = {
             "operator": case.operator, "row": case.row, "n": n, "implementation": name,
             "shapes": {key: list(t.shape) for key, (_, t) in case.inputs.items()},
-            "limits": exam.limits, "status": "failed", "reason": missing}
+            "limits": exam.limits, "steps": exam.steps, "status": "failed", "reason": missing}
         if missing is None:
             steps[name] = contest.ours(name if names else None)
             try:
@@ -183,19 +184,17 @@ def add_compiled(make, rows, names, dtype, device, seconds):
 def compile_function(owner, runs, baseline):
     """Compiles owner.function by running `runs`: whole, or else with graph breaks, remarked."""
     eager = owner.function
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for whole in (True, False):
-            torch.compiler.reset()
-            owner.function = torch.compile(eager, fullgraph=whole)
-            try:
-                for run in runs:
-                    run()
-                return
-            except RuntimeError as error:
-                if not whole:
-                    raise
-                baseline["reason"] = f"compiled with graph breaks: {reason(error)}"
+    for whole in (True, False):
+        torch.compiler.reset()
+        owner.function = torch.compile(eager, fullgraph=whole)
+        try:
+            for run in runs:
+                run()
+            return
+        except RuntimeError as error:
+            if not whole:
+                raise
+            baseline["reason"] = f"compiled with graph breaks: {reason(error)}"
 
 
 def ratios(baseline, row):

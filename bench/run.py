@@ -11,8 +11,10 @@ is wrong is red and carries no time.
 
 import argparse
 import functools
+import logging
 import sys
 import time
+import warnings
 
 import timing  # before torch: it quiets torch's profiler
 import torch
@@ -60,6 +62,10 @@ def arguments(argv):
         parser.error("--seq, --batch and --heads must be at least 1")
     if options.check and (options.plot or options.minutes):
         parser.error("--check takes no times, so it can neither plot nor be given minutes")
+    if not options.device.startswith(("cpu", "cuda")):
+        parser.error(f"--device must be cpu or cuda, got {options.device}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch finds no GPU here")
     options.seq = sorted(set(options.seq))
     return options
 
@@ -74,7 +80,7 @@ class Schedule:
 
     def allows(self, what, seconds=0):
         if time.monotonic() + seconds > self.end:
-            self.left_out.append(what)
+            self.left_out.append(f"{what}, for time: --minutes has more")
             return False
         self.progress(what)
         return True
@@ -106,7 +112,12 @@ def shorter(n):
 
 def main(argv=None):
     options = arguments(argv)
+    # What torch says while it tries to compile an original stands in that row's footnote.
+    warnings.filterwarnings("ignore", module=r"torch\.")
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     seconds = 0 if options.check else SECONDS
     minutes = options.minutes or 2.5 * max(1, sum(options.seq) * options.batch / 8192)
     cases = chosen_cases(options)
@@ -145,6 +156,9 @@ def main(argv=None):
     for needed, what, work in [] if options.check else sorted(compilations, key=lambda job: job[0]):
         if schedule.allows(what, needed):
             work(seconds)
+    if not options.ops and max(options.seq) > CAUSAL_STEPS:
+        schedule.left_out.append(f"causal_sgu beyond n={CAUSAL_STEPS}: its weight is n × n. "
+                                 "--ops causal_sgu has it at any length")
     schedule.progress.end()
 
     print(table.text(report, sys.stdout.isatty()))

@@ -5,32 +5,33 @@ import json
 import math
 
 RED = "\x1b[31m{}\x1b[0m"
+BAD = ("wrong", "failed")
 MODES = ("forward", "forward_backward")
 
 
 def text(report, colour):
     notes = Notes()
-    operators, models = report["operators"], report["models"]
-    timed = not report["settings"]["check"]
-    parts = [heading(report["header"], report["settings"])]
+    operators, models, settings = report["operators"], report["models"], report["settings"]
+    timed = not settings["check"]
+    parts = [heading(report["header"], settings)]
     if operators and timed:
         parts += ["## Operators: speed", grid(operators, SPEED, notes, colour),
                   "## Operators: the machine's limit, and memory",
-                  grid(operators, LIMITS, notes, colour)]
+                  grid(operators, LIMITS, notes, colour), READING]
     if operators:
         parts += ["## Operators: error against float64",
-                  grid(operators, EXACTNESS, notes, colour)]
+                  grid(operators, EXACTNESS, notes, colour), EXAM]
     if models and timed:
         parts += ["## Models: training steps", grid(models, TRAINING, notes, colour)]
     if models:
-        parts += ["## Models: beside the original's losses and first gradients",
-                  grid(models, LEARNING, notes, colour)]
+        parts += ["## Models: losses and gradients beside the original's",
+                  grid(models, LEARNING, notes, colour),
+                  STEP.format(text=settings["text"] or "the Python standard library's sources",
+                              depth=models[0]["arguments"]["depth"])]
     if notes.texts:
         parts.append("\n".join(f"[{i}] {note}" for i, note in enumerate(notes.texts, 1)))
     if report["left_out"]:
         parts.append("\n".join(f"left out: {what}" for what in report["left_out"]))
-    if timed and (operators or models):
-        parts.append(READING)
     return "\n\n".join(parts)
 
 
@@ -39,9 +40,17 @@ Medians of calls taken in turns with the baselines, caches flushed before each c
 of what lies between the 20th and the 80th percentile. Of two numbers, the first is forward
 without gradients, the second forward and backward. The limit counts the bytes that every
 algorithm must move against the measured copy bandwidth, or the matrix products that it cannot
-avoid against the measured matmul rate, whichever takes longer. Memory is the peak of a forward
-and backward call beyond its inputs. Errors are max |difference| / max |truth|; allowed is twice
-the error of the plain definition in the same dtype, plus rounding."""
+avoid against the measured matmul rate, whichever takes longer. Memory is the peak of forward
+and backward beyond the inputs."""
+EXAM = """\
+Error: max |difference| / max |truth|, the worst of all outputs or of all gradients, over the
+first steps of the last heads or channels. Allowed: twice the error of the plain definition in
+the same dtype, plus rounding."""
+STEP = """\
+A step is forward, backward and Adam on the next bytes of {text}:
+vocabulary 256, depth {depth}, and the batch, length, width and heads above. Memory is the peak of
+a step beyond the weights and Adam's averages. Off by: the worst relative difference from the
+original's losses in the first two steps / from any parameter's first gradient."""
 
 
 def heading(h, s):
@@ -84,7 +93,7 @@ def grid(rows, columns, notes, colour):
                                    for i, w in enumerate(widths)) + "|")
     if colour:
         for i, row in enumerate(rows):
-            if row["status"] in ("wrong", "failed"):
+            if row["status"] in BAD:
                 lines[i + 2] = RED.format(lines[i + 2])
     return "\n".join(lines)
 
@@ -104,9 +113,8 @@ def name(row, notes):
 
 def time(key):
     def cell(row, notes):
-        if row["status"] in ("wrong", "failed"):
-            mark = notes.mark(row["reason"]) if row.get("reason") else ""
-            return f"{row['status'].upper()} {mark}".strip()
+        if row["status"] in BAD:
+            return verdict(row, notes)
         ms = row[key]
         return f"{significant(ms['median'])} ±{50 * (ms['p80'] - ms['p20']) / ms['median']:.0f}%"
     return cell
@@ -119,9 +127,10 @@ def against(baseline):
             return "left out" if row["status"] == "ok" else "–"
         mark = ""
         if other.get("n", row["n"]) != row["n"]:
-            mark = notes.mark(f"at n={other['n']}, both sides: {other['reason']}")
+            mark = notes.mark(f"the original is not run at n={row['n']}: {other['reason']}; "
+                              f"both sides at n={other['n']}")
         elif other.get("reason"):
-            mark = notes.mark(f"{other.get('package', name(row, notes))}: {other['reason']}")
+            mark = notes.mark(other["reason"])
         value = row.get(f"ratio_{baseline}")
         if value is None:
             return f"{other['status']} {mark}".strip()
@@ -161,14 +170,19 @@ def errors(key, baseline=None):
         holder = row.get(baseline) or {} if baseline else row
         if key not in holder:
             return "–"
-        values = holder[key]
-        return " / ".join(f"{x:.0e}" for x in (values.values() if isinstance(values, dict) else [values]))
+        values = holder[key].values() if isinstance(holder[key], dict) else [holder[key]]
+        return " / ".join(f"{float(x):.0e}" for x in values)
     return cell
+
+
+def steps(row, notes):
+    return " / ".join(str(count) for count in row["steps"].values())
 
 
 def verdict(row, notes):
     mark = notes.mark(row["reason"]) if row.get("reason") else ""
-    return f"{row['status'].upper() if row['status'] in ('wrong', 'failed') else row['status']} {mark}".strip()
+    status = row["status"].upper() if row["status"] in BAD else row["status"]
+    return f"{status} {mark}".strip()
 
 
 WHO = [("operator", name), ("n", lambda row, notes: str(row["n"])),
@@ -178,7 +192,8 @@ SPEED = [*WHO, ("forward ms", time("forward_ms")), ("fwd+bwd ms", time("forward_
 LIMITS = [*WHO, ("Mtoken/s", rate("tokens_per_s", 1e6)), ("GB/s", rate("gb_per_s")),
           ("% of limit", rate("percent_of_limit")), ("limit", bound), ("peak MB", memory()),
           ("original MB", memory("original"))]
-EXACTNESS = [*WHO, ("result", verdict), ("error fwd / bwd", errors("errors")),
+EXACTNESS = [*WHO, ("result", verdict), ("steps", steps),
+             ("error fwd / bwd", errors("errors")),
              ("allowed", errors("limits")), ("original's error", errors("errors", "original"))]
 TRAINING = [("model", name), *WHO[1:], ("step ms", time("step_ms")),
             ("ktoken/s", rate("tokens_per_s", 1e3)), ("× original", against("original")),

@@ -51,9 +51,9 @@ def check_divides(where, heads_name, heads, dim_name, dim):
             f"and {dim_name}={dim}")
 
 
-def check_tokens(where, name, value, max_length=None):
-    """Token ids (b, n), integers, 1 ≤ n ≤ max_length."""
-    check_tensor(where, name, value, INTEGER)
+def check_tokens(where, name, value, embedding, max_length=None):
+    """Token ids (b, n), integers, 1 ≤ n ≤ max_length, on the device of the embedding."""
+    check_tensor(where, name, value, INTEGER, like=("the token embedding", embedding.weight))
     n = check_shape(where, name, value, "b n")["n"]
     check_length(where, name, n, max_length)
 

@@ -591,7 +591,7 @@ def test_refused_construction(construct, message):
     (torch.zeros(2, 0, dtype=torch.long), ValueError, "at least one time step, got n=0"),
     (torch.zeros(2, 7, dtype=torch.long), ValueError, "at most 6 time steps, got n=7"),
     (torch.zeros(2, 3, dtype=torch.long, device="meta"), ValueError,
-     "x must be on cpu like to_embed.weight, got meta"),
+     "x must be on cpu like the token embedding, got meta"),
 ])
 def test_refused_tokens(tokens, error, message):
     for reversible in (False, True):

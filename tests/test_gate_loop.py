@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import distance, largest
+from cases import complex_dtype, distance, largest
 from refusal import check_refusal
 
 from fastmix import ops, reference
@@ -92,9 +92,9 @@ def test_extreme_logits(dtype):
     """Tiny and huge logits keep their direction; 0 is a half, without a gradient."""
     tiny, huge = torch.finfo(dtype).tiny, torch.finfo(dtype).max / 4
     logits = torch.tensor([[0, 0], [tiny, 0], [0, -tiny], [tiny, tiny], [huge, huge], [-huge, 0],
-                           [0.0, huge]], dtype=dtype)
+                           [0.0, huge], [tiny / 1024, 0]], dtype=dtype)
     expected = torch.tensor([0.5, 0.5, -0.5j, 0.5**0.5 * (0.5 + 0.5j), 0.5**0.5 * (1 + 1j), -1,
-                             1j]).to(torch.complex64 if dtype == torch.float32 else torch.complex128)
+                             1j, 0.5], dtype=torch.complex128).to(complex_dtype(dtype))
     one = torch.ones(len(logits), 1, 1, 1, dtype=dtype)
     logits = logits[:, None, None].requires_grad_()
     state = torch.ones(len(logits), 1, 1, 1, dtype=expected.dtype)
@@ -174,7 +174,7 @@ def refusals():
         "mixed dtypes": ((q, k.double(), v, a), {}, TypeError, "k must be float32 like q, got float64"),
         "wide gates": ((q, k, v, a.to(torch.complex128)), {}, TypeError, "gates must be complex64"),
         "real state": ((q, k, v, a), {"initial_state": s.real}, TypeError, "initial_state must be complex64"),
-        "no steps": ((q[:, :0], k[:, :0], v[:, :0], a[:, :0]), {}, ValueError, "at least one time step"),
+        "no steps": ((q[:, :0], k[:, :0], v[:, :0], a[:, :0]), {}, ValueError, "q must have at least one time step"),
         "a list": ((q.tolist(), k, v, a), {}, TypeError, "q must be a tensor, got list"),
         "devices": ((q, k.to("meta"), v, a), {}, ValueError, "k must be on cpu like q, got meta"),
     }

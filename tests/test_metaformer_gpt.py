@@ -1,66 +1,18 @@
 """fastmix.nn.metaformer_gpt beside the published metaformer-gpt 0.0.5."""
 
 import copy
+import functools
 
 import metaformer_gpt.metaformer_gpt as published
 import pytest
 import torch
 from torch import nn
+from twins import assert_near, assert_twins, build_from, dtypes
 
 from fastmix.nn import metaformer_gpt
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-def build(name, seed=0, **arguments):
-    """Ours and theirs from one seed, which must have drawn the same weights."""
-    pair = []
-    for module in (metaformer_gpt, published):
-        torch.manual_seed(seed)
-        pair.append(getattr(module, name)(**arguments))
-    ours, theirs = (model.state_dict() for model in pair)
-    assert list(ours) == list(theirs)
-    for key, value in theirs.items():
-        assert value.dtype == ours[key].dtype and torch.equal(value, ours[key]), key
-    return pair
-
-
-def assert_near(ours, theirs, what, floor=0.0):
-    tolerance = TOLERANCE[theirs.dtype]
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
-    error = (ours - theirs).abs().max().item()
-    assert error <= tolerance * max(theirs.abs().max().item(), floor), (what, error)
-
-
-def assert_twins(ours, theirs, dtype, x, *rest):
-    """Equal outputs and gradients, at weights away from their initial ones.
-
-    Gradients below a hundredth of the largest are held against that: they can cancel, as
-    that of the bias in front of a mean centering does.
-    """
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(torch.randn_like(p), alpha=0.3)
-    ours.load_state_dict(theirs.state_dict())
-    runs = []
-    for model in (ours.to(dtype), theirs.to(dtype)):
-        leaf = x.detach().clone()
-        if x.is_floating_point():
-            leaf = leaf.to(dtype).requires_grad_()
-        out = model(leaf, *rest)
-        torch.manual_seed(1)
-        (out * torch.randn(out.shape, dtype=dtype)).sum().backward()
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        if leaf.requires_grad:
-            gradients["x"] = leaf.grad
-        runs.append((out, gradients))
-    (out, gradients), (their_out, their_gradients) = runs
-    assert_near(out, their_out, "output")
-    assert gradients.keys() == their_gradients.keys()
-    floor = 1e-2 * max(g.abs().max().item() for g in their_gradients.values())
-    for name, gradient in their_gradients.items():
-        assert_near(gradients[name], gradient, name, floor)
+build = functools.partial(build_from, metaformer_gpt, published)
+assert_twins_of = functools.partial(assert_twins, floor=1e-2)
 
 
 @dtypes
@@ -166,7 +118,7 @@ def test_conv1d_fft_refuses():
 @pytest.mark.parametrize("n", [1, 2, 13])
 @pytest.mark.parametrize("dim", [3, 6])
 def test_mean_centering_pool(dim, n, dtype):
-    assert_twins(*build("MeanCenteringPool", dim=dim), dtype, torch.randn(2, n, dim))
+    assert_twins_of(*build("MeanCenteringPool", dim=dim), dtype, torch.randn(2, n, dim))
 
 
 @dtypes
@@ -176,13 +128,13 @@ def test_mean_centering_pool(dim, n, dtype):
 def test_exponential_time_decay(arguments, n, dtype):
     pair = build("MultiheadExponentialTimeDecay", **arguments)
     assert pair[0].heads == pair[1].heads
-    assert_twins(*pair, dtype, torch.randn(2, n, arguments["dim"]))
+    assert_twins_of(*pair, dtype, torch.randn(2, n, arguments["dim"]))
 
 
 @dtypes
 @pytest.mark.parametrize("arguments", [dict(dim=5), dict(dim=6, mult=1.5)], ids=str)
 def test_feedforward(arguments, dtype):
-    assert_twins(*build("FeedForward", **arguments), dtype, torch.randn(2, 7, arguments["dim"]))
+    assert_twins_of(*build("FeedForward", **arguments), dtype, torch.randn(2, 7, arguments["dim"]))
 
 
 LM = dict(num_tokens=11, dim=6, depth=2, heads=3, dim_head=5, max_seq_len=19, ff_mult=2)
@@ -193,7 +145,7 @@ LM = dict(num_tokens=11, dim=6, depth=2, heads=3, dim_head=5, max_seq_len=19, ff
 @pytest.mark.parametrize("heads, dim_head", [(1, 5), (3, 2), (6, 1)])
 def test_language_model(heads, dim_head, n, dtype):
     pair = build("MetaformerGPT", **{**LM, "heads": heads, "dim_head": dim_head})
-    assert_twins(*pair, dtype, torch.randint(0, 11, (3, n)))
+    assert_twins_of(*pair, dtype, torch.randint(0, 11, (3, n)))
 
 
 def test_language_model_defaults_and_short_ids():
@@ -237,7 +189,7 @@ def test_refused_sequences(name):
     model = getattr(metaformer_gpt, name)(6)
     with pytest.raises(ValueError, match=rf"^{name}: x must have shape \(b, n, dim\).*\(2, 7\)"):
         model(torch.randn(2, 7))
-    with pytest.raises(ValueError, match=rf"^{name}: x .* = \(2, 7, 6\), got \(2, 7, 5\)"):
+    with pytest.raises(ValueError, match=rf"^{name}: x .* = \(b, n, 6\), got \(2, 7, 5\)"):
         model(torch.randn(2, 7, 5))
     with pytest.raises(ValueError, match=f"^{name}: x must have at least one time step, got n=0"):
         model(torch.randn(2, 0, 6))
@@ -262,5 +214,5 @@ def test_refused_tokens():
         model(x[..., None])
     with pytest.raises(ValueError, match=name + "x must have at least one time step"):
         model(x[:, :0])
-    with pytest.raises(ValueError, match=name + "x must be on meta like token_emb.weight, got cpu"):
+    with pytest.raises(ValueError, match=name + "x must be on meta like the token embedding, got cpu"):
         model.to("meta")(x)

@@ -1,65 +1,17 @@
 """fastmix.nn.mhesa beside the published gated-state-spaces-pytorch 0.1.0."""
 
 import copy
+import functools
 
 import gated_state_spaces_pytorch.mhesa as published
 import pytest
 import torch
 from torch import nn
+from twins import assert_near, assert_twins, build_from, dtypes
 
 from fastmix.nn import mhesa
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-def build(name, seed=0, **arguments):
-    """Ours and theirs from one seed, which must have drawn the same weights."""
-    pair = []
-    for module in (mhesa, published):
-        torch.manual_seed(seed)
-        pair.append(getattr(module, name)(**arguments))
-    ours, theirs = (model.state_dict() for model in pair)
-    assert list(ours) == list(theirs)
-    for key, value in theirs.items():
-        assert value.dtype == ours[key].dtype and torch.equal(value, ours[key]), key
-    return pair
-
-
-def assert_near(ours, theirs, what, floor=0.0):
-    tolerance = TOLERANCE[theirs.dtype]
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
-    error = (ours - theirs).abs().max().item()
-    assert error <= tolerance * max(theirs.abs().max().item(), floor), (what, error)
-
-
-def assert_twins(ours, theirs, dtype, x, *rest):
-    """Equal outputs and gradients, at weights away from their initial ones.
-
-    Gradients below a thousandth of the largest are held against that: they can cancel.
-    """
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(torch.randn_like(p), alpha=0.3)
-    ours.load_state_dict(theirs.state_dict())
-    runs = []
-    for model in (ours.to(dtype), theirs.to(dtype)):
-        leaf = x.detach().clone()
-        if x.is_floating_point():
-            leaf = leaf.to(dtype).requires_grad_()
-        out = model(leaf, *rest)
-        torch.manual_seed(1)
-        (out * torch.randn(out.shape, dtype=dtype)).sum().backward()
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        if leaf.requires_grad:
-            gradients["x"] = leaf.grad
-        runs.append((out, gradients))
-    (out, gradients), (their_out, their_gradients) = runs
-    assert_near(out, their_out, "output")
-    assert gradients.keys() == their_gradients.keys()
-    floor = 1e-3 * max(g.abs().max().item() for g in their_gradients.values())
-    for name, gradient in their_gradients.items():
-        assert_near(gradients[name], gradient, name, floor)
+build = functools.partial(build_from, mhesa, published)
 
 
 def dims(x_shape, weight_shape, dim=-2, weight_dim=-1):
@@ -258,7 +210,7 @@ def test_refused_sequences(name, arguments):
     model = getattr(mhesa, name)(**arguments)
     with pytest.raises(ValueError, match=rf"^{name}: x must have shape \(b, n, dim\).*\(2, 7\)"):
         model(torch.randn(2, 7))
-    with pytest.raises(ValueError, match=rf"^{name}: x .* = \(2, 7, 6\), got \(2, 7, 5\)"):
+    with pytest.raises(ValueError, match=rf"^{name}: x .* = \(b, n, 6\), got \(2, 7, 5\)"):
         model(torch.randn(2, 7, 5))
     with pytest.raises(ValueError, match=f"^{name}: x must have at least one time step, got n=0"):
         model(torch.randn(2, 0, 6))
@@ -288,5 +240,5 @@ def test_refused_tokens_and_labels():
         model(x, x.int())
     with pytest.raises(ValueError, match=name + "labels must be on cpu like x, got meta"):
         model(x, x.to("meta"))
-    with pytest.raises(ValueError, match=name + "x must be on meta like token_emb.weight, got cpu"):
+    with pytest.raises(ValueError, match=name + "x must be on meta like the token embedding, got cpu"):
         model.to("meta")(x)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 SLAB = 1 << 20  # real numbers of a padded slab
-TOEPLITZ = 256  # the longest input for which n² products beat the FFT
+TOEPLITZ = 128  # the longest input for which n² products beat the FFT
 
 
 def forward(x, kernel, reverse):
@@ -66,7 +66,7 @@ def _fft_length(n):
 def _slabs(x, kernel):
     """Batch slices, and (heads, channels of a head) slices, of about SLAB numbers each."""
     b, n, h, d = x.shape
-    rows = max(2, SLAB // _fft_length(n + kernel.shape[-2]))
+    rows = max(32, SLAB // _fft_length(n + kernel.shape[-2]))
     d_step = min(d, rows)
     h_step = min(h, max(1, rows // d))
     b_step = max(1, rows // (h * d))

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 
 from fastmix.fallback._scan import adjoint, entering, scan, stretches
 
-# Steps of time per chunk of matrix products.
-CHUNK = 64
+
+def _chunk(dk, dv):
+    """Steps of time per chunk: its weights cost as much as its matrix products."""
+    return 16 if max(dk, dv) <= 16 else 64
 
 
 def activate(logits):
@@ -20,20 +22,21 @@ def activate(logits):
     re, im = logits.unbind(-1)
     at_zero = (re == 0) & (im == 0)
     re, im = torch.where(at_zero, 1, re), torch.where(at_zero, 0, im)
-    magnitude = torch.hypot(re, im)
-    scale = torch.where(at_zero, 0.5, magnitude.sigmoid() / magnitude)
-    return torch.complex(re * scale, im * scale)
+    size = torch.hypot(re, im)
+    sigmoid = torch.where(at_zero, 0.5, size.sigmoid())
+    return torch.complex(re / size * sigmoid, im / size * sigmoid)
 
 
 def _activate_backward(grad, logits):
     """Along z the slope is σ'(|z|), across it σ(|z|) / |z|; 0 at z = 0."""
     re, im = logits.unbind(-1)
-    magnitude = torch.hypot(re, im)
-    inverse = torch.where(magnitude == 0, 0, 1 / magnitude)
-    re, im = re * inverse, im * inverse
-    sigmoid = magnitude.sigmoid()
+    size = torch.hypot(re, im)
+    size = torch.where(size == 0, 1, size)
+    re, im = re / size, im / size
+    sigmoid = size.sigmoid()
     along = (re * grad.real + im * grad.imag) * (sigmoid * (1 - sigmoid))
-    across = (re * grad.imag - im * grad.real) * (sigmoid * inverse)
+    steepest = size.clamp(min=torch.finfo(size.dtype).tiny)
+    across = (re * grad.imag - im * grad.real) * (sigmoid / steepest)
     return torch.stack([re * along - im * across, im * along + re * across], dim=-1)
 
 
@@ -49,7 +52,7 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
     state = initial_state
     if state is None:
         state = q.new_zeros(b, h, dk, dv, dtype=wide.to_complex())
-    run, per_step = (_diagonal, 1) if dk == dv == 1 else (_chunked, CHUNK)
+    run, per_step = (_diagonal, 1) if dk == dv == 1 else (_chunked, _chunk(dk, dv))
     outs, carries = [], []
     for at in stretches(n, b * h * per_step, carry_every):
         a = (activate(gate_logits[:, at].to(wide)) if gates is None else gates[:, at])
@@ -68,7 +71,8 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
     """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    run, per_step = ((_diagonal_backward, 1) if dk == dv == 1 else (_chunked_backward, CHUNK))
+    run, per_step = ((_diagonal_backward, 1) if dk == dv == 1
+                     else (_chunked_backward, _chunk(dk, dv)))
     grad_q, grad_k, grad_v = (torch.empty_like(t, memory_format=torch.contiguous_format)
                               for t in (q, k, v))
     grad_gates = torch.empty_like(gate_logits if gates is None else gates,
@@ -106,7 +110,7 @@ def _diagonal_backward(grad, g_next, entry, q, k, v, a):
             g * torch.conj_physical_(before), g_entry)
 
 
-# ---- larger heads: matrix products over chunks of time, (b, chunks, h, CHUNK, d)
+# ---- larger heads: matrix products over chunks of time, (b, chunks, h, steps, d)
 
 
 def _split(x, length, value=0.0):
@@ -158,20 +162,20 @@ def _chunk_states(k, v, weights, state):
 
 def _chunked(q, k, v, a, state, carry_every):
     n = q.shape[1]
-    length = min(n, CHUNK)
+    length = min(n, _chunk(q.shape[-1], v.shape[-1]))
     q, k, v, a = _split(q, length), _split(k, length), _split(v, length), _split(a, length, 1.0)
     weights = _weights(a)
     entries, state = _chunk_states(k, v, weights, state)
     from_entry = weights[..., 0, None]
     out = ((q @ k.mT) * weights.real[..., 1:]) @ v
     out = out + from_entry.real * (q @ entries.real) - from_entry.imag * (q @ entries.imag)
-    carries = entries[:, :: carry_every // CHUNK] if carry_every else entries[:, :0]
+    carries = entries[:, :: carry_every // length] if carry_every else entries[:, :0]
     return _merge(out, n), state, carries
 
 
 def _chunked_backward(grad, g_next, entry, q, k, v, a):
     n = q.shape[1]
-    length = min(n, CHUNK)
+    length = min(n, _chunk(q.shape[-1], v.shape[-1]))
     grad, q, k, v, a = (_split(grad, length), _split(q, length), _split(k, length),
                         _split(v, length), _split(a, length, 1.0))
     weights = _weights(a)

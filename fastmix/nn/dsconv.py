@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fastmix import ops
-from fastmix.checks import INTEGER, check_divides, check_tensor, check_tokens
+from fastmix.checks import check_divides, check_tokens
 from fastmix.nn.mhesa import check_sequence, conv1d_fft, token_loss
 
 __all__ = ["conv1d_fft", "EfficientDsConv", "GatedDsConv", "GatedDsConvLM"]
@@ -88,8 +88,7 @@ class GatedDsConvLM(nn.Module):
 
     def forward(self, x, labels=None):
         where = "GatedDsConvLM"
-        check_tokens(where, "x", x, self.max_seq_len)
-        check_tensor(where, "x", x, INTEGER, like=("token_emb.weight", self.token_emb.weight))
+        check_tokens(where, "x", x, self.token_emb, self.max_seq_len)
         x = self.token_emb(x)
         for layer in self.layers:
             x = layer(x)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastmix import ops
 from fastmix.checks import (
-    INTEGER, check_divides, check_length, check_shape, check_tensor, check_tokens)
+    check_divides, check_length, check_shape, check_tensor, check_tokens)
 from fastmix.nn.reversible import ReversibleSequence, SequentialSequence
 
 __all__ = [
@@ -321,7 +321,6 @@ class gMLPGPT(nn.Module):
         self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_tokens))
 
     def forward(self, x):
-        check_tensor("gMLPGPT", "x", x, INTEGER, like=("to_embed.weight", self.to_embed.weight))
-        check_tokens("gMLPGPT", "x", x, self._longest_input)
+        check_tokens("gMLPGPT", "x", x, self.to_embed, self._longest_input)
         x = self.net(self.to_embed(x), layer_dropout=1. - self.prob_survival)
         return self.to_logits(x)

@@ -299,7 +299,7 @@ class Transformer(nn.Module):
     def forward(
         self, x, return_loss=False, ablate_complex=None, ablate_state_transition=None,
     ):
-        check_tokens("Transformer", "x", x)
+        check_tokens("Transformer", "x", x, self.token_emb)
         if return_loss:
             if x.shape[0] < 1 or x.shape[1] < 2:
                 raise ValueError(

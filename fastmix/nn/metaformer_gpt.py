@@ -116,9 +116,7 @@ class MetaformerGPT(nn.Module):
             nn.LayerNorm(dim), nn.Linear(dim, num_tokens, bias=False))
 
     def forward(self, x):
-        check_tokens("MetaformerGPT", "x", x, self.pos_emb.num_embeddings)
-        check_tensor(
-            "MetaformerGPT", "x", x, INTEGER, like=("token_emb.weight", self.token_emb.weight))
+        check_tokens("MetaformerGPT", "x", x, self.token_emb, self.pos_emb.num_embeddings)
         x = self.token_emb(x) + self.pos_emb.weight[:x.shape[1]]
         for time_decay, pool, feedforward in self.layers:
             x = time_decay(x) + x

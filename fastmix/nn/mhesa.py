@@ -6,7 +6,7 @@ from torch import nn
 
 from fastmix import ops
 from fastmix.checks import (
-    INTEGER, check_divides, check_length, check_shape, check_tensor, check_tokens)
+    check_divides, check_length, check_shape, check_tensor, check_tokens)
 
 __all__ = ["conv1d_fft", "MHESA", "GatedMHESA", "GatedExponentialSmoothingLM"]
 
@@ -191,8 +191,7 @@ class GatedExponentialSmoothingLM(nn.Module):
 
     def forward(self, x, labels=None):
         where = "GatedExponentialSmoothingLM"
-        check_tokens(where, "x", x)
-        check_tensor(where, "x", x, INTEGER, like=("token_emb.weight", self.token_emb.weight))
+        check_tokens(where, "x", x, self.token_emb)
         x = self.token_emb(x)
         for layer in self.layers:
             x = layer(x)

@@ -1,0 +1,58 @@
+"""What the two spatial gating units share: layer norm, activation, product."""
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {
+    "identity": lambda x: x,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+def compute_dtype(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def cast(tensor, dtype):
+    return None if tensor is None else tensor.to(dtype)
+
+
+def cast_like(gradient, parameter):
+    return None if parameter is None else gradient.to(parameter.dtype)
+
+
+def normalize(gate, weight, bias, eps):
+    """gate (b, n, c), weight and bias (c,) or None → normed, mean, inverse deviation."""
+    weight, bias = cast(weight, gate.dtype), cast(bias, gate.dtype)
+    return torch.native_layer_norm(gate, gate.shape[-1:], weight, bias, eps)
+
+
+def normalize_backward(grad, gate, mean, inverse_deviation, weight, bias):
+    """→ gradients for gate, weight and bias, None where there is none."""
+    return torch.ops.aten.native_layer_norm_backward(
+        grad, gate, gate.shape[-1:], mean, inverse_deviation,
+        cast(weight, gate.dtype), cast(bias, gate.dtype),
+        [True, weight is not None, bias is not None])
+
+
+def finish(mixed, res, activation):
+    """What the unit returns: the mixed gate itself for activation "none"."""
+    return mixed if activation == "none" else ACTIVATIONS[activation](mixed) * res
+
+
+def finish_backward(grad, mixed, res, activation):
+    """→ gradients for mixed and res. Not for activation "none"."""
+    activated = ACTIVATIONS[activation](mixed)
+    dmixed = grad * res
+    if activation == "tanh":
+        dmixed = torch.ops.aten.tanh_backward(dmixed, activated)
+    elif activation == "sigmoid":
+        dmixed = torch.ops.aten.sigmoid_backward(dmixed, activated)
+    elif activation == "gelu":
+        dmixed = torch.ops.aten.gelu_backward(dmixed, mixed)
+    elif activation == "silu":
+        dmixed = torch.ops.aten.silu_backward(dmixed, mixed)
+    return dmixed, grad * activated

@@ -1,0 +1,234 @@
+"""bench/run.py end to end, at sizes where it takes seconds."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmix import ops
+
+BENCH = Path(__file__).parents[1] / "bench"
+SMALL = ["--seq", "64", "--dim", "32", "--heads", "2", "--device", "cpu"]
+ROWS = {"linear_scan", "gate_loop 32×1", "gate_loop 2×16", "decay_conv", "fft_conv",
+        "windowed_sgu w=128", "causal_sgu", "cumulative_mean"}
+MODELS = {"MetaformerGPT", "GatedExponentialSmoothingLM", "GatedDsConvLM", "gMLPGPT",
+          "GateLoopTransformer"}
+MODES = ("forward", "forward_backward")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(*flags) → (exit status, the report as read from its JSON)."""
+    monkeypatch.syspath_prepend(BENCH)
+    import run as report
+    monkeypatch.setattr(report, "SECONDS", 0.02)
+
+    def main(*flags):
+        path = tmp_path / "report.json"
+        status = report.main([*SMALL, *flags, "--json", str(path)])
+        return status, json.loads(path.read_text())
+    return main
+
+
+@pytest.fixture
+def uncompiled(run, monkeypatch):
+    """The same without torch.compile of the originals, which takes minutes."""
+    import models
+    import rows
+    monkeypatch.setattr(rows, "add_compiled", lambda *arguments: None)
+    monkeypatch.setattr(models, "add_compiled", lambda *arguments: None)
+    return run
+
+
+def test_whole_report(uncompiled, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_bytes(b"It was the best of times, it was the worst of times. " * 9)
+    status, report = uncompiled("--text", str(text), "--csv", str(tmp_path / "rows.csv"),
+                                "--plot", str(tmp_path / "plot.png"))
+    assert status == 0
+    header = report["header"]
+    assert header["torch"] == torch.__version__
+    assert header["copy_gb_s"] > 0 and header["matmul_gflop_s"] > 0
+
+    assert {row["row"] for row in report["operators"]} == ROWS
+    for row in report["operators"]:
+        assert row["status"] == row["original"]["status"] == "ok", row["row"]
+        assert row["original"]["n"] == row["n"] == 64
+        assert row["errors"]["values"] < 1e-5 and row["errors"]["gradients"] < 1e-5
+        for mode in MODES:
+            timing = row[f"{mode}_ms"]
+            assert 0 < timing["p20"] <= timing["median"] <= timing["p80"]
+            theirs = row["original"][f"{mode}_ms"]["median"]
+            assert row["ratio_original"][mode] == pytest.approx(theirs / timing["median"])
+            assert row["tokens_per_s"][mode] == pytest.approx(64e3 / timing["median"])
+        assert row["peak_bytes"] > 0 and row["original"]["peak_bytes"] > 0
+
+    assert {row["model"] for row in report["models"]} == MODELS
+    for row in report["models"]:
+        assert row["status"] == "ok", row["model"]
+        assert row["errors"]["losses"] < 1e-5 and row["errors"]["gradients"] < 2e-4
+        assert row["ratio_original"] > 0 and row["tokens_per_s"] > 0 and row["peak_bytes"] > 0
+
+    assert {row["n"] for row in report["curve"]} == {16}
+    assert {row["row"] for row in report["curve"]} == ROWS
+    with open(tmp_path / "rows.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(ROWS) + len(MODELS)
+    assert [float(line["forward_ms.median"]) for line in lines[: len(ROWS)]] == [
+        row["forward_ms"]["median"] for row in report["operators"]]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ROWS | MODELS)
+    assert "\x1b" not in printed
+
+
+def test_necessary_bytes_and_flops(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import operators
+
+    case = operators.gate_loop_diagonal(2, 5, 32, 4)
+    elements = 2 * 5 * 32
+    assert case.necessary(case.tensors(torch.bfloat16, torch.device("cpu"))) == {
+        "forward": (12 * elements, 0), "forward_backward": (34 * elements, 0)}
+    case = operators.windowed_sgu(2, 11, 32, 4, window=4)
+    reached = [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]
+    assert case.flops == 2 * 2 * 32 * sum(reached)
+
+
+def scaled(function):
+    return lambda *args, **kwargs: 1.001 * function(*args, **kwargs)
+
+
+def wrong_backward(function):
+    def call(*args, **kwargs):
+        y = function(*args, **kwargs)
+        return y.detach() + 1.001 * (y - y.detach())
+    return call
+
+
+def poisoned(function):
+    def call(*args, **kwargs):
+        y = function(*args, **kwargs).clone()
+        y[0, 0] = math.nan
+        return y
+    return call
+
+
+@pytest.mark.parametrize("spoil", [scaled, wrong_backward, poisoned])
+def test_wrong_result_is_red_and_carries_no_time(uncompiled, monkeypatch, spoil, capsys):
+    monkeypatch.setattr(ops, "decay_conv", spoil(ops.decay_conv))
+    flags = "--ops", "decay_conv", "cumulative_mean", "--models", "MetaformerGPT"
+    status, report = uncompiled(*flags)
+    wrong, right = report["operators"]
+    model, = report["models"]
+    assert (wrong["status"], right["status"], model["status"]) == ("wrong", "ok", "wrong")
+    assert "forward_ms" in right
+    for row in wrong, model:
+        assert not {"forward_ms", "forward_backward_ms", "step_ms", "tokens_per_s",
+                    "ratio_original", "peak_bytes"} & row.keys()
+    import table
+    red = [line for line in table.text(report, colour=True).splitlines() if "\x1b[31m" in line]
+    assert red and all("WRONG" in line or "–" in line for line in red)
+    assert all("decay_conv" in line or "MetaformerGPT" in line for line in red)
+
+    assert uncompiled("--check", *flags)[0] == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_check_fails_on_what_is_missing(uncompiled, monkeypatch, capsys):
+    status, report = uncompiled("--check", "--ops", "decay_conv", "--models", "none",
+                                "--impl", "fallback", "abacus")
+    assert status == 1
+    assert [row["status"] for row in report["operators"]] == ["ok", "failed"]
+    assert "no implementation abacus" in capsys.readouterr().out
+
+    for module in "metaformer_gpt.metaformer_gpt", "gated_state_spaces_pytorch.mhesa":
+        monkeypatch.setitem(sys.modules, module, None)
+    flags = "--ops", "decay_conv", "--models", "MetaformerGPT"
+    status, report = uncompiled(*flags)
+    row, = report["operators"]
+    assert row["status"] == "ok" and row["original"]["status"] == "not installed"
+    assert report["models"][0]["status"] == "unchecked"
+    assert capsys.readouterr().out.count("not installed") >= 2
+    assert uncompiled("--check", *flags)[0] == 1
+
+
+def test_forced_implementation_and_half_type(uncompiled):
+    """Originals that cannot run in a half type are measured in float32, and that is said."""
+    status, report = uncompiled("--impl", "fallback", "--dtype", "bfloat16", "--ops", "decay_conv",
+                                "cumulative_mean", "--models", "MetaformerGPT")
+    decay, mean = report["operators"]
+    model, = report["models"]
+    for row in decay, mean, model:
+        assert row["status"] == "ok" and row["implementation"] == "fallback", row
+    assert decay["original"]["dtype"] == "float32"
+    assert "fails in bfloat16" in decay["original"]["reason"]
+    assert mean["original"]["dtype"] == model["original"]["dtype"] == "bfloat16"
+
+
+def test_original_that_needs_too_much_memory(uncompiled, monkeypatch, capsys):
+    import rows
+    monkeypatch.setattr(rows, "ORIGINAL_BYTES", 1 << 20)
+    monkeypatch.setattr(rows, "SHORTER_BYTES", 1 << 19)
+    _, report = uncompiled("--ops", "gate_loop", "--models", "none")
+    diagonal, matrix = report["operators"]
+    assert diagonal["original"]["n"] == 64
+    # 11 complex64 arrays of 64 × 2 × 16 × 16 make 2.9 MB.
+    assert matrix["original"]["n"] == 8 and matrix["ratio_original"]["forward"] > 0
+    assert "not run at n=64" in capsys.readouterr().out
+
+
+def test_compiled_original(run):
+    _, report = run("--ops", "cumulative_mean", "--models", "none")
+    row, = report["operators"]
+    assert row["compiled"]["status"] == "ok"
+    assert row["ratio_compiled"]["forward"] > 0 and row["ratio_compiled"]["forward_backward"] > 0
+
+
+def test_nothing_starts_after_its_time(run):
+    _, report = run("--minutes", "1e-9")
+    assert report["operators"] == report["models"] == []
+    assert any("decay_conv" in what for what in report["left_out"])
+    assert any("MetaformerGPT" in what for what in report["left_out"])
+
+
+def test_turns_and_peak(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import contextlib
+
+    import timing
+
+    calls = []
+    functions = {name: (contextlib.nullcontext, lambda name=name: calls.append(name))
+                 for name in "ab"}
+    result = timing.side_by_side(functions, 0, torch.device("cpu"), least=3)
+    assert calls == ["a", "b"] * 3 and result["a"]["runs"] == result["b"]["runs"] == 3
+
+    def two_then_one():
+        a = torch.zeros(1 << 20)
+        b = a + 1
+        del a
+        return b + 1
+    assert timing.peak_bytes(two_then_one, torch.device("cpu")) // (4 << 20) == 2
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--heads", "3"], "--dim must be divisible"), (["--seq", "0"], "at least 1"),
+    (["--check", "--plot", "x.png"], "--check takes no times")])
+def test_bad_flags(run, capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        run(*flags)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_command_line():
+    done = subprocess.run(
+        [sys.executable, BENCH / "run.py", *SMALL, "--check", "--ops", "fft_conv", "--models", "none"],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| fft_conv " in done.stdout and "measuring the machine" in done.stderr

@@ -1,0 +1,57 @@
+"""A published module and ours, side by side: the same weights, outputs and gradients."""
+
+import pytest
+import torch
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
+
+
+def build_from(ours, published, name, seed=0, **arguments):
+    """Both from one seed, which must have drawn the same weights."""
+    pair = []
+    for module in (ours, published):
+        torch.manual_seed(seed)
+        pair.append(getattr(module, name)(**arguments))
+    mine, theirs = (model.state_dict() for model in pair)
+    assert list(mine) == list(theirs)
+    for key, value in theirs.items():
+        assert value.dtype == mine[key].dtype and torch.equal(value, mine[key]), key
+    return pair
+
+
+def assert_near(ours, theirs, what, floor=0.0):
+    tolerance = TOLERANCE[theirs.dtype]
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
+    error = (ours - theirs).abs().max().item()
+    assert error <= tolerance * max(theirs.abs().max().item(), floor), (what, error)
+
+
+def assert_twins(ours, theirs, dtype, x, *rest, floor=1e-3):
+    """Equal outputs and gradients, at weights away from their initial ones.
+
+    Gradients below `floor` times the largest are held against that: they can cancel, as that
+    of the bias in front of a mean centering does.
+    """
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    runs = []
+    for model in (ours.to(dtype), theirs.to(dtype)):
+        leaf = x.detach().clone()
+        if x.is_floating_point():
+            leaf = leaf.to(dtype).requires_grad_()
+        out = model(leaf, *rest)
+        torch.manual_seed(1)
+        (out * torch.randn(out.shape, dtype=dtype)).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        if leaf.requires_grad:
+            gradients["x"] = leaf.grad
+        runs.append((out, gradients))
+    (out, gradients), (their_out, their_gradients) = runs
+    assert_near(out, their_out, "output")
+    assert gradients.keys() == their_gradients.keys()
+    least = floor * max(g.abs().max().item() for g in their_gradients.values())
+    for name, gradient in their_gradients.items():
+        assert_near(gradients[name], gradient, name, least)
