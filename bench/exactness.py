@@ -55,8 +55,9 @@ class Exam:
         return {"values": [values], "gradients": list(gradients)}
 
     def _sample(self, name, dtype):
-        return [self._part(t.detach(), axes, name).to(dtype.to_complex() if t.is_complex() else dtype)
-                for t, (axes, _) in zip(self.inputs, self.case.inputs.values())]
+        parts = [self._part(t.detach(), axes, name)
+                 for t, (axes, _) in zip(self.inputs, self.case.inputs.values())]
+        return [t.to(dtype.to_complex() if t.is_complex() else dtype) for t in parts]
 
     def _part(self, tensor, axes, name):
         index = []

@@ -68,7 +68,8 @@ def first_line(command):
 def limits(device, dtype):
     """(GB/s of a copy far larger than the caches, read and write counted; GFLOP/s of a
     square matmul in `dtype`): the best of a few."""
-    source = torch.zeros((1024 if device.type == "cuda" else 256) << 20, dtype=torch.uint8, device=device)
+    size = (1024 if device.type == "cuda" else 256) << 20
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     size = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(size, size, device=device).to(dtype)

@@ -86,7 +86,8 @@ class Contest:
         """{name: {mode_ms: timing}} of steps run in turns."""
         found = {name: {} for name in steps}
         for mode in MODES:
-            functions = {name: (step.surroundings, getattr(step, mode)) for name, step in steps.items()}
+            functions = {name: (step.surroundings, getattr(step, mode))
+                         for name, step in steps.items()}
             for name, timing in side_by_side(functions, seconds, self.device).items():
                 found[name][f"{mode}_ms"] = timing
         return found

@@ -139,14 +139,14 @@ def main(argv=None):
             found = rows.operator_rows(make, n, options.impl, dtype, device, header, seconds)
             report["operators"] += found
             compilations.append((
-                make(1).compile_seconds, f"torch.compile of the original of {found[0]['row']} n={n}",
+                make(1).compile_seconds, f"torch.compile of {found[0]['row']}'s original, n={n}",
                 functools.partial(rows.add_compiled, make, found, options.impl, dtype, device)))
     for course in courses:
         if schedule.allows(f"{course.name} n={course.n}"):
             found = models.model_rows(course, options.impl, 2 * seconds)
             report["models"] += found
             compilations.append((
-                models.COMPILE_SECONDS, f"torch.compile of the original {course.name} n={course.n}",
+                models.COMPILE_SECONDS, f"torch.compile of the original {course.name}, n={course.n}",
                 functools.partial(models.add_compiled, course, found, options.impl)))
     for name, make, n in cases:
         for length in lengths:

@@ -54,13 +54,12 @@ original's losses in the first two steps / from any parameter's first gradient."
 
 
 def heading(h, s):
-    gpu = h["device_type"] != "cpu"
+    flags = " ".join(h["cpu_flags"]) or "flags unknown"
     lines = [
         f"# fastmix on {h['device']}", "",
-        (f"host {h['cpu']}, " if gpu else "")
-        + f"{h['cores']} cores, {h['threads']} threads, {' '.join(h['cpu_flags']) or 'flags unknown'}",
-        f"torch {h['torch']}, triton {h['triton']}, python {h['python']}, compiler {h['compiler']}, "
-        f"fastmix {h['fastmix']}, commit {h['commit']}",
+        f"CPU: {h['cpu']}, {h['cores']} cores, {h['threads']} threads, {flags}",
+        f"torch {h['torch']}, triton {h['triton']}, python {h['python']}, "
+        f"compiler {h['compiler']}, fastmix {h['fastmix']}, commit {h['commit']}",
         f"measured: copy {h['copy_gb_s']:.1f} GB/s (read + write), "
         f"matmul {h['matmul_gflop_s']:.0f} GFLOP/s in {h['matmul_dtype']}",
         f"batch {s['batch']}, sequence {', '.join(map(str, s['seq']))}, width {s['dim']}, "
@@ -85,7 +84,8 @@ def grid(rows, columns, notes, colour):
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
 
     def line(texts):
-        padded = [t.ljust(w) if i < 1 else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths))]
+        padded = [t.rjust(w) for t, w in zip(texts, widths)]
+        padded[0] = texts[0].ljust(widths[0])
         return "| " + " | ".join(padded) + " |"
 
     lines = [line(texts) for texts in cells]
@@ -170,8 +170,7 @@ def errors(key, baseline=None):
         holder = row.get(baseline) or {} if baseline else row
         if key not in holder:
             return "–"
-        values = holder[key].values() if isinstance(holder[key], dict) else [holder[key]]
-        return " / ".join(f"{float(x):.0e}" for x in values)
+        return " / ".join(f"{float(x):.0e}" for x in holder[key].values())
     return cell
 
 
@@ -199,7 +198,7 @@ TRAINING = [("model", name), *WHO[1:], ("step ms", time("step_ms")),
             ("ktoken/s", rate("tokens_per_s", 1e3)), ("× original", against("original")),
             ("× compiled", against("compiled"))]
 LEARNING = [("model", name), *WHO[1:], ("result", verdict), ("off by", errors("errors")),
-            ("allowed", errors("tolerance")), ("peak MB", memory()),
+            ("allowed", errors("limits")), ("peak MB", memory()),
             ("original MB", memory("original"))]
 
 

@@ -12,7 +12,8 @@ import torch
 
 @functools.cache
 def _cold(device):
-    return torch.empty((256 if device.type == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
+    size = (256 if device.type == "cuda" else 64) << 20
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def stopwatch(function, device):

@@ -15,7 +15,6 @@ class Case:
     operator: str
     make: Callable
     options: dict
-    tolerant: bool = False  # transforms round globally: errors compare to the largest output
 
     def run(self, tensors):
         return as_tuple(getattr(ops, self.operator)(**tensors, **self.options))
@@ -97,7 +96,7 @@ def _fft_conv(kernel_shape):
 
 def _sgu(weight_shape, affine, residual):
     def make(n, dtype, b=2):
-        h, c = 2, 6
+        h, c = 2, 4
         made = {"x": randn(b, n, 2 * c, dtype=dtype),
                 "weight": randn(h, *weight_shape(n), dtype=dtype),
                 "bias": randn(h, weight_shape(n)[0], dtype=dtype)}
@@ -126,12 +125,12 @@ CASES = {
     "gate_loop-heads-gates": Case("gate_loop", _gate_loop(2, 3, False, False), {}),
     "decay_conv": Case("decay_conv", _decay_conv, {"return_state": True}),
     "decay_conv-plain": Case("decay_conv", _decay_conv_plain, {}),
-    "fft_conv-per-sample": Case("fft_conv", _fft_conv(lambda b, n: (b, n)), {}, True),
-    "fft_conv-shared": Case("fft_conv", _fft_conv(lambda b, n: (n,)), {}, True),
-    "fft_conv-short": Case("fft_conv", _fft_conv(lambda b, n: (b, n // 3 + 1)), {}, True),
-    "fft_conv-long": Case("fft_conv", _fft_conv(lambda b, n: (n + 7,)), {}, True),
+    "fft_conv-per-sample": Case("fft_conv", _fft_conv(lambda b, n: (b, n)), {}),
+    "fft_conv-shared": Case("fft_conv", _fft_conv(lambda b, n: (n,)), {}),
+    "fft_conv-short": Case("fft_conv", _fft_conv(lambda b, n: (b, n // 3 + 1)), {}),
+    "fft_conv-long": Case("fft_conv", _fft_conv(lambda b, n: (n + 7,)), {}),
     "windowed_sgu": Case(
-        "windowed_sgu", _sgu(lambda n: (5, 10), True, True), {"activation": "gelu"}),
+        "windowed_sgu", _sgu(lambda n: (3, 6), True, True), {"activation": "gelu"}),
     "windowed_sgu-plain": Case("windowed_sgu", _sgu(lambda n: (4, 8), False, False), {}),
     "causal_sgu": Case(
         "causal_sgu", _sgu(lambda n: (n + 3, n + 3), True, True), {"activation": "tanh"}),

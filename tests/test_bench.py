@@ -228,7 +228,7 @@ def test_bad_flags(run, capsys, flags, message):
 
 def test_command_line():
     done = subprocess.run(
-        [sys.executable, BENCH / "run.py", *SMALL, "--check", "--ops", "fft_conv", "--models", "none"],
-        capture_output=True, text=True)
+        [sys.executable, BENCH / "run.py", *SMALL, "--check", "--ops", "fft_conv",
+         "--models", "none"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| fft_conv " in done.stdout and "measuring the machine" in done.stderr
