@@ -11,8 +11,8 @@ import torch
 # Sequences this short are scanned step by step.
 DIRECT = 16
 
-# Numbers in a stretch's largest temporary.
-STRETCH = 1 << 19
+# Real numbers in a stretch's largest temporary.
+STRETCH = 1 << 21
 
 
 def stretches(n, per_step, multiple):
@@ -48,6 +48,11 @@ def adjoint(gates, asked, g_next, reverse=False):
     return torch.cat(pieces, dim=1)
 
 
+def joined(pieces):
+    """The stretches as one contiguous tensor, without a copy where there is only one."""
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
 def scan(gates, inputs, initial, reverse=False):
     """h_t = gates_t · h_{t-1} + inputs_t from h_{-1} = initial; every state (b, n, …).
 
@@ -58,8 +63,8 @@ def scan(gates, inputs, initial, reverse=False):
     """
     n = inputs.shape[1]
     if n <= DIRECT:
-        return torch.stack(_steps(gates, inputs, initial, reverse), dim=1)
-    length = max(2, math.isqrt(n // 3))
+        return torch.stack(_steps(gates, inputs, 1, initial, reverse), dim=1)
+    length = 1 << (math.isqrt(n // 3).bit_length() - 1)
     chunks = n // length
     rest = n - chunks * length
 
@@ -70,36 +75,42 @@ def scan(gates, inputs, initial, reverse=False):
     chunk_gates = gates.unsqueeze(1) if constant else gates[:, whole].unflatten(1, (chunks, length))
     chunk_inputs = inputs[:, whole].unflatten(1, (chunks, length))
 
-    product = end = None
-    for t in _order(length, reverse):
-        gate, step = chunk_gates[:, :, 0 if constant else t], chunk_inputs[:, :, t]
-        product = gate if product is None else product * gate
-        end = step if end is None else torch.addcmul(step, gate, end)
-
+    product, end = _reduce(chunk_gates, chunk_inputs, reverse)
     ends = scan(product, end, initial, reverse)
     first = initial.unsqueeze(1)
     entries = (torch.cat([ends[:, 1:], first], dim=1) if reverse
                else torch.cat([first, ends[:, :-1]], dim=1))
-    states = torch.stack(
-        _steps(chunk_gates.movedim(1, 2), chunk_inputs.movedim(1, 2), entries, reverse), dim=2
-    ).flatten(1, 2)
+    states = torch.stack(_steps(chunk_gates, chunk_inputs, 2, entries, reverse), dim=2)
+    states = states.flatten(1, 2)
     if rest == 0:
         return states
     last = ends[:, 0] if reverse else ends[:, -1]
     tail_gates = gates if constant else gates[:, tail]
-    tail_states = torch.stack(_steps(tail_gates, inputs[:, tail], last, reverse), dim=1)
+    tail_states = torch.stack(_steps(tail_gates, inputs[:, tail], 1, last, reverse), dim=1)
     return torch.cat([tail_states, states] if reverse else [states, tail_states], dim=1)
 
 
-def _order(n, reverse):
-    return reversed(range(n)) if reverse else range(n)
+def _in_order(gates, inputs, axis, reverse):
+    """The steps along an axis, in the direction of the scan; a constant gate repeats."""
+    steps = inputs.unbind(axis)
+    gates = gates.unbind(axis)
+    pairs = list(zip(gates if len(gates) == len(steps) else gates * len(steps), steps))
+    return reversed(pairs) if reverse else pairs
 
 
-def _steps(gates, inputs, state, reverse):
-    """Time on axis 1; a list of states in order of time."""
-    n = inputs.shape[1]
-    states = [None] * n
-    for t in _order(n, reverse):
-        state = torch.addcmul(inputs[:, t], gates[:, min(t, gates.shape[1] - 1)], state)
-        states[t] = state
-    return states
+def _reduce(gates, inputs, reverse):
+    """(product of gates, last state from 0) of every chunk, whose steps lie on axis 2."""
+    product = end = None
+    for gate, step in _in_order(gates, inputs, 2, reverse):
+        product = gate if product is None else product * gate
+        end = step if end is None else torch.addcmul(step, gate, end)
+    return product, end
+
+
+def _steps(gates, inputs, axis, state, reverse):
+    """The states along an axis, in order of time."""
+    states = []
+    for gate, step in _in_order(gates, inputs, axis, reverse):
+        state = torch.addcmul(step, gate, state)
+        states.append(state)
+    return states[::-1] if reverse else states

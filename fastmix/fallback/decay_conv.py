@@ -2,12 +2,12 @@
 
 import torch
 
-from fastmix.fallback._scan import adjoint, entering, scan, stretches
+from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches
 
 
 def _per_channel(values, d, dtype):
     """(h,) → (h·d,): one value for every channel."""
-    return None if values is None else values.to(dtype).repeat_interleave(d)
+    return None if values is None else values.to(dtype)[:, None].expand(-1, d).flatten()
 
 
 def _states(x, decay, gain, state):
@@ -31,8 +31,8 @@ def forward(x, decay, gain, initial_state, carry_every):
         carries.append(entering(y, state, carry_every))
         state = y[:, -1]
         out.append(y.to(x.dtype))
-    return (torch.cat(out, dim=1).unflatten(2, (h, d)), state.unflatten(1, (h, d)).clone(),
-            torch.cat(carries, dim=1).unflatten(2, (h, d)))
+    return (joined(out).unflatten(2, (h, d)), state.unflatten(1, (h, d)).clone(),
+            joined(carries).unflatten(2, (h, d)))
 
 
 def backward(grad, grad_state, carries, x, decay, gain, initial_state, carry_every):

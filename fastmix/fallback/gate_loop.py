@@ -9,7 +9,7 @@ by step: a gate of 0 is exact, and nothing is ever divided by one.
 import torch
 import torch.nn.functional as F
 
-from fastmix.fallback._scan import adjoint, entering, scan, stretches
+from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches
 
 
 def _chunk(dk, dv):
@@ -54,13 +54,13 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
         state = q.new_zeros(b, h, dk, dv, dtype=wide.to_complex())
     run, per_step = (_diagonal, 1) if dk == dv == 1 else (_chunked, _chunk(dk, dv))
     outs, carries = [], []
-    for at in stretches(n, b * h * per_step, carry_every):
+    for at in stretches(n, 2 * b * h * per_step, carry_every):
         a = (activate(gate_logits[:, at].to(wide)) if gates is None else gates[:, at])
         out, state, entries = run(q[:, at].to(wide), k[:, at].to(wide), v[:, at].to(wide),
                                   a, state, carry_every)
         outs.append(out.to(q.dtype))
         carries.append(entries)
-    return torch.cat(outs, dim=1), state.clone(), torch.cat(carries, dim=1)
+    return joined(outs), state.clone(), joined(carries)
 
 
 def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_state, carry_every):
@@ -78,7 +78,7 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
     grad_gates = torch.empty_like(gate_logits if gates is None else gates,
                                   memory_format=torch.contiguous_format)
     g = grad_state
-    for at in reversed(stretches(n, b * h * per_step, carry_every)):
+    for at in reversed(stretches(n, 2 * b * h * per_step, carry_every)):
         logits = None if gate_logits is None else gate_logits[:, at].to(wide)
         a = activate(logits) if gates is None else gates[:, at]
         grad_q[:, at], grad_k[:, at], grad_v[:, at], grad_a, g = run(
