@@ -76,11 +76,11 @@ class Schedule:
     def __init__(self, minutes):
         self.end = time.monotonic() + 60 * minutes
         self.progress = Progress()
-        self.left_out = []
+        self.refused = []
 
     def allows(self, what, seconds=0):
         if time.monotonic() + seconds > self.end:
-            self.left_out.append(f"{what}, for time: --minutes has more")
+            self.refused.append(what)
             return False
         self.progress(what)
         return True
@@ -132,21 +132,21 @@ def main(argv=None):
     schedule.progress("measuring the machine")
     header = machine.header(device, dtype)
     report = {"header": header, "settings": vars(options), "operators": [], "models": [],
-              "curve": [], "left_out": schedule.left_out}
+              "curve": [], "left_out": []}
     compilations = []  # (seconds it may take, what, the work)
     for name, make, n in cases:
         if schedule.allows(f"{name} n={n}"):
             found = rows.operator_rows(make, n, options.impl, dtype, device, header, seconds)
             report["operators"] += found
             compilations.append((
-                make(1).compile_seconds, f"torch.compile of {found[0]['row']}'s original, n={n}",
+                make(1).compile_seconds, f"compiled original of {found[0]['row']} n={n}",
                 functools.partial(rows.add_compiled, make, found, options.impl, dtype, device)))
     for course in courses:
         if schedule.allows(f"{course.name} n={course.n}"):
             found = models.model_rows(course, options.impl, 2 * seconds)
             report["models"] += found
             compilations.append((
-                models.COMPILE_SECONDS, f"torch.compile of the original {course.name}, n={course.n}",
+                models.COMPILE_SECONDS, f"compiled original of {course.name} n={course.n}",
                 functools.partial(models.add_compiled, course, found, options.impl)))
     for name, make, n in cases:
         for length in lengths:
@@ -156,10 +156,12 @@ def main(argv=None):
     for needed, what, work in [] if options.check else sorted(compilations, key=lambda job: job[0]):
         if schedule.allows(what, needed):
             work(seconds)
-    if not options.ops and max(options.seq) > CAUSAL_STEPS:
-        schedule.left_out.append(f"causal_sgu beyond n={CAUSAL_STEPS}: its weight is n × n. "
-                                 "--ops causal_sgu has it at any length")
     schedule.progress.end()
+    if not options.ops and max(options.seq) > CAUSAL_STEPS:
+        report["left_out"].append(f"causal_sgu beyond n={CAUSAL_STEPS}, as its weight is n × n: "
+                                  "--ops causal_sgu has it at any length")
+    if schedule.refused:
+        report["left_out"].append("for time, --minutes has more: " + "; ".join(schedule.refused))
 
     print(table.text(report, sys.stdout.isatty()))
     if options.json:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import textwrap
 
 RED = "\x1b[31m{}\x1b[0m"
 BAD = ("wrong", "failed")
@@ -29,9 +30,11 @@ def text(report, colour):
                   STEP.format(text=settings["text"] or "the Python standard library's sources",
                               depth=models[0]["arguments"]["depth"])]
     if notes.texts:
-        parts.append("\n".join(f"[{i}] {note}" for i, note in enumerate(notes.texts, 1)))
+        parts.append("\n".join(textwrap.fill(f"[{i}] {note}", 100, subsequent_indent="    ")
+                               for i, note in enumerate(notes.texts, 1)))
     if report["left_out"]:
-        parts.append("\n".join(f"left out: {what}" for what in report["left_out"]))
+        parts.append("\n".join(textwrap.fill(f"left out: {what}", 100, subsequent_indent="    ")
+                               for what in report["left_out"]))
     return "\n\n".join(parts)
 
 

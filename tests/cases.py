@@ -78,12 +78,14 @@ def _gate_loop(dk, dv, logits, state):
 
 
 def _decay_conv(n, dtype, b=2):
-    return {"x": randn(b, n, 3, 2, dtype=dtype), "decay": torch.rand(3).to(dtype),
-            "gain": randn(3, dtype=dtype), "initial_state": randn(b, 3, 2, dtype=state_dtype(dtype))}
+    h = 8
+    return {"x": randn(b, n, h, 2, dtype=dtype), "decay": torch.rand(h).to(dtype),
+            "gain": randn(h, dtype=dtype), "initial_state": randn(b, h, 2, dtype=state_dtype(dtype))}
 
 
 def _decay_conv_plain(n, dtype, b=2):
-    return {"x": randn(b, n, 3, 2, dtype=dtype), "decay": 2 * torch.rand(3).to(dtype) - 1}
+    h = 8
+    return {"x": randn(b, n, h, 2, dtype=dtype), "decay": 2 * torch.rand(h).to(dtype) - 1}
 
 
 def _fft_conv(kernel_shape):
