@@ -98,7 +98,7 @@ def _fft_conv(kernel_shape):
 
 def _sgu(weight_shape, affine, residual):
     def make(n, dtype, b=2):
-        h, c = 2, 4
+        h, c = 2, 8
         made = {"x": randn(b, n, 2 * c, dtype=dtype),
                 "weight": randn(h, *weight_shape(n), dtype=dtype),
                 "bias": randn(h, weight_shape(n)[0], dtype=dtype)}

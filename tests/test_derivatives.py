@@ -36,7 +36,7 @@ def scalar(call):
 
 @every_case
 def test_first_derivatives(case):
-    call, values = positional(case, leaves(case.make(6, F64)))
+    call, values = positional(case, leaves(case.make(5, F64)))
     assert gradcheck(call, values, check_forward_ad=True, check_batched_grad=True,
                      check_batched_forward_grad=True)
 

@@ -64,19 +64,25 @@ def scan(gates, inputs, initial, reverse=False):
     n = inputs.shape[1]
     if n <= DIRECT:
         return torch.stack(_steps(gates, inputs, 1, initial, reverse), dim=1)
-    length = 1 << (math.isqrt(n // 3).bit_length() - 1)
+    constant = gates.shape[1] == 1
+    # The error of one gate's power is the same in every chunk and adds up: few chunks then.
+    length = 1 << (math.isqrt(n).bit_length() if constant
+                   else math.isqrt(n // 3).bit_length() - 1)
     chunks = n // length
     rest = n - chunks * length
 
     # Whole chunks come first in the direction of the scan, the rest after them.
     whole, tail = (slice(rest, None), slice(None, rest)) if reverse else (
         slice(None, n - rest), slice(n - rest, None))
-    constant = gates.shape[1] == 1
     chunk_gates = gates.unsqueeze(1) if constant else gates[:, whole].unflatten(1, (chunks, length))
     chunk_inputs = inputs[:, whole].unflatten(1, (chunks, length))
 
-    product, end = _reduce(chunk_gates, chunk_inputs, reverse)
-    if constant:  # rounded once: the same error in every chunk would add up
+    product = end = None
+    for gate, step in _in_order(chunk_gates, chunk_inputs, 2, reverse):
+        end = step if end is None else torch.addcmul(step, gate, end)
+        if not constant:
+            product = gate if product is None else product * gate
+    if constant:
         product = chunk_gates[:, :, 0] ** length
     ends = scan(product, end, initial, reverse)
     first = initial.unsqueeze(1)
@@ -98,15 +104,6 @@ def _in_order(gates, inputs, axis, reverse):
     gates = gates.unbind(axis)
     pairs = list(zip(gates if len(gates) == len(steps) else gates * len(steps), steps))
     return reversed(pairs) if reverse else pairs
-
-
-def _reduce(gates, inputs, reverse):
-    """(product of gates, last state from 0) of every chunk, whose steps lie on axis 2."""
-    product = end = None
-    for gate, step in _in_order(gates, inputs, 2, reverse):
-        product = gate if product is None else product * gate
-        end = step if end is None else torch.addcmul(step, gate, end)
-    return product, end
 
 
 def _steps(gates, inputs, axis, state, reverse):
