@@ -43,7 +43,7 @@ def devices():
 
 
 def report():
-    """The lines that `python -m fastmix.env` prints."""
+    """What `python -m fastmix.env` prints, line by line."""
     lines = [f"fastmix {fastmix.__version__}", f"python  {platform.python_version()} on "
              f"{platform.system()} {platform.machine()}"]
     for package in ("torch", "einops", "triton", "scipy", "rotary-embedding-torch", "matplotlib"):
@@ -52,11 +52,17 @@ def report():
     lines.append(f"{'nvcc':<24}{shutil.which('nvcc') or 'none found'}")
     for device, description in devices():
         lines += ["", f"{device}: {description}"]
-        for operator in OPERATORS:
+        missing = {}
+        for operator in sorted(OPERATORS):
             found = fastmix.implementations(operator, device)
             runs = next(name for name, reason in found.items() if reason is None)
-            lines.append(f"  {operator:<18}{runs}")
-            lines += [f"    not {name}: {reason}" for name, reason in found.items() if reason]
+            lines.append(f"  {operator:<22}{runs}")
+            for name, reason in found.items():
+                if reason is not None:
+                    missing.setdefault(f"not {name}: {reason}", []).append(operator)
+        for reason, operators in missing.items():
+            which = "all" if len(operators) == len(OPERATORS) else ", ".join(operators)
+            lines.append(f"  {reason} ({which})")
     return lines
 
 

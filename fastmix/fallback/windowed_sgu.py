@@ -41,15 +41,16 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
     dtype = _gating.compute_dtype(x)
     full_weight, full_bias = weight, bias
     weight, bias = _parameters(weight, bias, n, dtype)
-    h, w, _ = weight.shape
-    transposed = torch.cat([weight[..., w:].mT, weight[..., :w].mT], dim=-1)
+    h, w, span = weight.shape
+    back = span - w
+    transposed = weight.unflatten(2, (-1, w)).flip(2).permute(0, 3, 2, 1).flatten(2)
     dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     dresidual = None if gate_residual is None else torch.empty_like(gate_residual)
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
     dnorm = [None if t is None else torch.zeros(c, dtype=dtype, device=x.device)
              for t in (norm_weight, norm_bias)]
     for batch, start, stop in reversed(_slabs(b, n, c, weight)):
-        length, before = stop - start, min(start, w)
+        length, before = stop - start, min(start, back)
         gate = x[batch, start - before : stop, c:].to(dtype)
         normed, *statistics = _gating.normalize(gate, norm_weight, norm_bias, eps)
         columns = _columns(normed, length, weight)
@@ -64,10 +65,10 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
         if gate_residual is not None:
             dresidual[batch, start:stop] = dmixed
         if stop == n:
-            later = dmixed.new_zeros(len(gate), w, c)
+            later = dmixed.new_zeros(gate.shape[0], back, c)
         dmixed = torch.cat([F.pad(dmixed, (0, 0, 0, -length % w)), later], dim=1)
-        later = dmixed[:, :w]
-        dcolumns = _columns(dmixed, dmixed.shape[1] - w, weight)
+        later = dmixed[:, :back]
+        dcolumns = _columns(dmixed, dmixed.shape[1] - back, weight)
         dweight.baddbmm_(dcolumns[:, :w], columns.mT)
         dbias += dcolumns[:, :w].sum(dim=-1)
         dnormed = _rows(torch.bmm(transposed, dcolumns), gate, length)
@@ -77,19 +78,20 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
         for total, part in zip(dnorm, parts):
             if total is not None:
                 total += part
-    beyond = full_weight.shape[1] - w
-    dweight = F.pad(dweight.tril(w), (beyond, beyond, 0, beyond)).to(full_weight.dtype)
-    dbias = F.pad(dbias, (0, beyond)).to(full_bias.dtype)
-    return (dx, dweight, dbias, _gating.cast_like(dnorm[0], norm_weight),
-            _gating.cast_like(dnorm[1], norm_bias), dresidual)
+    full = full_weight.shape[1]
+    dweight = F.pad(dweight.tril(back), (full - back, full - w, 0, full - w))
+    dbias = F.pad(dbias, (0, full - w))
+    return (dx, dweight.to(full_weight.dtype), dbias.to(full_bias.dtype),
+            _gating.cast_like(dnorm[0], norm_weight), _gating.cast_like(dnorm[1], norm_bias),
+            dresidual)
 
 
 def _parameters(weight, bias, n, dtype):
-    """weight and bias, masked; of a window longer than the sequence its first n rows."""
+    """weight and bias, masked. Of a first window that is all there is, (h, n, n) and (h, n)."""
     w = weight.shape[1]
-    if n < w:
-        weight, bias = weight[:, :n, w - n : w + n], bias[:, :n]
-    return weight.to(dtype).tril(min(n, w)), bias.to(dtype)
+    if n <= w:
+        return weight[:, :n, w : w + n].to(dtype).tril(), bias[:, :n].to(dtype)
+    return weight.to(dtype).tril(w), bias.to(dtype)
 
 
 def _slabs(b, n, c, weight):
@@ -106,11 +108,11 @@ def _columns(rows, length, weight):
 
     Rows that are missing in the previous or in the last window are zeros.
     """
-    h, w, _ = weight.shape
-    missing, ragged = w + length - rows.shape[1], -length % w
+    h, w, span = weight.shape
+    missing, ragged = span - w + length - rows.shape[1], -length % w
     if missing or ragged:
         rows = F.pad(rows, (0, 0, missing, ragged))
-    windows = rows.unfold(1, 2 * w, w).unflatten(2, (h, -1))
+    windows = rows.unfold(1, span, w).unflatten(2, (h, -1))
     return windows.permute(2, 4, 0, 1, 3).flatten(2)
 
 

@@ -13,6 +13,9 @@ from fastmix import ops
 from fastmix.checks import (
     COMPLEX, REAL, check_divides, check_length, check_shape, check_tensor, check_tokens)
 
+__all__ = ["RMSNorm", "PreNorm", "PostNorm", "FeedForward", "CausalFullAttention",
+           "gate_loop_operator", "GateLoopedAttention", "Transformer", "associative_scan"]
+
 
 def _check_input(where, x, dim):
     check_tensor(where, "x", x)
