@@ -81,7 +81,7 @@ def test_compiles_whole_with_dynamic_shapes(case):
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True,
                              backend=aot_autograd(fw_compiler=count))
-    for n in (70, 131):
+    for n in (70, 20, 131):
         tensors = leaves(case.make(n, F64))
         expected = torch.autograd.grad(loss(*tensors.values()), tensors.values())
         found = torch.autograd.grad(compiled(*tensors.values()), tensors.values())
@@ -119,7 +119,7 @@ def test_exports_with_dynamic_length(case, strict):
                                   dynamic_shapes=(tuple(
                                       {i: torch.export.Dim.AUTO for i in range(t.ndim)}
                                       for t in made.values()),))
-    for n in (20, 41):
+    for n in (20, 41, 131):
         tensors = case.make(n, F64)
         for found, expected in zip(program.module()(*tensors.values()), case.run(tensors)):
             assert distance(found, expected) < 1e-12

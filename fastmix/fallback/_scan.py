@@ -23,7 +23,7 @@ def stretches(n, per_step, multiple):
 
 
 def entering(states, initial, every, reverse=False):
-    """The states (b, ⌈n / every⌉, …) with which every `every`-th step begins; none for 0."""
+    """The states (b, ⌈n / every⌉, …) in which every `every`-th step begins; none for 0."""
     if every == 0:
         return initial.unsqueeze(1)[:, :0]
     first = initial.unsqueeze(1)
@@ -46,6 +46,11 @@ def adjoint(gates, asked, g_next, reverse=False):
     g = scan(gates, asked[:, body], last, not reverse)
     pieces = [last.unsqueeze(1), g] if reverse else [g, last.unsqueeze(1)]
     return torch.cat(pieces, dim=1)
+
+
+def with_last(carries, state):
+    """Carries of all stretches, and the last state of all, as `fastmix.ops` asks for them."""
+    return joined([*carries, state.unsqueeze(1)[:, : 1 if carries[0].shape[1] else 0]])
 
 
 def joined(pieces):

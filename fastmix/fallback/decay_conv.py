@@ -2,7 +2,7 @@
 
 import torch
 
-from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches
+from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches, with_last
 
 
 def _per_channel(values, d, dtype):
@@ -16,9 +16,10 @@ def _states(x, decay, gain, state):
 
 
 def forward(x, decay, gain, initial_state, carry_every):
-    """y (b, n, h, d), the last state (b, h, d) and the states that enter every carry_every-th step.
+    """y (b, n, h, d), the last state (b, h, d) and the carries (b, ⌈n / carry_every⌉ + 1, h, d).
 
-    carry_every is 0 where no gradient will be asked for: then there are no carries.
+    The carries are the states before every carry_every-th step, and the last one.
+    carry_every is 0 where no gradient will be asked for: then there are none.
     """
     b, n, h, d = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -32,7 +33,7 @@ def forward(x, decay, gain, initial_state, carry_every):
         state = y[:, -1]
         out.append(y.to(x.dtype))
     return (joined(out).unflatten(2, (h, d)), state.unflatten(1, (h, d)).clone(),
-            joined(carries).unflatten(2, (h, d)))
+            with_last(carries, state).unflatten(2, (h, d)))
 
 
 def backward(grad, grad_state, carries, x, decay, gain, initial_state, carry_every):

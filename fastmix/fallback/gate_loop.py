@@ -9,7 +9,7 @@ by step: a gate of 0 is exact, and nothing is ever divided by one.
 import torch
 import torch.nn.functional as F
 
-from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches
+from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches, with_last
 
 
 def _chunk(dk, dv):
@@ -41,11 +41,12 @@ def _activate_backward(grad, logits):
 
 
 def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
-    """out (b, n, h, dv), the last state and every carry_every-th entering state, complex.
+    """out (b, n, h, dv), the last state (b, h, dk, dv) and the carries, complex.
 
     q, k (b, n, h, dk), v (b, n, h, dv); gates (b, n, h) complex or gate_logits
-    (b, n, h, 2) real; states (b, h, dk, dv), carries (b, ⌈n / carry_every⌉, h, dk, dv).
-    carry_every is 0 where no gradient will be asked for: then there are no carries.
+    (b, n, h, 2) real. The carries (b, ⌈n / carry_every⌉ + 1, h, dk, dv) are the states
+    before every carry_every-th step, and the last one. carry_every is 0 where no gradient
+    will be asked for: then there are none.
     """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -60,7 +61,7 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
                                   a, state, carry_every)
         outs.append(out.to(q.dtype))
         carries.append(entries)
-    return joined(outs), state.clone(), joined(carries)
+    return joined(outs), state.clone(), with_last(carries, state)
 
 
 def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_state, carry_every):

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches
+from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches, with_last
 
 
 def _dtypes(gates, inputs):
@@ -18,10 +18,11 @@ def _stretches(inputs, carry_every, reverse):
 
 
 def forward(gates, inputs, initial_state, reverse, carry_every):
-    """All states (b, n, …), and those that enter every carry_every-th step.
+    """All states (b, n, …) and the carries (b, ⌈n / carry_every⌉ + 1, …).
 
-    gates (b, n, …) broadcasts against inputs (b, n, …). carry_every is 0 where no gradient
-    will be asked for: then there are no carries.
+    gates (b, n, …) broadcasts against inputs (b, n, …). The carries are the states before
+    every carry_every-th step, and the last one of the scan. carry_every is 0 where no
+    gradient will be asked for: then there are none.
     """
     dtype, wide = _dtypes(gates, inputs)
     state = torch.zeros_like(inputs[:, 0]) if initial_state is None else initial_state
@@ -34,7 +35,7 @@ def forward(gates, inputs, initial_state, reverse, carry_every):
         out.append(states.to(dtype))
     if reverse:
         out, carries = out[::-1], carries[::-1]
-    return joined(out), joined(carries)
+    return joined(out), with_last(carries, state)
 
 
 def backward(grad, carries, gates, inputs, initial_state, reverse, carry_every):

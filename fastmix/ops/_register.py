@@ -235,5 +235,18 @@ class _Apply(torch.autograd.Function):
 _Apply.forward.__signature__ = inspect.signature(_Apply.forward)
 
 
+# Backward starts again from every 64th state.
+CARRY_EVERY = 64
+
+
+def carry_count(n, carry_every):
+    """The states kept for backward: that before every carry_every-th step, and the last one.
+
+    At least two, so that a compiled program holds for sequences of one chunk and of many:
+    torch specialises on sizes of one.
+    """
+    return (n + carry_every - 1) // carry_every + 1 if carry_every else 0
+
+
 def needs_gradient(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

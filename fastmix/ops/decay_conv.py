@@ -3,15 +3,11 @@
 from fastmix.checks import (check_length, check_shape, check_tensor, match_dtypes,
                             match_parameter, wide)
 from fastmix.fallback import decay_conv as fallback
-from fastmix.ops._register import Operator, needs_gradient
-
-# Backward starts again from every 64th state.
-CARRY_EVERY = 64
-
+from fastmix.ops._register import CARRY_EVERY, Operator, carry_count, needs_gradient
 
 def _fake(x, decay, gain, initial_state, carry_every):
     b, n, h, d = x.shape
-    carries = (n + carry_every - 1) // carry_every if carry_every else 0
+    carries = carry_count(n, carry_every)
     dtype = wide(x.dtype)
     return (x.new_empty(b, n, h, d), x.new_empty(b, h, d, dtype=dtype),
             x.new_empty(b, carries, h, d, dtype=dtype))

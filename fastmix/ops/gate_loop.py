@@ -3,15 +3,11 @@
 from fastmix.checks import (check_length, check_shape, check_tensor, match_dtypes,
                             match_parameter, wide_complex)
 from fastmix.fallback import gate_loop as fallback
-from fastmix.ops._register import Operator, needs_gradient
-
-# Backward starts again from every 64th state.
-CARRY_EVERY = 64
-
+from fastmix.ops._register import CARRY_EVERY, Operator, carry_count, needs_gradient
 
 def _fake(q, k, v, gates, gate_logits, initial_state, carry_every):
     (b, n, h, dk), dv = q.shape, v.shape[-1]
-    carries = (n + carry_every - 1) // carry_every if carry_every else 0
+    carries = carry_count(n, carry_every)
     dtype = wide_complex(q.dtype)
     return (q.new_empty(b, n, h, dv), q.new_empty(b, h, dk, dv, dtype=dtype),
             q.new_empty(b, carries, h, dk, dv, dtype=dtype))

@@ -5,16 +5,12 @@ import torch
 from fastmix.checks import (COMPLEX, REAL, check_length, check_tensor, match_dtypes, wide,
                             wide_complex)
 from fastmix.fallback import linear_scan as fallback
-from fastmix.ops._register import Operator, needs_gradient
-
-
-# Backward starts again from every 64th state.
-CARRY_EVERY = 64
+from fastmix.ops._register import CARRY_EVERY, Operator, carry_count, needs_gradient
 
 
 def _fake(gates, inputs, initial_state, reverse, carry_every):
     b, n, *rest = inputs.shape
-    carries = (n + carry_every - 1) // carry_every if carry_every else 0
+    carries = carry_count(n, carry_every)
     dtype = torch.promote_types(gates.dtype, inputs.dtype)
     return (inputs.new_empty(b, n, *rest, dtype=dtype),
             inputs.new_empty(b, carries, *rest, dtype=wide(dtype)))

@@ -1,0 +1,87 @@
+"""What the five language models can do that most of the originals cannot: compile and export."""
+
+import pytest
+import torch
+from cases import distance
+
+from fastmix import nn
+
+MODELS = {
+    "MetaformerGPT": lambda: nn.MetaformerGPT(
+        num_tokens=32, dim=16, depth=2, heads=2, dim_head=8, max_seq_len=200),
+    "GatedExponentialSmoothingLM": lambda: nn.GatedExponentialSmoothingLM(
+        num_tokens=32, dim=16, depth=2, heads=2, dim_mhesa=16),
+    "GatedDsConvLM": lambda: nn.GatedDsConvLM(
+        num_tokens=32, dim=16, depth=2, heads=2, dim_dsconv=16),
+    "gMLPGPT": lambda: nn.gMLPGPT(
+        num_tokens=32, dim=16, depth=2, seq_len=200, window=(8, 200), heads=2),
+    "GateLoopTransformer": lambda: nn.GateLoopTransformer(
+        num_tokens=32, dim=16, depth=2, gate_loop_heads=4, sub_ln=True),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def build(name):
+    """In float64, with gMLP's mixing weights away from the zeros they start at."""
+    model = MODELS[name]().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return model
+
+
+def gradients(run, model, tokens):
+    loss = run(tokens).square().mean()
+    return loss, torch.autograd.grad(loss, [p for p in model.parameters()])
+
+
+@every_model
+def test_trains_compiled_whole_with_dynamic_length(name):
+    model = build(name)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (40, 97):
+        tokens = torch.randint(0, 32, (2, n))
+        loss, grads = gradients(model, model, tokens)
+        compiled_loss, compiled_grads = gradients(compiled, model, tokens)
+        assert distance(compiled_loss, loss) < 1e-12
+        largest = max(g.abs().max() for g in grads)
+        for c, g in zip(compiled_grads, grads):
+            assert (c - g).abs().max() < 1e-10 * largest
+
+
+@every_model
+def test_exports(name):
+    model = build(name).eval()
+    tokens = torch.randint(0, 32, (2, 40))
+    program = torch.export.export(
+        model, (tokens,), dynamic_shapes=({1: torch.export.Dim("n", min=2, max=190)},))
+    for n in (40, 133):
+        tokens = torch.randint(0, 32, (2, n))
+        assert distance(program.module()(tokens), model(tokens)) < 1e-12
+
+
+@every_model
+def test_bfloat16_autocast_stays_near_float32(name):
+    model = build(name).float()
+    tokens = torch.randint(0, 32, (2, 70))
+    exact = model(tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(tokens)
+        mixed.float().square().mean().backward()
+    assert distance(mixed.float(), exact) < 0.1
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@every_model
+def test_is_causal(name):
+    """A changed token changes nothing before it."""
+    model = build(name)
+    tokens = torch.randint(0, 31, (1, 90))
+    changed = tokens.clone()
+    changed[:, 60:] = 31
+    before, after = model(tokens)[:, :60], model(changed)[:, :60]
+    if name == "GatedDsConvLM":  # a transform carries the rounding of later steps back
+        assert distance(before, after) < 1e-12
+    else:
+        assert distance(before, after) < 1e-13
+    assert distance(model(tokens)[:, 60:], model(changed)[:, 60:]) > 1e-3
