@@ -126,6 +126,11 @@ def _merge(x, n):
     return x.movedim(3, 2).flatten(1, 2)[:, :n]
 
 
+def _parts(x):
+    """Real and imaginary part, each contiguous: a batched product of strided views is slow."""
+    return x.real.contiguous(), x.imag.contiguous()
+
+
 def _weights(a):
     """P[s, 0] = Π_{i ≤ s} a_i, P[s, r + 1] = Π_{r < i ≤ s} a_i, 0 for r > s: (…, c, c + 1)."""
     c = a.shape[-1]
@@ -168,8 +173,9 @@ def _chunked(q, k, v, a, state, carry_every):
     weights = _weights(a)
     entries, state = _chunk_states(k, v, weights, state)
     from_entry = weights[..., 0, None]
+    entries_re, entries_im = _parts(entries)
     out = ((q @ k.mT) * weights.real[..., 1:]) @ v
-    out = out + from_entry.real * (q @ entries.real) - from_entry.imag * (q @ entries.imag)
+    out = out + from_entry.real * (q @ entries_re) - from_entry.imag * (q @ entries_im)
     carries = entries[:, :: carry_every // length] if carry_every else entries[:, :0]
     return _merge(out, n), state, carries
 
@@ -193,7 +199,7 @@ def _chunked_backward(grad, g_next, entry, q, k, v, a):
 
     # Out of the entering state.
     re, im = weights[..., 0, None].real, weights[..., 0, None].imag
-    by_re, by_im = grad @ entries.real.mT, grad @ entries.imag.mT
+    by_re, by_im = (grad @ part.mT for part in _parts(entries))
     grad_q += re * by_re - im * by_im
     grad_weights.real[..., 0] += (q * by_re).sum(-1)
     grad_weights.imag[..., 0] -= (q * by_im).sum(-1)
@@ -205,9 +211,10 @@ def _chunked_backward(grad, g_next, entry, q, k, v, a):
     g = torch.cat([g_entries[:, 1:], g_next[:, None]], dim=1)
     grad_weights[..., -1, 0] += (g * torch.conj_physical(entries)).sum((-1, -2))
     re, im = weights[..., -1, 1:, None].real, weights[..., -1, 1:, None].imag
-    by_re, by_im = v @ g.real.mT, v @ g.imag.mT
+    g_re, g_im = _parts(g)
+    by_re, by_im = v @ g_re.mT, v @ g_im.mT
     grad_k += re * by_re + im * by_im
-    grad_v += re * (k @ g.real) + im * (k @ g.imag)
+    grad_v += re * (k @ g_re) + im * (k @ g_im)
     grad_weights[..., -1, 1:] += torch.complex((k * by_re).sum(-1), (k * by_im).sum(-1))
 
     grad_a = _weights_backward(grad_weights, weights, a)
