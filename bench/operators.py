@@ -80,7 +80,7 @@ def linear_scan(b, n, dim, heads):
     gates = torch.polar(uniform(0.9, 1, b, n, dim), uniform(-math.pi, math.pi, b, n, dim))
     inputs = torch.complex(normal(b, n, dim), normal(b, n, dim))
     return Case(
-        "linear_scan", "linear_scan",
+        "linear_scan", "linear_scan complex",
         {"gates": ("b n c", gates), "inputs": ("b n c", inputs)}, "b n c",
         lambda ops, gates, inputs: ops.linear_scan(gates, inputs),
         "gateloop_transformer", original, {"b": 1, "c": 8}, 65536, 2048, compile_seconds=60)

@@ -37,7 +37,7 @@ def draw(report, path):
         legend(upper, panels[0], colours)
         share_of_limit(lower.subplots(), timed, colours)
         h, s = report["header"], report["settings"]
-        upper.suptitle(f"fastmix on {h['device']}, {h['threads']} threads · batch {s['batch']}, "
+        upper.suptitle(f"fastmix on {h['device']}, {h['threads']} CPU cores used · batch {s['batch']}, "
                        f"width {s['dim']}, {s['heads']} heads, {s['dtype']}",
                        x=0.01, ha="left", weight="bold", size=12)
         figure.savefig(path, dpi=160, facecolor="white")

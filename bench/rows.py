@@ -104,39 +104,47 @@ def operator_rows(make, n, names, dtype, device, limits=None, seconds=0):
             "operator": case.operator, "row": case.row, "n": n, "implementation": name,
             "shapes": {key: list(t.shape) for key, (_, t) in case.inputs.items()},
             "limits": exam.limits, "steps": exam.steps, "status": "failed", "reason": missing}
-        if missing is None:
-            steps[name] = contest.ours(name if names else None)
-            try:
-                with steps[name].surroundings():
-                    row["errors"] = exam.errors(steps[name])
-                row["status"] = "ok" if within(row["errors"], exam.limits) else "wrong"
-            except (RuntimeError, ValueError, TypeError) as error:
-                row["reason"] = reason(error)
-        if row["status"] != "ok":
-            steps.pop(name, None)
-    if not seconds or not steps:
-        return list(rows.values())
-
-    original, step = judge_original(contest, exam, dtype)
-    contestants = steps if step is None else steps | {"original": step}
-    for name, timing in contest.times(contestants, seconds).items():
-        with contestants[name].surroundings():
-            timing["peak_bytes"] = peak_bytes(contestants[name].forward_backward, device)
-        (original if name == "original" else rows[name]).update(timing)
-    for name in steps:
-        row = rows[name]
-        row["original"] = original
-        if original["status"] == "ok":
-            row["ratio_original"] = ratios(original, row)
-        add_rates(row, case.necessary(contest.inputs), contest.incoming.shape[0] * n, limits)
-    if original["status"] == "too large":
-        shorter = 1 << (n * SHORTER_BYTES // case.original_bytes).bit_length() - 1
-        for short in operator_rows(make, shorter, names, dtype, device, limits, seconds):
-            if short["status"] == "ok" and rows[short["implementation"]]["status"] == "ok":
-                row = rows[short["implementation"]]
-                row["original"] = short["original"] | {"reason": original["reason"]}
-                row["ratio_original"] = short["ratio_original"]
+        if missing is not None:
+            continue
+        step = contest.ours(name if names else None)
+        try:
+            with step.surroundings():
+                row["errors"] = exam.errors(step)
+        except (RuntimeError, ValueError, TypeError) as error:
+            row["reason"] = reason(error)
+            continue
+        row["status"] = "ok" if within(row["errors"], exam.limits) else "wrong"
+        if row["status"] == "ok":
+            steps[name] = step
+    if seconds and steps:
+        original, step = judge_original(contest, exam, dtype)
+        add_times(contest, rows, steps, original, step, seconds)
+        for name in steps:
+            tokens = contest.incoming.shape[0] * n
+            add_rates(rows[name], case.necessary(contest.inputs), tokens, limits)
+        if original["status"] == "too large":
+            shorter = 1 << (n * SHORTER_BYTES // case.original_bytes).bit_length() - 1
+            for short in operator_rows(make, shorter, names, dtype, device, limits, seconds):
+                if short["status"] == "ok" and short["implementation"] in steps:
+                    row = rows[short["implementation"]]
+                    row["original"] = short["original"] | {"shortened": original["reason"]}
+                    row["ratio_original"] = short["ratio_original"]
     return list(rows.values())
+
+
+def add_times(contest, rows, steps, original, original_step, seconds):
+    """Times the steps in turns, with the original's if there is one, and measures memory."""
+    if original_step is not None:
+        steps = steps | {"original": original_step}
+    for name, timing in contest.times(steps, seconds).items():
+        with steps[name].surroundings():
+            timing["peak_bytes"] = peak_bytes(steps[name].forward_backward, contest.device)
+        (original if name == "original" else rows[name]).update(timing)
+    for row in rows.values():
+        if row["status"] == "ok":
+            row["original"] = original
+            if original_step is not None:
+                row["ratio_original"] = ratios(original, row)
 
 
 def judge_original(contest, exam, dtype):
@@ -146,7 +154,7 @@ def judge_original(contest, exam, dtype):
     baseline = {"package": case.package, "n": contest.inputs[0].shape[1], "status": "fails"}
     if case.original_bytes > ORIGINAL_BYTES:
         return baseline | {"status": "too large",
-                           "reason": f"it needs about {case.original_bytes / 1e9:.0f} GB"}, None
+                           "reason": f"needs about {case.original_bytes / 1e9:.0f} GB"}, None
     for attempt in (dtype, torch.float32) if dtype in HALF else (dtype,):
         try:
             step = contest.original(attempt)

@@ -11,10 +11,12 @@ is wrong is red and carries no time.
 
 import argparse
 import functools
+import importlib.util
 import logging
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import timing  # before torch: it quiets torch's profiler
 import torch
@@ -66,6 +68,10 @@ def arguments(argv):
         parser.error(f"--device must be cpu or cuda, got {options.device}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch finds no GPU here")
+    if options.text and not Path(options.text).is_file():
+        parser.error(f"--text: no file {options.text}")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     options.seq = sorted(set(options.seq))
     return options
 

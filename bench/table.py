@@ -60,7 +60,7 @@ def heading(h, s):
     flags = " ".join(h["cpu_flags"]) or "flags unknown"
     lines = [
         f"# fastmix on {h['device']}", "",
-        f"CPU: {h['cpu']}, {h['cores']} cores, {h['threads']} threads, {flags}",
+        f"CPU: {h['cpu']}, {h['cores']} cores, {h['threads']} used, {flags}",
         f"torch {h['torch']}, triton {h['triton']}, python {h['python']}, "
         f"compiler {h['compiler']}, fastmix {h['fastmix']}, commit {h['commit']}",
         f"measured: copy {h['copy_gb_s']:.1f} GB/s (read + write), "
@@ -106,8 +106,10 @@ def significant(x):
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
 
-def pair(values, form=significant):
-    return " / ".join(form(values[mode]) for mode in MODES)
+def number(value, scale=1):
+    """One number, or one of each mode."""
+    values = [value[mode] for mode in MODES] if isinstance(value, dict) else [value]
+    return " / ".join(significant(v / scale) for v in values)
 
 
 def name(row, notes):
@@ -126,29 +128,25 @@ def time(key):
 def against(baseline):
     def cell(row, notes):
         other = row.get(baseline)
+        if row["status"] in BAD:
+            return "–"
         if other is None:
-            return "left out" if row["status"] == "ok" else "–"
-        mark = ""
+            return "left out"
+        marks = ""
         if other.get("n", row["n"]) != row["n"]:
-            mark = notes.mark(f"the original is not run at n={row['n']}: {other['reason']}; "
-                              f"both sides at n={other['n']}")
-        elif other.get("reason"):
-            mark = notes.mark(other["reason"])
+            marks += notes.mark(f"both sides at n={other['n']}, because the original "
+                                f"{row['original']['shortened']} at n={row['n']}")
+        if other.get("reason"):
+            marks += notes.mark(other["reason"])
         value = row.get(f"ratio_{baseline}")
-        if value is None:
-            return f"{other['status']} {mark}".strip()
-        return f"{pair(value) if isinstance(value, dict) else significant(value)} {mark}".strip()
+        shown = other["status"] if value is None else number(value)
+        return f"{shown} {marks}".strip()
     return cell
 
 
 def rate(key, scale=1):
     def cell(row, notes):
-        if key not in row:
-            return "–"
-        values = row[key]
-        if not isinstance(values, dict):
-            return significant(values / scale)
-        return pair({mode: values[mode] / scale for mode in MODES})
+        return number(row[key], scale) if key in row else "–"
     return cell
 
 
@@ -201,8 +199,8 @@ TRAINING = [("model", name), *WHO[1:], ("step ms", time("step_ms")),
             ("ktoken/s", rate("tokens_per_s", 1e3)), ("× original", against("original")),
             ("× compiled", against("compiled"))]
 LEARNING = [("model", name), *WHO[1:], ("result", verdict), ("off by", errors("errors")),
-            ("allowed", errors("limits")), ("peak MB", memory()),
-            ("original MB", memory("original"))]
+            ("allowed", errors("limits")), ("original's", errors("errors", "original")),
+            ("peak MB", memory()), ("original MB", memory("original"))]
 
 
 def write_json(report, path):

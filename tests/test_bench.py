@@ -14,7 +14,7 @@ from fastmix import ops
 
 BENCH = Path(__file__).parents[1] / "bench"
 SMALL = ["--seq", "64", "--dim", "32", "--heads", "2", "--device", "cpu"]
-ROWS = {"linear_scan", "gate_loop 32×1", "gate_loop 2×16", "decay_conv", "fft_conv",
+ROWS = {"linear_scan complex", "gate_loop 32×1", "gate_loop 2×16", "decay_conv", "fft_conv",
         "windowed_sgu w=128", "causal_sgu", "cumulative_mean"}
 MODELS = {"MetaformerGPT", "GatedExponentialSmoothingLM", "GatedDsConvLM", "gMLPGPT",
           "GateLoopTransformer"}
@@ -180,7 +180,10 @@ def test_original_that_needs_too_much_memory(uncompiled, monkeypatch, capsys):
     assert diagonal["original"]["n"] == 64
     # 11 complex64 arrays of 64 × 2 × 16 × 16 make 2.9 MB.
     assert matrix["original"]["n"] == 8 and matrix["ratio_original"]["forward"] > 0
-    assert "not run at n=64" in capsys.readouterr().out
+    assert "both sides at n=8, because the original needs about" in capsys.readouterr().out
+    matrix["compiled"] = {"status": "fails to compile", "n": 8, "reason": "no pencil"}
+    import table
+    assert "fails to compile [1][2]" in table.text(report, colour=False)
 
 
 def test_compiled_original(run):
@@ -219,8 +222,10 @@ def test_turns_and_peak(monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--heads", "3"], "--dim must be divisible"), (["--seq", "0"], "at least 1"),
-    (["--check", "--plot", "x.png"], "--check takes no times")])
-def test_bad_flags(run, capsys, flags, message):
+    (["--check", "--plot", "x.png"], "--check takes no times"), (["--text", "/no/such"], "no file"),
+    (["--plot", "x.png"], "needs matplotlib")])
+def test_bad_flags(run, monkeypatch, capsys, flags, message):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as error:
         run(*flags)
     assert error.value.code == 2 and message in capsys.readouterr().err

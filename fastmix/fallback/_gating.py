@@ -16,6 +16,12 @@ def compute_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def row_blocks(n):
+    """(first row, end) of the blocks in which a lower triangle of n rows is multiplied."""
+    step = max(64, -(-n // 8))
+    return [(i, min(i + step, n)) for i in range(0, n, step)]
+
+
 def cast(tensor, dtype):
     return None if tensor is None else tensor.to(dtype)
 

@@ -1,8 +1,11 @@
-"""windowed_sgu in plain torch: one batched matmul per slab of windows.
+"""windowed_sgu in plain torch: two batched matmuls per slab of windows.
 
-The gates of windows i-1 and i are consecutive rows, so an overlapping view hands the
-matmul its doubled windows. Slabs of a few megabytes keep everything between the layer
-norm and the product in cache.
+A slab of the normed gate is laid out with its windows as columns. Without the last
+window it is what a slab mixes of previous windows, without the first what it mixes of
+their own: two views, no doubled gate. Slabs of a few megabytes stay in cache from the
+layer norm to the product.
+
+Layouts: rows (b, steps, c), windows (h, w, b, count, d).
 """
 
 import torch
@@ -17,112 +20,142 @@ def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activat
     """x (b, n, 2c), weight (h, w, 2w), bias (h, w), gate_residual (b, n, c) → (b, n, c)."""
     b, n, c = x.shape[0], x.shape[1], x.shape[2] // 2
     dtype = _gating.compute_dtype(x)
-    weight, bias = _parameters(weight, bias, n, dtype)
+    matrices, bias = _parameters(weight, bias, n, dtype)
+    h, w = bias.shape
     pieces = []
-    for batch, start, stop in _slabs(b, n, c, weight):
-        gate = x[batch, max(start - weight.shape[1], 0) : stop, c:].to(dtype)
+    for batch, start, stop in _slabs(b, n, c, matrices[0]):
+        before = min(start, (len(matrices) - 1) * w)
+        gate = x[batch, start - before : stop, c:].to(dtype)
         gate = _gating.normalize(gate, norm_weight, norm_bias, eps)[0]
-        mixed = _mix(_columns(gate, stop - start, weight), weight, bias, gate, stop - start)
+        mixed = _mix(_gate_windows(gate, before, matrices), matrices, bias)
         if gate_residual is not None:
-            mixed = mixed + gate_residual[batch, start:stop].to(dtype)
-        out = _gating.finish(mixed, x[batch, start:stop, :c].to(dtype), activation)
-        pieces.append(out.to(x.dtype).flatten(0, 1))
-    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return out.unflatten(0, (b, n))
+            mixed = mixed + _windows(gate_residual[batch, start:stop].to(dtype), h, w)
+        res = _windows(x[batch, start:stop, :c].to(dtype), h, w)
+        out = _gating.finish(mixed, res, activation).to(x.dtype)
+        pieces.append(out.permute(2, 3, 1, 0, 4).flatten(0, 1))
+    out = torch.cat(pieces).unflatten(0, (b, -(-n // w)))
+    return out.flatten(3).flatten(1, 2)[:, :n].contiguous()
 
 
 def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
     """grad (b, n, c) → dx, dweight, dbias, dnorm_weight, dnorm_bias, dgate_residual.
 
-    From the last slab to the first, because a window's gate also feeds the next window:
-    the gradient of the first window's mixture is handed on as `later`.
+    From the last slab to the first, because a gate also feeds the next window: the
+    gradient of a slab's first mixture is handed on as `later`.
     """
     b, n, c = grad.shape
     dtype = _gating.compute_dtype(x)
-    full_weight, full_bias = weight, bias
-    weight, bias = _parameters(weight, bias, n, dtype)
-    h, w, span = weight.shape
-    back = span - w
-    transposed = weight.unflatten(2, (-1, w)).flip(2).permute(0, 3, 2, 1).flatten(2)
-    dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    matrices, used_bias = _parameters(weight, bias, n, dtype)
+    h, w = used_bias.shape
+    back = len(matrices) - 1
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dresidual = None if gate_residual is None else torch.empty_like(gate_residual)
-    dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
+    dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device)
+    dbias = torch.zeros(bias.shape, dtype=dtype, device=x.device)
     dnorm = [None if t is None else torch.zeros(c, dtype=dtype, device=x.device)
              for t in (norm_weight, norm_bias)]
-    for batch, start, stop in reversed(_slabs(b, n, c, weight)):
-        length, before = stop - start, min(start, back)
-        gate = x[batch, start - before : stop, c:].to(dtype)
+    for batch, start, stop in reversed(_slabs(b, n, c, matrices[0])):
+        before, length = min(start, back * w), stop - start
+        gate = x[batch, start - before : stop, c:].to(dtype).contiguous()
         normed, *statistics = _gating.normalize(gate, norm_weight, norm_bias, eps)
-        columns = _columns(normed, length, weight)
-        dmixed = grad[batch, start:stop].to(dtype)
-        if activation != "none":
-            mixed = _mix(columns, weight, bias, gate, length)
+        windows = _gate_windows(normed, before, matrices)
+        dmixed = _windows(grad[batch, start:stop].to(dtype), h, w)
+        if activation == "none":
+            dx[batch, start:stop, :c] = 0
+        else:
+            mixed = _mix(windows, matrices, used_bias)
             if gate_residual is not None:
-                mixed += gate_residual[batch, start:stop].to(dtype)
-            res = x[batch, start:stop, :c].to(dtype)
-            dmixed, dx[batch, start:stop, :c] = _gating.finish_backward(
-                dmixed, mixed, res, activation)
+                mixed += _windows(gate_residual[batch, start:stop].to(dtype), h, w)
+            res = _windows(x[batch, start:stop, :c].to(dtype), h, w)
+            dmixed, dres = _gating.finish_backward(dmixed, mixed, res, activation)
+            dx[batch, start:stop, :c] = _rows(dres)[:, :length]
         if gate_residual is not None:
-            dresidual[batch, start:stop] = dmixed
+            dresidual[batch, start:stop] = _rows(dmixed)[:, :length]
         if stop == n:
-            later = dmixed.new_zeros(gate.shape[0], back, c)
-        dmixed = torch.cat([F.pad(dmixed, (0, 0, 0, -length % w)), later], dim=1)
-        later = dmixed[:, :back]
-        dcolumns = _columns(dmixed, dmixed.shape[1] - back, weight)
-        dweight.baddbmm_(dcolumns[:, :w], columns.mT)
-        dbias += dcolumns[:, :w].sum(dim=-1)
-        dnormed = _rows(torch.bmm(transposed, dcolumns), gate, length)
+            later = torch.zeros_like(dmixed[..., :back, :])
+        columns = dmixed.shape[2:]
+        dmixed = torch.cat([dmixed, later], dim=3)
+        later = dmixed[..., :back, :]
+        grads = _runs(dmixed, matrices)
+        runs, dmatrices = _runs(windows, matrices), _parts(dweight, n)
+        dnormed = torch.zeros_like(grads[0])
+        if back:
+            dmatrices[0].baddbmm_(grads[0], runs[0].mT)
+            torch.bmm(matrices[0].mT, grads[1], out=dnormed)
+        for i, j in _gating.row_blocks(w):
+            dmatrices[-1][:, i:j, :j].baddbmm_(grads[0][:, i:j], runs[-1][:, :j].mT)
+            dnormed[:, i:j].baddbmm_(matrices[-1][:, i:, i:j].mT, grads[0][:, i:])
+        dbias[:, :w] += grads[0].sum(dim=-1)
+        dnormed = _rows(dnormed.unflatten(2, columns))[:, :length]
         dx[batch, start:stop, c:], *parts = _gating.normalize_backward(
             dnormed, gate[:, before:], *(s[:, before:] for s in statistics),
             norm_weight, norm_bias)
         for total, part in zip(dnorm, parts):
             if total is not None:
                 total += part
-    full = full_weight.shape[1]
-    dweight = F.pad(dweight.tril(back), (full - back, full - w, 0, full - w))
-    dbias = F.pad(dbias, (0, full - w))
-    return (dx, dweight.to(full_weight.dtype), dbias.to(full_bias.dtype),
+    _parts(dweight, n)[-1].tril_()
+    return (dx, dweight.to(weight.dtype), dbias.to(bias.dtype),
             _gating.cast_like(dnorm[0], norm_weight), _gating.cast_like(dnorm[1], norm_bias),
             dresidual)
 
 
+def _parts(weight, n):
+    """weight (h, w, 2w) → what it mixes of the previous and of the own window, (h, w, w) each.
+
+    Of a window that n steps do not exceed only the first n rows of the latter, (h, n, n).
+    """
+    w = weight.shape[1]
+    return [weight[..., :w], weight[..., w:]] if n > w else [weight[:, :n, w : w + n]]
+
+
 def _parameters(weight, bias, n, dtype):
-    """weight and bias, masked. Of a first window that is all there is, (h, n, n) and (h, n)."""
-    w = weight.shape[1]
-    if n <= w:
-        return weight[:, :n, w : w + n].to(dtype).tril(), bias[:, :n].to(dtype)
-    return weight.to(dtype).tril(w), bias.to(dtype)
+    """→ the parts of the weight, masked, and the bias they go with."""
+    *previous, own = (part.to(dtype) for part in _parts(weight, n))
+    return [*previous, own.tril()], bias[:, :n].to(dtype)
 
 
-def _slabs(b, n, c, weight):
-    """(batch slice, first time step, end): whole sequences, or some windows of one."""
-    w = weight.shape[1]
-    size = max(SLAB, weight.numel())
+def _slabs(b, n, c, matrix):
+    """(batch slice, first step, end): some whole sequences, or some windows of one."""
+    w = matrix.shape[1]
+    size = max(SLAB, matrix.numel())
     sequences, steps = max(1, size // (n * c)), max(1, size // (w * c)) * w
     return [(slice(i, i + sequences), t, min(t + steps, n))
             for i in range(0, max(b, 1), sequences) for t in range(0, n, steps)]
 
 
-def _columns(rows, length, weight):
-    """rows (b, previous window + length, c) → (h, 2w, b · windows · d).
-
-    Rows that are missing in the previous or in the last window are zeros.
-    """
-    h, w, span = weight.shape
-    missing, ragged = span - w + length - rows.shape[1], -length % w
-    if missing or ragged:
-        rows = F.pad(rows, (0, 0, missing, ragged))
-    windows = rows.unfold(1, span, w).unflatten(2, (h, -1))
-    return windows.permute(2, 4, 0, 1, 3).flatten(2)
+def _windows(rows, h, w):
+    """(b, steps, c) → (h, w, b, count, d), the last window filled up with zeros."""
+    missing = -rows.shape[1] % w
+    rows = F.pad(rows, (0, 0, 0, missing)) if missing else rows
+    return rows.unflatten(2, (h, -1)).unflatten(1, (-1, w)).permute(3, 2, 0, 1, 4)
 
 
-def _rows(columns, like, length):
-    """(h, w, b · windows · d) → (b, length, c), with b and c of `like`."""
-    h, w, _ = columns.shape
-    b, _, c = like.shape
-    windows = columns.unflatten(2, (b, -(-length // w), c // h))
-    return windows.permute(2, 3, 1, 0, 4).flatten(3).flatten(1, 2).contiguous()[:, :length]
+def _rows(windows):
+    """(h, w, b, count, d) → (b, count · w, c)."""
+    return windows.permute(2, 3, 1, 0, 4).flatten(3).flatten(1, 2)
 
 
-def _mix(columns, weight, bias, like, length):
-    return _rows(torch.baddbmm(bias[..., None], weight, columns), like, length)
+def _gate_windows(gate, before, matrices):
+    """gate (b, before + steps, c) → its windows, after one of zeros for a first window."""
+    h, w, _ = matrices[0].shape
+    missing = (len(matrices) - 1) * w - before
+    gate = F.pad(gate, (0, 0, missing, 0)) if missing else gate
+    return _windows(gate, h, w).contiguous()
+
+
+def _runs(windows, matrices):
+    """windows → (h, w, columns): of two matrices all but the last window, all but the first."""
+    count = windows.shape[3] - len(matrices) + 1
+    return [windows[..., i : i + count, :].flatten(2) for i in range(len(matrices))]
+
+
+def _mix(windows, matrices, bias):
+    """→ (h, w, b, count, d), without the gate's first window if there are two matrices."""
+    runs = _runs(windows, matrices)
+    mixed = bias[..., None]
+    if len(matrices) == 2:
+        mixed = torch.baddbmm(mixed, matrices[0], runs[0])
+    mixed = torch.cat([torch.baddbmm(mixed[:, i:j], matrices[-1][:, i:j, :j], runs[-1][:, :j])
+                       for i, j in _gating.row_blocks(bias.shape[1])], dim=1)
+    _, _, b, count, d = windows.shape
+    return mixed.unflatten(2, (b, count - len(matrices) + 1, d))
