@@ -16,7 +16,8 @@ from rows import HALF, compile_function, forced, implementations, name_of, reaso
 from timing import peak_bytes, side_by_side
 
 DEPTH = 1
-COMPILE_SECONDS = 40  # cold torch.compile of an original model, two cores
+ROW_SECONDS = 15       # that a row may take
+COMPILE_SECONDS = 25   # and a cold torch.compile of its original with the timing, two cores
 VOCABULARY = 256  # bytes
 # Of losses and of gradients; a half type may also be twice as far from float32 as the original
 # is in that type. Some gradients are small differences of large terms.

@@ -37,8 +37,8 @@ def draw(report, path):
         legend(upper, panels[0], colours)
         share_of_limit(lower.subplots(), timed, colours)
         h, s = report["header"], report["settings"]
-        upper.suptitle(f"fastmix on {h['device']}, {h['threads']} CPU cores used · batch {s['batch']}, "
-                       f"width {s['dim']}, {s['heads']} heads, {s['dtype']}",
+        upper.suptitle(f"fastmix on {h['device']}, {h['threads']} CPU cores used · "
+                       f"batch {s['batch']}, width {s['dim']}, {s['heads']} heads, {s['dtype']}",
                        x=0.01, ha="left", weight="bold", size=12)
         figure.savefig(path, dpi=160, facecolor="white")
         plt.close(figure)

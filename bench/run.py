@@ -30,7 +30,8 @@ from progress import Progress
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CAUSAL_STEPS = 2048
-SECONDS = 1.5  # to time a row for, in either direction
+SECONDS = 1.5      # to time a row for, forward and again with backward
+ROW_SECONDS = 10   # that a row may take in all
 
 
 def arguments(argv):
@@ -49,8 +50,8 @@ def arguments(argv):
                         "default the one that runs here")
     parser.add_argument("--text", help="file whose bytes the models learn; by default the "
                         "sources of Python's standard library")
-    parser.add_argument("--minutes", type=float, help="start nothing new after this time; by "
-                        "default 2.5, and more for sequences beyond 8192 in all")
+    parser.add_argument("--minutes", type=float, help="leave out what would not end by then; "
+                        "by default 2.75, and more in proportion beyond 8192 tokens")
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--csv", metavar="PATH")
     parser.add_argument("--plot", metavar="PATH")
@@ -77,14 +78,14 @@ def arguments(argv):
 
 
 class Schedule:
-    """Announces each piece of work, and refuses it once the time is over."""
+    """Announces each piece of work, and refuses what would not end in time."""
 
     def __init__(self, minutes):
         self.end = time.monotonic() + 60 * minutes
         self.progress = Progress()
         self.refused = []
 
-    def allows(self, what, seconds=0):
+    def allows(self, what, seconds):
         if time.monotonic() + seconds > self.end:
             self.refused.append(what)
             return False
@@ -125,7 +126,7 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     seconds = 0 if options.check else SECONDS
-    minutes = options.minutes or 2.5 * max(1, sum(options.seq) * options.batch / 8192)
+    minutes = options.minutes or 2.75 * max(1, sum(options.seq) * options.batch / 8192)
     cases = chosen_cases(options)
     courses = [models.Course(name, options.batch, n, options.dim, options.heads, options.text,
                              dtype, device)
@@ -133,7 +134,7 @@ def main(argv=None):
     lengths = shorter(options.seq[0]) if options.plot and len(options.seq) == 1 else []
     schedule = Schedule(float("inf") if options.check else minutes)
     schedule.progress.total = 1 + (len(cases) + len(courses)) * (1 if options.check else 2) + (
-        len(cases) * len(lengths))
+        len(cases) if lengths else 0)
 
     schedule.progress("measuring the machine")
     header = machine.header(device, dtype)
@@ -141,24 +142,26 @@ def main(argv=None):
               "curve": [], "left_out": []}
     compilations = []  # (seconds it may take, what, the work)
     for name, make, n in cases:
-        if schedule.allows(f"{name} n={n}"):
+        if schedule.allows(f"{name} n={n}", ROW_SECONDS):
             found = rows.operator_rows(make, n, options.impl, dtype, device, header, seconds)
             report["operators"] += found
             compilations.append((
                 make(1).compile_seconds, f"compiled original of {found[0]['row']} n={n}",
                 functools.partial(rows.add_compiled, make, found, options.impl, dtype, device)))
     for course in courses:
-        if schedule.allows(f"{course.name} n={course.n}"):
+        if schedule.allows(f"{course.name} n={course.n}", models.ROW_SECONDS):
             found = models.model_rows(course, options.impl, 2 * seconds)
             report["models"] += found
             compilations.append((
                 models.COMPILE_SECONDS, f"compiled original of {course.name} n={course.n}",
                 functools.partial(models.add_compiled, course, found, options.impl)))
-    for name, make, n in cases:
-        for length in lengths:
-            if length < n and schedule.allows(f"{name} n={length}, for the plot"):
-                report["curve"] += rows.operator_rows(
-                    make, length, options.impl, dtype, device, header, seconds / 4)
+    for name, make, n in cases if lengths else []:
+        if schedule.allows(f"{name} at shorter lengths", ROW_SECONDS):
+            for length in lengths:
+                if length < n:
+                    report["curve"] += rows.operator_rows(
+                        make, length, options.impl, dtype, device, header, seconds / 4,
+                        shorten=False)
     for needed, what, work in [] if options.check else sorted(compilations, key=lambda job: job[0]):
         if schedule.allows(what, needed):
             work(seconds)

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+STEP = 64  # the fewest rows of a block
+
 ACTIVATIONS = {
     "identity": lambda x: x,
     "tanh": torch.tanh,
@@ -18,7 +20,7 @@ def compute_dtype(x):
 
 def row_blocks(n):
     """(first row, end) of the blocks in which a lower triangle of n rows is multiplied."""
-    step = max(64, -(-n // 8))
+    step = max(STEP, -(-n // 8))
     return [(i, min(i + step, n)) for i in range(0, n, step)]
 
 

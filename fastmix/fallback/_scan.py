@@ -11,12 +11,13 @@ import torch
 # Sequences this short are scanned step by step.
 DIRECT = 16
 
-# Real numbers in a stretch's largest temporary.
+# Real numbers in a stretch's temporaries: 8 MB in float32. An allocator hands blocks of that
+# size out again and again, while larger ones come fresh from the system, page by page.
 STRETCH = 1 << 21
 
 
 def stretches(n, per_step, multiple):
-    """Slices of time that cover n, each but the last a multiple of `multiple` long."""
+    """Slices of time that cover n, each but the last a multiple of `multiple` (or 64) long."""
     multiple = multiple or 64
     length = max(STRETCH // max(per_step * multiple, 1), 4) * multiple
     return [slice(start, min(start + length, n)) for start in range(0, n, length)]
@@ -71,7 +72,7 @@ def scan(gates, inputs, initial, reverse=False):
         return torch.stack(_steps(gates, inputs, 1, initial, reverse), dim=1)
     constant = gates.shape[1] == 1
     # The error of one gate's power is the same in every chunk and adds up: few chunks then.
-    length = 1 << (math.isqrt(n).bit_length() if constant
+    length = 1 << (math.isqrt(n - 1).bit_length() if constant
                    else math.isqrt(n // 3).bit_length() - 1)
     chunks = n // length
     rest = n - chunks * length

@@ -1,65 +1,56 @@
-"""causal_sgu in plain torch: row blocks of the lower triangle, without a masked copy.
+"""causal_sgu in plain torch: row blocks of the lower triangle, no masked copy of the weight.
 
-A block of rows is one product with everything before it and one with the triangle on
-the diagonal.
+A block of rows is a product with all steps before it and one with its own triangle.
+Layouts: rows (b, n, c), columns (h, n, b · d).
 """
 
 import torch
 
 from fastmix.fallback import _gating
 
-BLOCK = 512
-
 
 def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
     """x (b, n, 2c), weight (h, s, s), bias (h, s), gate_residual (b, n, c) → (b, n, c)."""
-    n, c = x.shape[1], x.shape[2] // 2
+    c = x.shape[2] // 2
     dtype = _gating.compute_dtype(x)
     gate = _gating.normalize(x[..., c:].to(dtype), norm_weight, norm_bias, eps)[0]
-    columns = _columns(gate, weight.shape[0])
-    pieces = []
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        mixed = _mix(columns, weight, bias, gate, start, stop)
-        if gate_residual is not None:
-            mixed = mixed + gate_residual[:, start:stop].to(dtype)
-        out = _gating.finish(mixed, x[:, start:stop, :c].to(dtype), activation)
-        pieces.append(out.to(x.dtype))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    mixed = _rows(_mix(_columns(gate, weight.shape[0]), weight, bias), gate)
+    if gate_residual is not None:
+        mixed = mixed + gate_residual.to(dtype)
+    return _gating.finish(mixed, x[..., :c].to(dtype), activation).to(x.dtype)
 
 
 def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
     """grad (b, n, c) → dx, dweight, dbias, dnorm_weight, dnorm_bias, dgate_residual."""
-    b, n, c = grad.shape
-    h = weight.shape[0]
+    n, c = grad.shape[1:]
     dtype = _gating.compute_dtype(x)
-    gate = x[..., c:].to(dtype)
+    gate = x[..., c:].to(dtype).contiguous()
     normed, *statistics = _gating.normalize(gate, norm_weight, norm_bias, eps)
-    columns = _columns(normed, h)
-    dcolumns = torch.zeros_like(columns)
-    dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
-    dresidual = None if gate_residual is None else torch.empty_like(gate_residual)
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        dmixed = grad[:, start:stop].to(dtype)
-        if activation != "none":
-            mixed = _mix(columns, weight, bias, gate, start, stop)
-            if gate_residual is not None:
-                mixed = mixed + gate_residual[:, start:stop].to(dtype)
-            res = x[:, start:stop, :c].to(dtype)
-            dmixed, dx[:, start:stop, :c] = _gating.finish_backward(
-                dmixed, mixed, res, activation)
+    columns = _columns(normed, weight.shape[0])
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dmixed = grad.to(dtype)
+    if activation == "none":
+        dx[..., :c] = 0
+    else:
+        mixed = _rows(_mix(columns, weight, bias), gate)
         if gate_residual is not None:
-            dresidual[:, start:stop] = dmixed
-        block = _columns(dmixed, h)
-        before, triangle = _block(weight, start, stop, dtype)
-        dcolumns[:, start:stop].baddbmm_(triangle.mT, block)
-        dcolumns[:, :start].baddbmm_(before.mT, block)
-        dweight[:, start:stop, start:stop] = block.bmm(columns[:, start:stop].mT).tril()
-        dweight[:, start:stop, :start] = block.bmm(columns[:, :start].mT)
-        dbias[:, start:stop] = block.sum(dim=-1)
-    dnormed = _rows(dcolumns, gate)
+            mixed += gate_residual.to(dtype)
+        dmixed, dx[..., :c] = _gating.finish_backward(
+            dmixed, mixed, x[..., :c].to(dtype), activation)
+        del mixed
+    dresidual = None if gate_residual is None else dmixed.to(gate_residual.dtype).contiguous()
+    dmixed = _columns(dmixed, weight.shape[0])
+    dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
+    dbias[:, :n] = dmixed.sum(dim=-1)
+    parts = []
+    for i, j in _gating.row_blocks(n):
+        part = torch.bmm(_triangle(weight, i, j, dtype).mT, dmixed[:, i:j])
+        if j < n:
+            part.baddbmm_(weight[:, j:n, i:j].to(dtype).mT, dmixed[:, j:])
+        parts.append(part)
+        dweight[:, i:j, :j] = torch.bmm(dmixed[:, i:j], columns[:, :j].mT)
+        dweight[:, i:j, i:j].tril_()
+    dnormed = _rows(torch.cat(parts, dim=1), gate)
     dx[..., c:], dnorm_weight, dnorm_bias = _gating.normalize_backward(
         dnormed, gate, *statistics, norm_weight, norm_bias)
     return (dx, dweight, dbias, _gating.cast_like(dnorm_weight, norm_weight),
@@ -72,21 +63,23 @@ def _columns(rows, h):
 
 
 def _rows(columns, like):
-    """(h, n, b · d) → (b, n, c), with b and c of `like`."""
-    h, b, c = columns.shape[0], like.shape[0], like.shape[2]
-    return columns.unflatten(2, (b, c // h)).permute(2, 1, 0, 3).flatten(2).contiguous()
+    """(h, n, b · d) → (b, n, c), contiguous, with b and c of `like`."""
+    windows = columns.unflatten(2, (like.shape[0], like.shape[2] // columns.shape[0]))
+    return windows.permute(2, 1, 0, 3).flatten(2).contiguous()
 
 
-def _block(weight, start, stop, dtype):
-    """Rows start … stop of the weight: what lies before the diagonal block, and its triangle."""
-    rows = weight[:, start:stop]
-    return rows[..., :start].to(dtype), rows[..., start:stop].to(dtype).tril()
+def _triangle(weight, i, j, dtype):
+    return weight[:, i:j, i:j].to(dtype).tril()
 
 
-def _mix(columns, weight, bias, like, start, stop):
-    before, triangle = _block(weight, start, stop, columns.dtype)
-    mixed = torch.baddbmm(bias[:, start:stop, None].to(columns.dtype),
-                          triangle, columns[:, start:stop])
-    if start:
-        mixed = torch.baddbmm(mixed, before, columns[:, :start])
-    return _rows(mixed, like)
+def _mix(columns, weight, bias):
+    """columns (h, n, b · d) → (h, n, b · d)."""
+    dtype = columns.dtype
+    blocks = []
+    for i, j in _gating.row_blocks(columns.shape[1]):
+        mixed = torch.baddbmm(bias[:, i:j, None].to(dtype), _triangle(weight, i, j, dtype),
+                              columns[:, i:j])
+        if i > 0:
+            mixed = torch.baddbmm(mixed, weight[:, i:j, :i].to(dtype), columns[:, :i])
+        blocks.append(mixed)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)

@@ -1,4 +1,4 @@
-"""windowed_sgu in plain torch: two batched matmuls per slab of windows.
+"""windowed_sgu in plain torch: batched matmuls over slabs of windows.
 
 A slab of the normed gate is laid out with its windows as columns. Without the last
 window it is what a slab mixes of previous windows, without the first what it mixes of
@@ -49,7 +49,8 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
     h, w = used_bias.shape
     back = len(matrices) - 1
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dresidual = None if gate_residual is None else torch.empty_like(gate_residual)
+    dresidual = None if gate_residual is None else torch.empty(
+        grad.shape, dtype=gate_residual.dtype, device=x.device)
     dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device)
     dbias = torch.zeros(bias.shape, dtype=dtype, device=x.device)
     dnorm = [None if t is None else torch.zeros(c, dtype=dtype, device=x.device)
@@ -80,11 +81,14 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
         runs, dmatrices = _runs(windows, matrices), _parts(dweight, n)
         dnormed = torch.zeros_like(grads[0])
         if back:
-            dmatrices[0].baddbmm_(grads[0], runs[0].mT)
-            torch.bmm(matrices[0].mT, grads[1], out=dnormed)
+            dmatrices[0] += torch.bmm(grads[0], runs[0].mT)
+            dnormed = torch.bmm(matrices[0].mT, grads[1])
+        blocks = []
         for i, j in _gating.row_blocks(w):
-            dmatrices[-1][:, i:j, :j].baddbmm_(grads[0][:, i:j], runs[-1][:, :j].mT)
-            dnormed[:, i:j].baddbmm_(matrices[-1][:, i:, i:j].mT, grads[0][:, i:])
+            dmatrices[-1][:, i:j, :j] += torch.bmm(grads[0][:, i:j], runs[-1][:, :j].mT)
+            blocks.append(torch.baddbmm(
+                dnormed[:, i:j], matrices[-1][:, i:, i:j].mT, grads[0][:, i:]))
+        dnormed = torch.cat(blocks, dim=1)
         dbias[:, :w] += grads[0].sum(dim=-1)
         dnormed = _rows(dnormed.unflatten(2, columns))[:, :length]
         dx[batch, start:stop, c:], *parts = _gating.normalize_backward(
