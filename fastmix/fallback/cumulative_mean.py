@@ -14,10 +14,10 @@ def _count(at, x, wide):
 def forward(x):
     """x (b, n, …), real → y (b, n, …)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    total = torch.zeros_like(x[:, :1], dtype=wide)
-    means = []
+    total, means = None, []
     for at in stretches(x.shape[1], x[:, 0].numel(), 1):
-        sums = total + x[:, at].cumsum(1, dtype=wide)
+        sums = x[:, at].cumsum(1, dtype=wide)
+        sums = sums if total is None else sums + total
         total = sums[:, -1:]
         means.append((sums / _count(at, x, wide)).to(x.dtype))
     return joined(means)

@@ -13,7 +13,7 @@ SLAB = 1 << 20  # real numbers of a padded slab
 TOEPLITZ = 128  # the longest input for which n² products beat the FFT
 
 
-def forward(x, kernel, reverse):
+def forward(x, kernel):
     """x (b, n, h, d), kernel (b, m, h) or (m, h) → y (b, n, h, d)."""
     if x.numel() == 0:
         return (x * kernel.sum()).contiguous()
@@ -22,27 +22,27 @@ def forward(x, kernel, reverse):
     batches, channels = _slabs(x, kernel)
     rows = []
     for batch in batches:
-        pieces = [convolve(*_cut(x, kernel, batch, *c), reverse).to(x.dtype).flatten(2)
+        pieces = [convolve(*_cut(x, kernel, batch, *c)).to(x.dtype).flatten(2)
                   for c in channels]
         rows.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1))
     y = rows[0] if len(rows) == 1 else torch.cat(rows)
     return y.unflatten(-1, x.shape[2:])
 
 
-def backward(grad, x, kernel, reverse):
+def backward(grad, x, kernel):
     """grad, x (b, n, h, d) → dx like x, dkernel like kernel."""
     if x.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(kernel)
     used = kernel[..., : x.shape[1], :]
     differentiate = _toeplitz_backward if _is_short(x) else _spectral_backward
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dkernel = torch.zeros(kernel.shape, dtype=_compute_dtype(x, kernel), device=x.device)
+    dkernel = torch.zeros(kernel.shape, dtype=_compute_dtype(x), device=x.device)
     batches, channels = _slabs(x, used)
     for batch in batches:
         for heads, width in channels:
             slab, k = _cut(x, used, batch, heads, width)
             slab_grad, _ = _cut(grad, used, batch, heads, width)
-            dx[batch, :, heads, width], dk = differentiate(slab_grad, slab, k, reverse)
+            dx[batch, :, heads, width], dk = differentiate(slab_grad, slab, k)
             if kernel.ndim == 2:
                 dkernel[: used.shape[-2], heads] += dk.sum(dim=0)
             else:
@@ -54,8 +54,8 @@ def _is_short(x):
     return x.shape[1] <= min(4 * x.shape[3], TOEPLITZ)
 
 
-def _compute_dtype(x, kernel):
-    return torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)
+def _compute_dtype(x):
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _fft_length(n):
@@ -66,7 +66,7 @@ def _fft_length(n):
 def _slabs(x, kernel):
     """Batch slices, and (heads, channels of a head) slices, of about SLAB numbers each."""
     b, n, h, d = x.shape
-    rows = max(32, SLAB // _fft_length(n + kernel.shape[-2]))
+    rows = max(32, SLAB // _fft_length(n + kernel.shape[-2])) // 2 * 2
     d_step = min(d, rows)
     h_step = min(h, max(1, rows // d))
     b_step = max(1, rows // (h * d))
@@ -77,7 +77,7 @@ def _slabs(x, kernel):
 
 def _cut(x, kernel, batch, heads, width):
     """One slab of x (b, n, h, d) and its kernels (b or 1, m, h) in the dtype to compute in."""
-    dtype = _compute_dtype(x, kernel)
+    dtype = _compute_dtype(x)
     kernel = kernel[None] if kernel.ndim == 2 else kernel[batch]
     return x[batch, :, heads, width].to(dtype), kernel[..., heads].to(dtype)
 
@@ -91,13 +91,10 @@ def _transform(x, length):
     return torch.fft.fft(pairs.permute(0, 2, 3, 1), n=length)
 
 
-def _kernel_spectrum(kernel, length, real, conjugate):
-    """kernel (b, m, h) → (b, h, 1, frequencies), conjugate or not."""
-    kernel = kernel.transpose(1, 2).unsqueeze(2)
-    if conjugate:  # an unscaled inverse transform is the conjugate spectrum of real data
-        inverse = torch.fft.ihfft if real else torch.fft.ifft
-        return inverse(kernel, n=length, norm="forward")
-    return (torch.fft.rfft if real else torch.fft.fft)(kernel, n=length)
+def _kernel_spectrum(kernel, length, real):
+    """kernel (b, m, h) → (b, h, 1, frequencies)."""
+    transform = torch.fft.rfft if real else torch.fft.fft
+    return transform(kernel.transpose(1, 2).unsqueeze(2), n=length)
 
 
 def _inverse(spectrum, length, n, real):
@@ -108,23 +105,22 @@ def _inverse(spectrum, length, n, real):
     return torch.view_as_real(pairs).flatten(-2)
 
 
-def _spectral_forward(x, kernel, reverse):
+def _spectral_forward(x, kernel):
     """x (b, n, h, d), kernel (b or 1, m, h) → y (b, n, h, d)."""
     n, real = x.shape[1], x.shape[3] % 2 == 1
     length = _fft_length(n + kernel.shape[1] - 1)
-    spectrum = _transform(x, length) * _kernel_spectrum(kernel, length, real, reverse)
+    spectrum = _transform(x, length) * _kernel_spectrum(kernel, length, real)
     return _inverse(spectrum, length, n, real)
 
 
-def _spectral_backward(grad, x, kernel, reverse):
+def _spectral_backward(grad, x, kernel):
     """grad, x (b, n, h, d), kernel (b or 1, m, h) → dx (b, n, h, d), dkernel (b, m, h)."""
     n, m, real = x.shape[1], kernel.shape[1], x.shape[3] % 2 == 1
     length = _fft_length(n + m - 1)
     grad = _transform(grad, length)
     lags = _transform(x, length).conj_physical_().mul_(grad).sum(dim=2)
-    lags = lags.conj() if reverse else lags
     dkernel = torch.fft.irfft(lags, n=length) if real else torch.fft.ifft(lags).real
-    grad.mul_(_kernel_spectrum(kernel, length, real, not reverse))
+    grad.mul_(_kernel_spectrum(kernel, length, real).conj_physical_())
     dx = _inverse(grad, length, n, real)
     return dx, dkernel[..., :m].transpose(1, 2)
 
@@ -135,19 +131,18 @@ def _toeplitz(kernel, n):
     return lags.unfold(-1, n, 1).flip(-1)
 
 
-def _toeplitz_forward(x, kernel, reverse):
+def _toeplitz_forward(x, kernel, transposed=False):
     """x (b, n, h, d), kernel (b or 1, m, h) → y (b, n, h, d)."""
     matrix = _toeplitz(kernel, x.shape[1])
-    layout = "bhst,bshd->bthd" if reverse else "bhts,bshd->bthd"
+    layout = "bhst,bshd->bthd" if transposed else "bhts,bshd->bthd"
     return torch.einsum(layout, matrix, x).contiguous()
 
 
-def _toeplitz_backward(grad, x, kernel, reverse):
+def _toeplitz_backward(grad, x, kernel):
     """grad, x (b, n, h, d), kernel (b or 1, m, h) → dx (b, n, h, d), dkernel (b, m, h)."""
     n, m = x.shape[1], kernel.shape[1]
-    late, early = (x, grad) if reverse else (grad, x)
-    products = torch.einsum("bthd,bshd->bhts", late, early.flip(1))
+    products = torch.einsum("bthd,bshd->bhts", grad, x.flip(1))
     # rows of 2n read as rows of 2n - 1: each row moves one further, diagonals become columns
     shifted = F.pad(products, (0, n)).flatten(2)[..., : n * (2 * n - 1)]
     dkernel = shifted.unflatten(-1, (n, 2 * n - 1)).sum(dim=2)[..., n - 1 : n - 1 + m]
-    return _toeplitz_forward(grad, kernel, not reverse), dkernel.transpose(1, 2)
+    return _toeplitz_forward(grad, kernel, transposed=True), dkernel.transpose(1, 2)

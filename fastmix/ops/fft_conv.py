@@ -8,8 +8,8 @@ from fastmix.fallback import fft_conv as fallback
 from fastmix.ops._register import Operator
 
 _operator = Operator(
-    "fft_conv", "Tensor x, Tensor kernel, bool reverse", outputs="out",
-    fallback=fallback, fake=lambda x, kernel, reverse: x.new_empty(x.shape),
+    "fft_conv", "Tensor x, Tensor kernel", outputs="out",
+    fallback=fallback, fake=lambda x, kernel: x.new_empty(x.shape),
     batched={"x": 4, "kernel": 3})
 
 
@@ -42,4 +42,4 @@ def fft_conv(x, kernel):
     kernel = match_parameter(where, "kernel", kernel, ("x", x))
     layout = "m h" if kernel.ndim == 2 else "b m h"
     check_length(where, "kernel", check_shape(where, "kernel", kernel, layout, sizes)["m"])
-    return _operator(x, kernel, False)
+    return _operator(x, kernel)
