@@ -3,8 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-STEP = 64  # the fewest rows of a block
-
 ACTIVATIONS = {
     "identity": lambda x: x,
     "tanh": torch.tanh,
@@ -18,9 +16,12 @@ def compute_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def row_blocks(n):
-    """(first row, end) of the blocks in which a lower triangle of n rows is multiplied."""
-    step = max(STEP, -(-n // 8))
+def row_blocks(n, least):
+    """(first row, end) of the blocks in which a lower triangle of n rows is multiplied.
+
+    Up to eight, of at least `least` rows: what they save must outweigh the extra calls.
+    """
+    step = max(least, -(-n // 8))
     return [(i, min(i + step, n)) for i in range(0, n, step)]
 
 

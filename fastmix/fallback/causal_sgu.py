@@ -8,6 +8,8 @@ import torch
 
 from fastmix.fallback import _gating
 
+BLOCK = 128  # the fewest rows of a block of the triangle
+
 
 def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
     """x (b, n, 2c), weight (h, s, s), bias (h, s), gate_residual (b, n, c) → (b, n, c)."""
@@ -43,7 +45,7 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
     dbias[:, :n] = dmixed.sum(dim=-1)
     parts = []
-    for i, j in _gating.row_blocks(n):
+    for i, j in _gating.row_blocks(n, BLOCK):
         part = torch.bmm(_triangle(weight, i, j, dtype).mT, dmixed[:, i:j])
         if j < n:
             part.baddbmm_(weight[:, j:n, i:j].to(dtype).mT, dmixed[:, j:])
@@ -76,7 +78,7 @@ def _mix(columns, weight, bias):
     """columns (h, n, b · d) → (h, n, b · d)."""
     dtype = columns.dtype
     blocks = []
-    for i, j in _gating.row_blocks(columns.shape[1]):
+    for i, j in _gating.row_blocks(columns.shape[1], BLOCK):
         mixed = torch.baddbmm(bias[:, i:j, None].to(dtype), _triangle(weight, i, j, dtype),
                               columns[:, i:j])
         if i > 0:

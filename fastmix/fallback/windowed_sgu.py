@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fastmix.fallback import _gating
 
 SLAB = 1 << 19  # numbers in a slab of the gate, or as many as the weight has
+BLOCK = 64  # the fewest rows of a block of the triangle
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
@@ -84,7 +85,7 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
             dmatrices[0] += torch.bmm(grads[0], runs[0].mT)
             dnormed = torch.bmm(matrices[0].mT, grads[1])
         blocks = []
-        for i, j in _gating.row_blocks(w):
+        for i, j in _gating.row_blocks(w, BLOCK):
             dmatrices[-1][:, i:j, :j] += torch.bmm(grads[0][:, i:j], runs[-1][:, :j].mT)
             blocks.append(torch.baddbmm(
                 dnormed[:, i:j], matrices[-1][:, i:, i:j].mT, grads[0][:, i:]))
@@ -160,6 +161,6 @@ def _mix(windows, matrices, bias):
     if len(matrices) == 2:
         mixed = torch.baddbmm(mixed, matrices[0], runs[0])
     mixed = torch.cat([torch.baddbmm(mixed[:, i:j], matrices[-1][:, i:j, :j], runs[-1][:, :j])
-                       for i, j in _gating.row_blocks(bias.shape[1])], dim=1)
+                       for i, j in _gating.row_blocks(bias.shape[1], BLOCK)], dim=1)
     _, _, b, count, d = windows.shape
     return mixed.unflatten(2, (b, count - len(matrices) + 1, d))
