@@ -1,4 +1,4 @@
-"""Attention-free sequence mixers, fast: see `fastmix.nn`, `fastmix.ops`, `python -m fastmix.env`."""
+"""Attention-free sequence mixers, fast: `fastmix.nn`, `fastmix.ops`, `python -m fastmix.env`."""
 
 import os
 

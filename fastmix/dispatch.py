@@ -70,7 +70,8 @@ def force(implementation):
             if reason is not None:
                 run = run_backward = _refusal(name, implementation, device, reason)
             elif implementation == "fallback":
-                run, run_backward = OPERATORS[name].run_fallback, OPERATORS[name].run_fallback_backward
+                operator = OPERATORS[name]
+                run, run_backward = operator.run_fallback, operator.run_fallback_backward
             else:
                 run, run_backward = importlib.import_module(SOURCES[implementation]).kernels(name)
             library.impl(name, run, DEVICE_KEYS[device])

@@ -98,7 +98,8 @@ def windowed_sgu(x, weight, bias, *, norm_weight=None, norm_bias=None, eps=1e-5,
         i, r = divmod(t, w)
         first = max((i - 1) * w, 0)
         row = weight[:, r, first - (i - 1) * w : r + w + 1]
-        mixed.append((row.T[None, :, :, None] * gate[:, first : t + 1]).sum(dim=1) + bias[:, r, None])
+        weighed = row.T[None, :, :, None] * gate[:, first : t + 1]
+        mixed.append(weighed.sum(dim=1) + bias[:, r, None])
     mixed = torch.stack(mixed, dim=1).flatten(-2)
     if gate_residual is not None:
         mixed = mixed + gate_residual

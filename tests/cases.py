@@ -67,7 +67,9 @@ def _gate_loop(dk, dv, logits, state):
         made = {"q": randn(b, n, h, dk, dtype=dtype), "k": randn(b, n, h, dk, dtype=dtype),
                 "v": randn(b, n, h, dv, dtype=dtype)}
         if logits:
-            made["gate_logits"] = 3 * randn(b, n, h, 2, dtype=dtype)
+            # Not too near 0, where the gradient has a pole: its rounding would be all one sees.
+            z = torch.polar(0.3 + 3 * torch.rand(b, n, h), 6.3 * torch.rand(b, n, h))
+            made["gate_logits"] = torch.view_as_real(z).to(dtype)
         else:
             made["gates"] = random_gates(b, n, h, dtype=dtype)
         if state:

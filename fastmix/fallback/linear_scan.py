@@ -57,7 +57,8 @@ def backward(grad, carries, gates, inputs, initial_state, reverse, carry_every):
         first = -1 if reverse else 0
         g_next = torch.conj_physical(a[:, first]) * g[:, first]
         grad_inputs[:, at] = _real_like(g, inputs)
-        grad_gates[:, at] = _real_like((g * torch.conj_physical(before)).sum_to_size(a.shape), gates)
+        grad_a = (g * torch.conj_physical(before)).sum_to_size(a.shape)
+        grad_gates[:, at] = _real_like(grad_a, gates)
     grad_initial = None
     if initial_state is not None:
         grad_initial = _real_like(g_next, initial_state).to(initial_state.dtype)

@@ -74,14 +74,15 @@ class Operator:
 
     def run_fallback(self, *args):
         with _no_autocast(args):
-            return self.fallback.forward(*args)
+            out = self.fallback.forward(*args)
+        return tuple(map(_dense, out)) if isinstance(out, tuple) else _dense(out)
 
     def run_fallback_backward(self, *args):
         with _no_autocast(args), torch.no_grad():
             grads = self.fallback.backward(*args)
         # A schema returns tensors only: nothing stands for no gradient.
         grads = grads if isinstance(grads, tuple) else (grads,)
-        grads = tuple(args[0].new_empty(0) if g is None else g for g in grads)
+        grads = tuple(args[0].new_empty(0) if g is None else _dense(g) for g in grads)
         return grads if len(grads) > 1 else grads[0]
 
     def _fake_backward(self, *args):
@@ -198,6 +199,16 @@ def _physical(args):
     """
     return tuple(a.resolve_conj().resolve_neg() if isinstance(a, torch.Tensor) else a
                  for a in args)
+
+
+def _dense(x):
+    """x with a fresh tensor's strides, as the fakes promise: `contiguous` alone leaves what
+    strides axes of size 1 have."""
+    strides, step = [], 1
+    for size in reversed(x.shape):
+        strides.insert(0, step)
+        step *= max(size, 1)
+    return x if x.stride() == tuple(strides) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _no_autocast(args):

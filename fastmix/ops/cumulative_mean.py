@@ -1,7 +1,5 @@
 """The running mean, the pooling mixer of causal PoolFormers."""
 
-import torch
-
 from fastmix.checks import check_length, check_tensor
 from fastmix.fallback import cumulative_mean as fallback
 from fastmix.ops._register import Operator

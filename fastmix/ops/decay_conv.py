@@ -1,7 +1,6 @@
 """Exponential-decay convolution, the mixer of MetaformerGPT and of multi-head EMA layers."""
 
-from fastmix.checks import (check_length, check_shape, check_tensor, match_dtypes,
-                            match_parameter, wide)
+from fastmix.checks import check_length, check_shape, check_tensor, match_parameter, wide
 from fastmix.fallback import decay_conv as fallback
 from fastmix.ops._register import CARRY_EVERY, Operator, carry_count, needs_gradient
 

@@ -51,7 +51,8 @@ def gate_loop(q, k, v, gates=None, *, gate_logits=None, initial_state=None, retu
     where = "gate_loop"
     if (gates is None) == (gate_logits is None):
         given = "neither" if gates is None else "both"
-        raise ValueError(f"{where}: exactly one of gates and gate_logits must be given, got {given}")
+        raise ValueError(
+            f"{where}: exactly one of gates and gate_logits must be given, got {given}")
     check_tensor(where, "q", q)
     sizes = check_shape(where, "q", q, "b n h dk")
     check_length(where, "q", sizes["n"])
