@@ -1,13 +1,12 @@
 """fastmix.nn.dsconv beside the published gated-state-spaces-pytorch 0.1.0."""
 
-import copy
 import functools
 
 import gated_state_spaces_pytorch.dsconv as published
 import pytest
 import torch
 from torch import nn
-from twins import assert_near, assert_twins, build_from, dtypes
+from twins import assert_loads_both_ways, assert_near, assert_twins, build_from, dtypes
 
 from fastmix.nn import dsconv, mhesa
 
@@ -79,13 +78,7 @@ def test_language_model_defaults_and_short_ids():
 @pytest.mark.parametrize("training", [False, True])
 def test_checkpoints_load_both_ways(training):
     ours, theirs = build("GatedDsConvLM", **LM)
-    x = torch.randint(0, 11, (2, 7))
-    for source, target in ((ours, theirs), (theirs, ours)):
-        with torch.no_grad():
-            for p in source.parameters():
-                p.normal_()
-        target.load_state_dict(copy.deepcopy(source.state_dict()))
-        assert_near(ours.train(training)(x), theirs.train(training)(x), "output")
+    assert_loads_both_ways(ours, theirs, torch.randint(0, 11, (2, 7)), training)
 
 
 def test_attributes():

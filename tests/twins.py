@@ -1,5 +1,7 @@
 """A published module and ours, side by side: the same weights, outputs and gradients."""
 
+import copy
+
 import pytest
 import torch
 
@@ -55,3 +57,13 @@ def assert_twins(ours, theirs, dtype, x, *rest, floor=1e-3):
     least = floor * max(g.abs().max().item() for g in their_gradients.values())
     for name, gradient in their_gradients.items():
         assert_near(gradients[name], gradient, name, least)
+
+
+def assert_loads_both_ways(ours, theirs, x, training):
+    """Each takes the other's checkpoint, and then gives the other's outputs."""
+    for source, target in ((ours, theirs), (theirs, ours)):
+        with torch.no_grad():
+            for p in source.parameters():
+                p.normal_()
+        target.load_state_dict(copy.deepcopy(source.state_dict()))
+        assert_near(ours.train(training)(x), theirs.train(training)(x), "output")

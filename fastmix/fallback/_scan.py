@@ -55,8 +55,8 @@ def with_last(carries, state):
 
 
 def joined(pieces):
-    """The stretches as one contiguous tensor, without a copy where there is only one."""
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    """The stretches as one tensor, without a copy where there is only one."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def scan(gates, inputs, initial, reverse=False):

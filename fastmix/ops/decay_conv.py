@@ -4,6 +4,7 @@ from fastmix.checks import check_length, check_shape, check_tensor, match_parame
 from fastmix.fallback import decay_conv as fallback
 from fastmix.ops._register import CARRY_EVERY, Operator, carry_count, needs_gradient
 
+
 def _fake(x, decay, gain, initial_state, carry_every):
     b, n, h, d = x.shape
     carries = carry_count(n, carry_every)

@@ -5,6 +5,7 @@ from fastmix.checks import (check_length, check_shape, check_tensor, match_dtype
 from fastmix.fallback import gate_loop as fallback
 from fastmix.ops._register import CARRY_EVERY, Operator, carry_count, needs_gradient
 
+
 def _fake(q, k, v, gates, gate_logits, initial_state, carry_every):
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     carries = carry_count(n, carry_every)
