@@ -1,0 +1,309 @@
+// What kernels see of tensors: rows of channels, read into and written from the numbers
+// they compute with.
+//
+// An operator's .cpp is compiled once per instruction set, with FASTMIX_CPU naming it, for
+// its kernels, and once without for its registration (tensors.h). Kernels share no inline
+// function or template with other files or with the standard library: a linker merges
+// those, and would hand AVX-512 code to a machine without it.
+
+#pragma once
+
+#include <stdint.h>
+
+namespace fastmix {
+
+enum class Type : int8_t { f64, f32, bf16, f16, c128, c64 };
+
+// A tensor (b, n, h, d) with any strides, counted in elements. A channel is c = h · d_size + d.
+struct Source {
+  const void* data;
+  Type type;
+  int64_t b, n, h, d;  // strides
+  int64_t d_size;
+
+  bool present() const { return data != nullptr; }
+};
+
+// A fresh, contiguous tensor (b, n, channels).
+struct Sink {
+  void* data;
+  Type type;
+  int64_t n_size, channels;
+};
+
+}  // namespace fastmix
+
+// FASTMIX_KERNEL(name, Arguments) declares name(arguments, begin, end) for every
+// instruction set; each does the units of work begin … end-1.
+#define FASTMIX_DECLARE(cpu, name, Arguments) \
+  namespace fastmix::cpu { void name(const Arguments&, int64_t, int64_t); }
+#if defined(__x86_64__)
+#define FASTMIX_KERNEL(name, Arguments)      \
+  FASTMIX_DECLARE(portable, name, Arguments) \
+  FASTMIX_DECLARE(avx2, name, Arguments)     \
+  FASTMIX_DECLARE(avx512, name, Arguments)
+#else
+#define FASTMIX_KERNEL(name, Arguments) FASTMIX_DECLARE(portable, name, Arguments)
+#endif
+
+#ifdef FASTMIX_CPU
+
+#include <stdlib.h>
+#include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+// Everything in here has internal linkage: one copy per file and instruction set.
+namespace fastmix::FASTMIX_CPU {
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+// Bytes of a SIMD register.
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class C>
+struct Complex {
+  C re, im;
+};
+
+// Working memory for a kernel, aligned to cache lines.
+class Scratch {
+ public:
+  ~Scratch() {
+    while (used_ > 0) free(blocks_[--used_]);
+  }
+
+  template <class C>
+  C* take(int64_t count) {
+    size_t bytes = (static_cast<size_t>(count) * sizeof(C) + 127) / 64 * 64;
+    void* block = aligned_alloc(64, bytes);
+    if (block == nullptr) abort();
+    blocks_[used_++] = block;
+    return static_cast<C*>(block);
+  }
+
+ private:
+  void* blocks_[32];
+  int used_ = 0;
+};
+
+INLINE float from_bf16(uint16_t bits) {
+  uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  memcpy(&value, &wide, 4);
+  return value;
+}
+
+INLINE uint16_t to_bf16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+// Half precision in integer arithmetic, for where the hardware does not convert.
+INLINE float from_f16(uint16_t bits) {
+  uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, rest = bits & 0x7fff;
+  uint32_t shifted = rest << 13;
+  if (rest >= 0x7c00) {
+    shifted |= 0x7f800000;
+  } else if (rest >= 0x400) {
+    shifted += 112u << 23;
+  } else {
+    float small = static_cast<float>(rest) * 5.9604644775390625e-8f;  // 2^-24
+    memcpy(&shifted, &small, 4);
+  }
+  shifted |= sign;
+  float value;
+  memcpy(&value, &shifted, 4);
+  return value;
+}
+
+INLINE uint16_t to_f16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (bits >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (bits < 0x38800000) {  // subnormal: adding ½ leaves the rounded value in the low bits
+    float size;
+    memcpy(&size, &bits, 4);
+    size += 0.5f;
+    memcpy(&bits, &size, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((bits - (112u << 23)) >> 13));
+}
+
+// A contiguous run of numbers, widened and narrowed.
+template <class C, class T>
+INLINE void convert(const T* __restrict from, C* __restrict to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<C>(from[i]);
+}
+
+template <class C>
+void widen_bf16(const uint16_t* __restrict from, C* __restrict to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from_bf16(from[i]);
+}
+
+template <class C>
+void narrow_bf16(const C* __restrict from, uint16_t* __restrict to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to_bf16(static_cast<float>(from[i]));
+}
+
+template <class C>
+void widen_f16(const uint16_t* __restrict from, C* __restrict to, int64_t count) {
+  int64_t i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= count; i += 8) {
+    float eight[8];
+    _mm256_storeu_ps(eight,
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    convert(eight, to + i, 8);
+  }
+#endif
+  for (; i < count; ++i) to[i] = from_f16(from[i]);
+}
+
+template <class C>
+void narrow_f16(const C* __restrict from, uint16_t* __restrict to, int64_t count) {
+  int64_t i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= count; i += 8) {
+    float eight[8];
+    convert(from + i, eight, 8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+        _mm256_cvtps_ph(_mm256_loadu_ps(eight), _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+  for (; i < count; ++i) to[i] = to_f16(static_cast<float>(from[i]));
+}
+
+template <class C>
+constexpr Type type_of();
+template <>
+constexpr Type type_of<double>() { return Type::f64; }
+template <>
+constexpr Type type_of<float>() { return Type::f32; }
+template <>
+constexpr Type type_of<Complex<double>>() { return Type::c128; }
+template <>
+constexpr Type type_of<Complex<float>>() { return Type::c64; }
+
+INLINE int64_t bytes_of(Type type) {
+  switch (type) {
+    case Type::c128: return 16;
+    case Type::f64: case Type::c64: return 8;
+    case Type::f32: return 4;
+    default: return 2;
+  }
+}
+
+INLINE const char* address(const Source& s, int64_t b, int64_t t, int64_t h, int64_t d) {
+  return static_cast<const char*>(s.data) +
+         (b * s.b + t * s.n + h * s.h + d * s.d) * bytes_of(s.type);
+}
+
+template <class C>
+INLINE C widened(const char* p, Type type) {
+  switch (type) {
+    case Type::f64: return static_cast<C>(*reinterpret_cast<const double*>(p));
+    case Type::f32: return static_cast<C>(*reinterpret_cast<const float*>(p));
+    case Type::bf16: return static_cast<C>(from_bf16(*reinterpret_cast<const uint16_t*>(p)));
+    default: return static_cast<C>(from_f16(*reinterpret_cast<const uint16_t*>(p)));
+  }
+}
+
+// Real and complex numbers alike, with a real one read as a complex one where asked for.
+template <class C>
+struct Reader {
+  static void run(const char* p, Type type, C* to, int64_t count) {
+    switch (type) {
+      case Type::f64: return convert(reinterpret_cast<const double*>(p), to, count);
+      case Type::f32: return convert(reinterpret_cast<const float*>(p), to, count);
+      case Type::bf16: return widen_bf16(reinterpret_cast<const uint16_t*>(p), to, count);
+      default: return widen_f16(reinterpret_cast<const uint16_t*>(p), to, count);
+    }
+  }
+  static C one(const char* p, Type type) { return widened<C>(p, type); }
+};
+
+template <class C>
+struct Reader<Complex<C>> {
+  static Complex<C> one(const char* p, Type type) {
+    if (type == type_of<Complex<C>>()) return *reinterpret_cast<const Complex<C>*>(p);
+    return {widened<C>(p, type), C(0)};
+  }
+  static void run(const char* p, Type type, Complex<C>* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = one(p + i * bytes_of(type), type);
+  }
+};
+
+// Channels c0 … c0+count-1 of one step: the tensor's own memory where that will do, else
+// a copy in `scratch`.
+template <class C>
+INLINE const C* read(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count,
+                     C* scratch) {
+  const bool dense = s.d_size == 1 ? s.h == 1 : s.d == 1 && s.h == s.d_size;
+  if (dense) {
+    const char* p = address(s, b, t, 0, 0) + c0 * bytes_of(s.type);
+    if (s.type == type_of<C>()) return reinterpret_cast<const C*>(p);
+    Reader<C>::run(p, s.type, scratch, count);
+    return scratch;
+  }
+  int64_t h = c0 / s.d_size, d = c0 % s.d_size;
+  for (int64_t i = 0; i < count; ++h, d = 0) {
+    const int64_t run = smaller(s.d_size - d, count - i);
+    const char* p = address(s, b, t, h, d);
+    if (s.d == 1) {
+      Reader<C>::run(p, s.type, scratch + i, run);
+    } else {
+      for (int64_t j = 0; j < run; ++j)
+        scratch[i + j] = Reader<C>::one(p + j * s.d * bytes_of(s.type), s.type);
+    }
+    i += run;
+  }
+  return scratch;
+}
+
+INLINE char* address(const Sink& s, int64_t b, int64_t t, int64_t c0) {
+  return static_cast<char*>(s.data) +
+         ((b * s.n_size + t) * s.channels + c0) * bytes_of(s.type);
+}
+
+// Where to compute channels c0 … of one step: in place, or in `scratch` for `write` to narrow.
+template <class C>
+INLINE C* row(const Sink& s, int64_t b, int64_t t, int64_t c0, C* scratch) {
+  return s.type == type_of<C>() ? reinterpret_cast<C*>(address(s, b, t, c0)) : scratch;
+}
+
+template <class C>
+INLINE void write(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count,
+                  const C* values) {
+  char* p = address(s, b, t, c0);
+  if (reinterpret_cast<const char*>(values) == p) return;
+  switch (s.type) {
+    case Type::f64: return convert(values, reinterpret_cast<double*>(p), count);
+    case Type::f32: return convert(values, reinterpret_cast<float*>(p), count);
+    case Type::bf16: return narrow_bf16(values, reinterpret_cast<uint16_t*>(p), count);
+    default: return narrow_f16(values, reinterpret_cast<uint16_t*>(p), count);
+  }
+}
+
+}  // namespace
+}  // namespace fastmix::FASTMIX_CPU
+
+#endif  // FASTMIX_CPU

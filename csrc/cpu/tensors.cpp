@@ -1,0 +1,78 @@
+#include "tensors.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <atomic>
+
+namespace fastmix {
+
+namespace {
+
+template <class T>
+void gather(const Tensor& x, std::vector<double>& to) {
+  const T* data = static_cast<const T*>(x.const_data_ptr());
+  std::vector<int64_t> index(x.dim());
+  for (double& value : to) {
+    int64_t at = 0;
+    for (int64_t i = 0; i < x.dim(); ++i) at += index[i] * x.stride(i);
+    value = static_cast<double>(data[at]);
+    for (int64_t i = x.dim() - 1; i >= 0 && ++index[i] == x.size(i); --i) index[i] = 0;
+  }
+}
+
+template <class T>
+void scatter(const Tensor& x, const std::vector<double>& from) {
+  T* data = static_cast<T*>(x.mutable_data_ptr());
+  for (size_t i = 0; i < from.size(); ++i) data[i] = static_cast<T>(from[i]);
+}
+
+int best_instruction_set() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+std::atomic<int> chosen{-1};
+
+}  // namespace
+
+std::vector<double> values(const Tensor& parameter) {
+  std::vector<double> found(parameter.numel());
+  switch (parameter.scalar_type()) {
+    case ScalarType::Double: gather<double>(parameter, found); break;
+    case ScalarType::Float: gather<float>(parameter, found); break;
+    case ScalarType::BFloat16: gather<torch::headeronly::BFloat16>(parameter, found); break;
+    default: gather<torch::headeronly::Half>(parameter, found);
+  }
+  return found;
+}
+
+void assign(const Tensor& x, const std::vector<double>& results) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double: return scatter<double>(x, results);
+    case ScalarType::Float: return scatter<float>(x, results);
+    case ScalarType::BFloat16: return scatter<torch::headeronly::BFloat16>(x, results);
+    default: return scatter<torch::headeronly::Half>(x, results);
+  }
+}
+
+int instruction_set() {
+  const int set = chosen.load(std::memory_order_relaxed);
+  if (set >= 0) return set;
+  static const int best = best_instruction_set();
+  return best;
+}
+
+}  // namespace fastmix
+
+// The best instruction set of this machine; and, for tests, the choice of a lesser one
+// (-1: the best again).
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+EXPORTED int fastmix_best_instruction_set() { return fastmix::best_instruction_set(); }
+EXPORTED void fastmix_choose_instruction_set(int set) { fastmix::chosen = set; }

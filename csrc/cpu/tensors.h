@@ -1,0 +1,111 @@
+// What an operator's registration needs: tensors as kernels see them, fresh outputs, and
+// the units of work spread over torch's threads.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "rows.h"
+
+namespace fastmix {
+
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+inline Type type_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return Type::f64;
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::ComplexDouble: return Type::c128;
+    default: return Type::c64;
+  }
+}
+
+inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+
+// The dtype in which sums, states and spectra of x are kept.
+inline ScalarType wide(const Tensor& x) {
+  return is_double(x) ? ScalarType::Double : ScalarType::Float;
+}
+
+inline ScalarType wide_complex(const Tensor& x) {
+  return is_double(x) ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
+}
+
+// x (b, n, h, d), or fewer trailing axes: (b, n, h) has d = 1.
+inline Source source(const Tensor& x) {
+  return {x.const_data_ptr(), type_of(x.scalar_type()), x.stride(0), x.stride(1),
+          x.dim() > 2 ? x.stride(2) : 1, x.dim() > 3 ? x.stride(3) : 1,
+          x.dim() > 3 ? x.size(3) : 1};
+}
+
+// x (b, h, d), as a source of one step.
+inline Source state_source(const Tensor& x) {
+  return {x.const_data_ptr(), type_of(x.scalar_type()), x.stride(0), 0,
+          x.stride(1), x.dim() > 2 ? x.stride(2) : 1, x.dim() > 2 ? x.size(2) : 1};
+}
+
+inline Source state_source(const Maybe& x) { return x ? state_source(*x) : Source{}; }
+
+inline Sink sink(const Tensor& x, int64_t n, int64_t channels) {
+  return {x.mutable_data_ptr(), type_of(x.scalar_type()), n, channels};
+}
+
+inline Tensor fresh(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+inline Tensor fresh(const Tensor& like) {
+  return fresh(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
+}
+
+// What a schema returns for no gradient: it has tensors only.
+inline Tensor nothing(const Tensor& like) { return fresh(like, {0}, like.scalar_type()); }
+
+// The values of a parameter with any dtype and strides, in double.
+std::vector<double> values(const Tensor& parameter);
+
+// `results`, as many as x has elements, into the fresh tensor x.
+void assign(const Tensor& x, const std::vector<double>& results);
+
+template <class Arguments>
+using Kernel = void (*)(const Arguments&, int64_t, int64_t);
+
+// 0 portable, 1 AVX2, 2 AVX-512: the best this machine runs, or the one a test asked for.
+int instruction_set();
+
+// The calls of units begin … end-1 in parallel, each thread at least `grain` of them.
+template <class Arguments>
+void spread(std::initializer_list<Kernel<Arguments>> kernels, const Arguments& arguments,
+            int64_t units, int64_t grain = 1) {
+  const Kernel<Arguments> kernel = kernels.begin()[instruction_set()];
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    kernel(arguments, begin, end);
+  });
+}
+
+#if defined(__x86_64__)
+#define FASTMIX_KERNELS(name) {portable::name, avx2::name, avx512::name}
+#else
+#define FASTMIX_KERNELS(name) {portable::name}
+#endif
+
+// Channels per unit of work, so that every thread has some: whole cache lines, 512 at most.
+inline int64_t channel_block(int64_t batches, int64_t channels) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = std::max<int64_t>(1, (threads + batches - 1) / std::max<int64_t>(1, batches));
+  const int64_t share = (channels + blocks - 1) / blocks;
+  return std::max<int64_t>(32, std::min<int64_t>(512, (share + 31) / 32 * 32));
+}
+
+}  // namespace fastmix
