@@ -28,7 +28,7 @@ struct Source {
 struct Sink {
   void* data;
   Type type;
-  int64_t n_size, channels;
+  int64_t n_size, channels, bytes;
 };
 
 }  // namespace fastmix
@@ -50,7 +50,7 @@ struct Sink {
 
 #include <stdlib.h>
 #include <string.h>
-#ifdef __F16C__
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -59,6 +59,7 @@ namespace fastmix::FASTMIX_CPU {
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
+#define LAMBDA __attribute__((always_inline))
 
 // Bytes of a SIMD register.
 #if defined(__AVX512F__)
@@ -71,6 +72,53 @@ constexpr int kRegister = 16;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class C>
+struct Simd {
+  typedef C Vector __attribute__((vector_size(kRegister)));
+  static constexpr int64_t lanes = kRegister / sizeof(C);
+};
+
+// V is a number or a vector of them.
+template <class V, class C>
+INLINE V load(const C* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class C>
+INLINE void store(C* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+// Past the caches, for rows that nothing reads soon: no line is fetched to be overwritten.
+// Needs p aligned to a vector, and `streamed` once at the end.
+template <class V, class C>
+INLINE void stream(C* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX__)
+  if constexpr (sizeof v == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__SSE2__)
+  if constexpr (sizeof v == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#endif
+  store(p, v);
+}
+
+INLINE void streamed() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Calls f(zero, c) for channels c …: zero is a vector while one fits, and then a number.
+template <class C, class F>
+INLINE void each_vector(int64_t count, F f) {
+  int64_t c = 0;
+  for (; c + Simd<C>::lanes <= count; c += Simd<C>::lanes) f(typename Simd<C>::Vector{}, c);
+  for (; c < count; ++c) f(C(0), c);
+}
 
 template <class C>
 struct Complex {
@@ -88,7 +136,7 @@ class Scratch {
   C* take(int64_t count) {
     size_t bytes = (static_cast<size_t>(count) * sizeof(C) + 127) / 64 * 64;
     void* block = aligned_alloc(64, bytes);
-    if (block == nullptr) abort();
+    if (block == nullptr || used_ == 32) abort();
     blocks_[used_++] = block;
     return static_cast<C*>(block);
   }
@@ -282,6 +330,13 @@ INLINE const C* read(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t 
 INLINE char* address(const Sink& s, int64_t b, int64_t t, int64_t c0) {
   return static_cast<char*>(s.data) +
          ((b * s.n_size + t) * s.channels + c0) * bytes_of(s.type);
+}
+
+// Whether rows of C that start at whole cache lines are worth streaming into s.
+template <class C>
+INLINE bool streams(const Sink& s) {
+  return s.type == type_of<C>() && s.bytes >= 8 << 20 &&
+         reinterpret_cast<uintptr_t>(s.data) % 64 == 0 && s.channels * sizeof(C) % 64 == 0;
 }
 
 // Where to compute channels c0 … of one step: in place, or in `scratch` for `write` to narrow.

@@ -3,6 +3,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 
 namespace fastmix {
@@ -41,6 +45,17 @@ int best_instruction_set() {
 std::atomic<int> chosen{-1};
 
 }  // namespace
+
+Tensor fresh(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
+  Tensor x = torch::stable::new_empty(like, shape, type);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 4096, large = 4 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) + page - 1) / page * page;
+  const uintptr_t bytes = x.numel() * x.element_size();
+  if (bytes >= large) madvise(reinterpret_cast<void*>(begin), (bytes - page) / page * page, MADV_HUGEPAGE);
+#endif
+  return x;
+}
 
 std::vector<double> values(const Tensor& parameter) {
   std::vector<double> found(parameter.numel());

@@ -58,12 +58,12 @@ inline Source state_source(const Tensor& x) {
 inline Source state_source(const Maybe& x) { return x ? state_source(*x) : Source{}; }
 
 inline Sink sink(const Tensor& x, int64_t n, int64_t channels) {
-  return {x.mutable_data_ptr(), type_of(x.scalar_type()), n, channels};
+  return {x.mutable_data_ptr(), type_of(x.scalar_type()), n, channels,
+          x.numel() * static_cast<int64_t>(x.element_size())};
 }
 
-inline Tensor fresh(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
-}
+// A new tensor on huge pages if it is large: faults of small ones can cost more than a scan.
+Tensor fresh(const Tensor& like, std::vector<int64_t> shape, ScalarType type);
 
 inline Tensor fresh(const Tensor& like) {
   return fresh(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
@@ -100,12 +100,19 @@ void spread(std::initializer_list<Kernel<Arguments>> kernels, const Arguments& a
 #define FASTMIX_KERNELS(name) {portable::name}
 #endif
 
-// Channels per unit of work, so that every thread has some: whole cache lines, 512 at most.
-inline int64_t channel_block(int64_t batches, int64_t channels) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t blocks = std::max<int64_t>(1, (threads + batches - 1) / std::max<int64_t>(1, batches));
-  const int64_t share = (channels + blocks - 1) / blocks;
-  return std::max<int64_t>(32, std::min<int64_t>(512, (share + 31) / 32 * 32));
+// How work is cut, by shape alone: results must not depend on the number of threads.
+
+constexpr int64_t kBlock = 1024;  // channels of a unit
+
+inline int64_t blocks(int64_t channels) { return (channels + kBlock - 1) / kBlock; }
+
+// Steps of a stretch of time. Stretches are scanned in parallel, once more to learn the
+// state that enters each, so there is one only where the batch alone makes enough work.
+inline int64_t stretch(int64_t batches, int64_t n) {
+  constexpr int64_t least = 512, wanted = 16;
+  const int64_t count = std::max<int64_t>(1, std::min(wanted / std::max<int64_t>(1, batches),
+                                                      n / least));
+  return ((n + count - 1) / count + 63) / 64 * 64;
 }
 
 }  // namespace fastmix
