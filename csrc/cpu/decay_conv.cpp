@@ -92,7 +92,7 @@ void ends(const DecayConv& f, int64_t index) {
   hand_over(u, state);
 }
 
-template <class C, bool streaming>
+template <class C>
 void forward(const DecayConv& f, int64_t index) {
   const Unit u = unit_of(f, index);
   Scratch scratch;
@@ -100,28 +100,24 @@ void forward(const DecayConv& f, int64_t index) {
   const C* gain = parameter<C>(scratch, f.gain, u);
   C* state = taken<C>(scratch, u);
   C* wide = scratch.take<C>(u.count);
-  C* narrow = scratch.take<C>(u.count);
   for (int64_t t = u.start; t < u.end; ++t) {
     if (f.carry_every && t % f.carry_every == 0)
       write(f.carries, u.b, t / f.carry_every, u.c0, u.count, state);
     const C* x = read(f.x, u.b, t, u.c0, u.count, wide);
-    C* y = row(f.out, u.b, t, u.c0, narrow);
     each_vector<C>(u.count, [&](auto zero, int64_t c) LAMBDA {
       using V = decltype(zero);
-      const V now = load<V>(decay + c) * load<V>(state + c) + load<V>(gain + c) * load<V>(x + c);
-      store(state + c, now);
-      streaming ? stream(y + c, now) : store(y + c, now);
+      store(state + c, load<V>(decay + c) * load<V>(state + c) + load<V>(gain + c) * load<V>(x + c));
     });
-    write(f.out, u.b, t, u.c0, u.count, y);
+    write(f.out, u.b, t, u.c0, u.count, state);
   }
-  if (streaming) streamed();
+  streamed();
   if (u.end < f.n) return;
   if (f.carry_every) write(f.carries, u.b, f.carries.n_size - 1, u.c0, u.count, state);
   write(f.state, u.b, 0, u.c0, u.count, state);
 }
 
 // With g_t = grad_t + decay · g_{t+1}: dx = gain · g, dgain = Σ g x, ddecay = Σ g_t y_{t-1}.
-template <class C, bool streaming>
+template <class C>
 void backward(const DecayConv& f, int64_t index) {
   const Unit u = unit_of(f, index);
   const int64_t count = u.count, every = f.carry_every;
@@ -131,7 +127,7 @@ void backward(const DecayConv& f, int64_t index) {
   C* g = taken<C>(scratch, u);  // decay · g_{t+1}
   C* wide = scratch.take<C>(count);
   C* wide_grad = scratch.take<C>(count);
-  C* narrow = scratch.take<C>(count);
+  C* dx = scratch.take<C>(count);
   C* by_decay = scratch.take<C>(count);
   C* by_gain = scratch.take<C>(count);
   C* before = scratch.take<C>(every * count);  // y_{t-1} for the steps of a chunk
@@ -157,15 +153,13 @@ void backward(const DecayConv& f, int64_t index) {
       const C* x = read(f.x, u.b, t, u.c0, count, wide);
       const C* grad = read(f.grad, u.b, t, u.c0, count, wide_grad);
       const C* y = before + (t - start) * count;
-      C* dx = row(f.grad_x, u.b, t, u.c0, narrow);
       each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
         using V = decltype(zero);
         const V now = load<V>(grad + c) + load<V>(g + c);
         store(by_decay + c, load<V>(by_decay + c) + now * load<V>(y + c));
         store(by_gain + c, load<V>(by_gain + c) + now * load<V>(x + c));
         store(g + c, load<V>(decay + c) * now);
-        const V in = load<V>(gain + c) * now;
-        streaming ? stream(dx + c, in) : store(dx + c, in);
+        store(dx + c, load<V>(gain + c) * now);
       });
       write(f.grad_x, u.b, t, u.c0, count, dx);
     }
@@ -174,20 +168,8 @@ void backward(const DecayConv& f, int64_t index) {
       grad_gain[c] += by_gain[c];
     }
   }
-  if (streaming) streamed();
+  streamed();
   if (u.start == 0 && f.grad_initial.data) write(f.grad_initial, u.b, 0, u.c0, count, g);
-}
-
-template <class C>
-void run_forward(const DecayConv& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    streams<C>(f.out) ? forward<C, true>(f, i) : forward<C, false>(f, i);
-}
-
-template <class C>
-void run_backward(const DecayConv& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    streams<C>(f.grad_x) ? backward<C, true>(f, i) : backward<C, false>(f, i);
 }
 
 }  // namespace
@@ -203,12 +185,13 @@ void decay_conv_backward_ends(const DecayConv& f, int64_t begin, int64_t end) {
 }
 
 void decay_conv_forward(const DecayConv& f, int64_t begin, int64_t end) {
-  f.x.type == Type::f64 ? run_forward<double>(f, begin, end) : run_forward<float>(f, begin, end);
+  for (int64_t i = begin; i < end; ++i)
+    f.x.type == Type::f64 ? forward<double>(f, i) : forward<float>(f, i);
 }
 
 void decay_conv_backward(const DecayConv& f, int64_t begin, int64_t end) {
-  f.x.type == Type::f64 ? run_backward<double>(f, begin, end)
-                        : run_backward<float>(f, begin, end);
+  for (int64_t i = begin; i < end; ++i)
+    f.x.type == Type::f64 ? backward<double>(f, i) : backward<float>(f, i);
 }
 
 }  // namespace fastmix::FASTMIX_CPU

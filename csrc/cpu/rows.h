@@ -28,7 +28,8 @@ struct Source {
 struct Sink {
   void* data;
   Type type;
-  int64_t n_size, channels, bytes;
+  int64_t n_size, channels;
+  bool streaming;  // too large for the caches, and rows start at whole cache lines
 };
 
 }  // namespace fastmix
@@ -93,7 +94,7 @@ INLINE void store(C* p, V v) {
 }
 
 // Past the caches, for rows that nothing reads soon: no line is fetched to be overwritten.
-// Needs p aligned to a vector, and `streamed` once at the end.
+// Needs p aligned to a vector, and `streamed` at the end of a unit of work.
 template <class V, class C>
 INLINE void stream(C* p, V v) {
 #if defined(__AVX512F__)
@@ -136,13 +137,13 @@ class Scratch {
   C* take(int64_t count) {
     size_t bytes = (static_cast<size_t>(count) * sizeof(C) + 127) / 64 * 64;
     void* block = aligned_alloc(64, bytes);
-    if (block == nullptr || used_ == 32) abort();
+    if (block == nullptr || used_ == 64) abort();
     blocks_[used_++] = block;
     return static_cast<C*>(block);
   }
 
  private:
-  void* blocks_[32];
+  void* blocks_[64];
   int used_ = 0;
 };
 
@@ -303,8 +304,7 @@ struct Reader<Complex<C>> {
 // Channels c0 … c0+count-1 of one step: the tensor's own memory where that will do, else
 // a copy in `scratch`.
 template <class C>
-INLINE const C* read(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count,
-                     C* scratch) {
+const C* read(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count, C* scratch) {
   const bool dense = s.d_size == 1 ? s.h == 1 : s.d == 1 && s.h == s.d_size;
   if (dense) {
     const char* p = address(s, b, t, 0, 0) + c0 * bytes_of(s.type);
@@ -327,34 +327,41 @@ INLINE const C* read(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t 
   return scratch;
 }
 
-INLINE char* address(const Sink& s, int64_t b, int64_t t, int64_t c0) {
-  return static_cast<char*>(s.data) +
-         ((b * s.n_size + t) * s.channels + c0) * bytes_of(s.type);
-}
-
-// Whether rows of C that start at whole cache lines are worth streaming into s.
+// Channels c0 … of one step, rounded to the tensor's dtype.
 template <class C>
-INLINE bool streams(const Sink& s) {
-  return s.type == type_of<C>() && s.bytes >= 8 << 20 &&
-         reinterpret_cast<uintptr_t>(s.data) % 64 == 0 && s.channels * sizeof(C) % 64 == 0;
-}
-
-// Where to compute channels c0 … of one step: in place, or in `scratch` for `write` to narrow.
-template <class C>
-INLINE C* row(const Sink& s, int64_t b, int64_t t, int64_t c0, C* scratch) {
-  return s.type == type_of<C>() ? reinterpret_cast<C*>(address(s, b, t, c0)) : scratch;
-}
-
-template <class C>
-INLINE void write(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count,
+void write(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count,
                   const C* values) {
-  char* p = address(s, b, t, c0);
-  if (reinterpret_cast<const char*>(values) == p) return;
+  char* p = static_cast<char*>(s.data) +
+            ((b * s.n_size + t) * s.channels + c0) * bytes_of(s.type);
+  if (s.type == type_of<C>() && s.streaming) {
+    C* to = reinterpret_cast<C*>(p);
+    return each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
+      stream(to + c, load<decltype(zero)>(values + c));
+    });
+  }
   switch (s.type) {
     case Type::f64: return convert(values, reinterpret_cast<double*>(p), count);
     case Type::f32: return convert(values, reinterpret_cast<float*>(p), count);
     case Type::bf16: return narrow_bf16(values, reinterpret_cast<uint16_t*>(p), count);
     default: return narrow_f16(values, reinterpret_cast<uint16_t*>(p), count);
+  }
+}
+
+// Complex values, into a complex tensor or the real part of them into a real one.
+template <class C>
+void write(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count,
+                  const Complex<C>* values) {
+  char* p = static_cast<char*>(s.data) +
+            ((b * s.n_size + t) * s.channels + c0) * bytes_of(s.type);
+  if (s.type == type_of<Complex<C>>()) {
+    memcpy(p, values, count * sizeof(Complex<C>));
+    return;
+  }
+  C part[64];
+  for (int64_t i = 0; i < count; i += 64) {
+    const int64_t run = smaller(64, count - i);
+    for (int64_t j = 0; j < run; ++j) part[j] = values[i + j].re;
+    write(s, b, t, c0 + i, run, part);
   }
 }
 

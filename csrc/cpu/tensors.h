@@ -58,8 +58,11 @@ inline Source state_source(const Tensor& x) {
 inline Source state_source(const Maybe& x) { return x ? state_source(*x) : Source{}; }
 
 inline Sink sink(const Tensor& x, int64_t n, int64_t channels) {
-  return {x.mutable_data_ptr(), type_of(x.scalar_type()), n, channels,
-          x.numel() * static_cast<int64_t>(x.element_size())};
+  void* data = x.mutable_data_ptr();
+  const int64_t bytes = x.element_size();
+  const bool streaming = x.numel() * bytes >= 8 << 20 && channels * bytes % 64 == 0 &&
+                         reinterpret_cast<uintptr_t>(data) % 64 == 0;
+  return {data, type_of(x.scalar_type()), n, channels, streaming};
 }
 
 // A new tensor on huge pages if it is large: faults of small ones can cost more than a scan.
@@ -100,7 +103,20 @@ void spread(std::initializer_list<Kernel<Arguments>> kernels, const Arguments& a
 #define FASTMIX_KERNELS(name) {portable::name}
 #endif
 
-// How work is cut, by shape alone: results must not depend on the number of threads.
+// x itself, or a copy without gaps: for states, which are small.
+inline Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
+inline Maybe dense(const Maybe& x) { return x ? Maybe(dense(*x)) : x; }
+
+// Channels of a unit of work where a channel's result does not depend on its unit: enough
+// units for every thread, of whole cache lines.
+inline int64_t channel_block(int64_t batches, int64_t channels, int64_t most) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t parts = std::max<int64_t>(1, threads / std::max<int64_t>(1, batches));
+  const int64_t share = ((channels + parts - 1) / parts + 31) / 32 * 32;
+  return std::max<int64_t>(32, std::min(most, share));
+}
+
+// Elsewhere work is cut by shape alone: results must not depend on the number of threads.
 
 constexpr int64_t kBlock = 1024;  // channels of a unit
 

@@ -1,0 +1,131 @@
+// The gate of gate_loop from its logits: a = σ(|z|) · z / |z|, ½ at z = 0.
+
+#pragma once
+
+#include "rows.h"
+
+#ifdef FASTMIX_CPU
+
+namespace fastmix::FASTMIX_CPU {
+namespace {
+
+// e^x for x ≤ 0, to about an ulp; what is below the range of normal numbers becomes tiny.
+// x = k ln 2 + r: adding 1.5 · 2^23 (2^52) rounds k to an integer in the low bits.
+INLINE float exp_below_zero(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f, k = shifted - 12582912.0f;
+  float r = x - k * 0.693359375f;
+  r = r + k * 2.12194440e-4f;
+  float p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  uint32_t bits;
+  memcpy(&bits, &shifted, 4);
+  bits = (bits + 127) << 23;
+  float scale;
+  memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+
+INLINE double exp_below_zero(double x) {
+  x = x < -708.0 ? -708.0 : x;
+  const double shifted = x * 1.4426950408889634 + 6755399441055744.0;
+  const double k = shifted - 6755399441055744.0;
+  double r = x - k * 0.693147180369123816490;
+  r = r - k * 1.90821492927058770002e-10;
+  double p = 1.0 / 6227020800;
+  p = p * r + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  uint64_t bits;
+  memcpy(&bits, &shifted, 8);
+  bits = (bits + 1023) << 52;
+  double scale;
+  memcpy(&scale, &bits, 8);
+  return p * scale;
+}
+
+// Beyond `small` and `large` squares would leave the range of normal numbers.
+template <class C>
+struct Range;
+template <>
+struct Range<float> {
+  static constexpr float small = 1e-15f, large = 1e15f, up = 0x1p100f, down = 0x1p-100f,
+                         least = 0x1p-126f;
+  static INLINE float root(float x) { return __builtin_sqrtf(x); }
+};
+template <>
+struct Range<double> {
+  static constexpr double small = 1e-140, large = 1e140, up = 0x1p800, down = 0x1p-800,
+                          least = 0x1p-1022;
+  static INLINE double root(double x) { return __builtin_sqrt(x); }
+};
+
+template <class C>
+struct Polar {
+  C re, im;  // z / |z|; 0 at z = 0
+  C size;    // |z|
+  C e;       // e^{-|z|}
+  bool zero;
+};
+
+// A straight line of selections: a compiler can do many at once.
+template <class C>
+INLINE Polar<C> polar(C re, C im) {
+  using R = Range<C>;
+  const C x = re < 0 ? -re : re, y = im < 0 ? -im : im, most = x < y ? y : x;
+  const C scale = most < R::small ? R::up : most > R::large ? R::down : C(1);
+  const C back = most < R::small ? R::down : most > R::large ? R::up : C(1);
+  const bool zero = (re == 0) & (im == 0);
+  re *= scale;
+  im *= scale;
+  const C scaled = R::root(re * re + im * im), inverse = C(1) / (zero ? C(1) : scaled);
+  const C size = scaled * back;
+  return {re * inverse, im * inverse, size, exp_below_zero(-size), zero};
+}
+
+// z: count pairs of real and imaginary part → a
+template <class C>
+void activate(const C* __restrict z, C* __restrict re, C* __restrict im, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) {
+    const Polar<C> p = polar(z[2 * c], z[2 * c + 1]);
+    const C sigmoid = C(1) / (C(1) + p.e);
+    re[c] = p.zero ? C(0.5) : p.re * sigmoid;
+    im[c] = p.im * sigmoid;
+  }
+}
+
+// Gradient of a → of z. Along z the slope is σ'(|z|), across it σ(|z|) / |z|; 0 at z = 0.
+template <class C>
+void activate_backward(const C* __restrict z, const C* __restrict re, const C* __restrict im,
+                       C* __restrict grad, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) {
+    const Polar<C> p = polar(z[2 * c], z[2 * c + 1]);
+    const C sigmoid = C(1) / (C(1) + p.e);
+    const C size = p.size < Range<C>::least ? Range<C>::least : p.size;
+    const C along = (p.re * re[c] + p.im * im[c]) * (p.e * sigmoid * sigmoid);
+    const C across = (p.re * im[c] - p.im * re[c]) * (sigmoid / size);
+    grad[2 * c] = p.re * along - p.im * across;
+    grad[2 * c + 1] = p.im * along + p.re * across;
+  }
+}
+
+}  // namespace
+}  // namespace fastmix::FASTMIX_CPU
+
+#endif
