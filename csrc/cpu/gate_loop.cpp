@@ -82,6 +82,8 @@ void part(const Complex<C>* from, C* re, C* im, int64_t count) {
 
 // ---- head dimension 1
 
+constexpr int64_t kAhead = 8;  // steps
+
 // h = a h + k v
 template <class C>
 INLINE void advance(const C* a_re, const C* a_im, const C* k, const C* v, const C* re,
@@ -111,6 +113,12 @@ void diagonal_forward(const GateLoop& f, int64_t b, int64_t h0) {
     if (f.carry_every && t % f.carry_every == 0) {
       join(re, im, state, count);
       write(f.carries, b, t / f.carry_every, h0, count, state);
+    }
+    if (t + kAhead < f.n) {
+      prefetch(f.q, b, t + kAhead, h0, count);
+      prefetch(f.k, b, t + kAhead, h0, count);
+      prefetch(f.v, b, t + kAhead, h0, count);
+      if (f.logits.present()) prefetch(f.logits, b, t + kAhead, 2 * h0, 2 * count);
     }
     gates_at(f, b, t, h0, count, z, a_re, a_im);
     const C *q = read(f.q, b, t, h0, count, wide_q), *k = read(f.k, b, t, h0, count, wide_k),
@@ -298,13 +306,11 @@ struct Head {
     }
   }
 
-  // to (steps, steps) = scores ∘ Re W, 0 above the diagonal whatever the scores are there
+  // to (steps, steps) = scores ∘ Re W, a lower triangle
   void weigh(const C* scores, C* to) {
-    for (int64_t s = 0; s < steps; ++s) {
+    for (int64_t s = 0; s < steps; ++s)
       for (int64_t r = 0; r <= s; ++r)
         to[s * steps_ + r] = scores[s * steps_ + r] * w_re[s * steps_ + r];
-      for (int64_t r = s + 1; r < steps_; ++r) to[s * steps_ + r] = 0;
-    }
   }
 
   // S = P_last S + Σ_r W[last, r] k_r v_rᵀ
@@ -318,9 +324,9 @@ struct Head {
       store(state_im + c, re * i + im * r);
     });
     scale_rows(dk_, k, w_re + last * steps_, 1, C(1), x);
-    gemm<C>(f.dk, dv_, steps, {x, 1, dk_}, {v, dv_}, {state_re, dv_}, true, kEverything);
+    gemm<C>(f.dk, dv_, steps, {x, 1, dk_}, {v, dv_}, {state_re, dv_}, true, kFull);
     scale_rows(dk_, k, w_im + last * steps_, 1, C(1), x);
-    gemm<C>(f.dk, dv_, steps, {x, 1, dk_}, {v, dv_}, {state_im, dv_}, true, kEverything);
+    gemm<C>(f.dk, dv_, steps, {x, 1, dk_}, {v, dv_}, {state_im, dv_}, true, kFull);
   }
 };
 
@@ -337,15 +343,15 @@ void heads_forward(const GateLoop& f, int64_t b, int64_t head) {
     c.load_chunk(t0);
     c.load_queries(t0);
     gemm<C>(c.steps, c.steps_, f.dk, {c.q, c.dk_, 1}, {c.kt, c.steps_}, {scores, c.steps_},
-            false, kEverything);
+            false, kFull);
     c.weigh(scores, scores);
-    gemm<C>(c.steps, c.dv_, c.steps, {scores, c.steps_, 1}, {c.v, c.dv_}, {out, c.dv_}, false, 0);
+    gemm<C>(c.steps, c.dv_, c.steps, {scores, c.steps_, 1}, {c.v, c.dv_}, {out, c.dv_}, false, kLower);
     c.scale_rows(c.dk_, c.q, c.p_re, 1, C(1), c.x);
     gemm<C>(c.steps, c.dv_, f.dk, {c.x, c.dk_, 1}, {c.state_re, c.dv_}, {out, c.dv_}, true,
-            kEverything);
+            kFull);
     c.scale_rows(c.dk_, c.q, c.p_im, 1, C(-1), c.x);
     gemm<C>(c.steps, c.dv_, f.dk, {c.x, c.dk_, 1}, {c.state_im, c.dv_}, {out, c.dv_}, true,
-            kEverything);
+            kFull);
     c.write_rows(f.out, t0, f.dv, out, c.dv_);
     c.advance_state();
   }
@@ -396,14 +402,14 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
 
       // Within the chunk.
       gemm<C>(steps, steps_, f.dk, {c.q, dk_, 1}, {c.kt, steps_}, {scores, steps_}, false,
-              kEverything);
+              kFull);
       gemm<C>(steps, steps_, f.dv, {dy, dv_, 1}, {vt, steps_}, {grad_scores, steps_}, false,
-              kEverything);
+              kFull);
       c.weigh(grad_scores, inside);
-      gemm<C>(steps, dk_, steps, {inside, steps_, 1}, {c.k, dk_}, {dq, dk_}, false, 0);
-      gemm<C>(steps, dk_, steps, {inside, 1, steps_}, {c.q, dk_}, {dk, dk_}, false, kEverything);
+      gemm<C>(steps, dk_, steps, {inside, steps_, 1}, {c.k, dk_}, {dq, dk_}, false, kLower);
+      gemm<C>(steps, dk_, steps, {inside, 1, steps_}, {c.q, dk_}, {dk, dk_}, false, kUpper);
       c.weigh(scores, inside);
-      gemm<C>(steps, dv_, steps, {inside, 1, steps_}, {dy, dv_}, {dv, dv_}, false, kEverything);
+      gemm<C>(steps, dv_, steps, {inside, 1, steps_}, {dy, dv_}, {dv, dv_}, false, kUpper);
       for (int64_t s = 0; s < steps; ++s)
         for (int64_t r = 0; r <= s; ++r) {
           dw_re[s * steps_ + r] = scores[s * steps_ + r] * grad_scores[s * steps_ + r];
@@ -414,8 +420,8 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
       const C *s_re = enter_re + i * size, *s_im = enter_im + i * size;
       transpose(f.dk, f.dv, s_re, dv_, turned_re, dk_);
       transpose(f.dk, f.dv, s_im, dv_, turned_im, dk_);
-      gemm<C>(steps, dk_, f.dv, {dy, dv_, 1}, {turned_re, dk_}, {c.x, dk_}, false, kEverything);
-      gemm<C>(steps, dk_, f.dv, {dy, dv_, 1}, {turned_im, dk_}, {c.y, dk_}, false, kEverything);
+      gemm<C>(steps, dk_, f.dv, {dy, dv_, 1}, {turned_re, dk_}, {c.x, dk_}, false, kFull);
+      gemm<C>(steps, dk_, f.dv, {dy, dv_, 1}, {turned_im, dk_}, {c.y, dk_}, false, kFull);
       for (int64_t s = 0; s < steps; ++s) {
         C by_re = 0, by_im = 0;
         for (int64_t j = 0; j < f.dk; ++j) {
@@ -431,8 +437,8 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
       // Into the state that leaves: x = v Re Gᵀ, y = v Im Gᵀ.
       transpose(f.dk, f.dv, g_re, dv_, turned_re, dk_);
       transpose(f.dk, f.dv, g_im, dv_, turned_im, dk_);
-      gemm<C>(steps, dk_, f.dv, {c.v, dv_, 1}, {turned_re, dk_}, {c.x, dk_}, false, kEverything);
-      gemm<C>(steps, dk_, f.dv, {c.v, dv_, 1}, {turned_im, dk_}, {c.y, dk_}, false, kEverything);
+      gemm<C>(steps, dk_, f.dv, {c.v, dv_, 1}, {turned_re, dk_}, {c.x, dk_}, false, kFull);
+      gemm<C>(steps, dk_, f.dv, {c.v, dv_, 1}, {turned_im, dk_}, {c.y, dk_}, false, kFull);
       const C *e_re = c.w_re + last * steps_, *e_im = c.w_im + last * steps_;
       for (int64_t r = 0; r < steps; ++r) {
         C by_re = 0, by_im = 0;
@@ -446,9 +452,9 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
         dw_im[last * steps_ + r] += by_im;
       }
       c.scale_rows(dk_, c.k, e_re, 1, C(1), c.x);
-      gemm<C>(steps, dv_, f.dk, {c.x, dk_, 1}, {g_re, dv_}, {dv, dv_}, true, kEverything);
+      gemm<C>(steps, dv_, f.dk, {c.x, dk_, 1}, {g_re, dv_}, {dv, dv_}, true, kFull);
       c.scale_rows(dk_, c.k, e_im, 1, C(1), c.x);
-      gemm<C>(steps, dv_, f.dk, {c.x, dk_, 1}, {g_im, dv_}, {dv, dv_}, true, kEverything);
+      gemm<C>(steps, dv_, f.dk, {c.x, dk_, 1}, {g_im, dv_}, {dv, dv_}, true, kFull);
 
       // P_last carried the state across: its gradient is Σ G conj(S), and G becomes
       // conj(P_last) G + Σ_s conj(P_s) q_s grad_sᵀ.
@@ -463,9 +469,9 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
           g_im[at] = re * m - im * r;
         }
       c.scale_rows(dk_, c.q, c.p_re, 1, C(1), c.x);
-      gemm<C>(f.dk, dv_, steps, {c.x, 1, dk_}, {dy, dv_}, {g_re, dv_}, true, kEverything);
+      gemm<C>(f.dk, dv_, steps, {c.x, 1, dk_}, {dy, dv_}, {g_re, dv_}, true, kFull);
       c.scale_rows(dk_, c.q, c.p_im, 1, C(-1), c.x);
-      gemm<C>(f.dk, dv_, steps, {c.x, 1, dk_}, {dy, dv_}, {g_im, dv_}, true, kEverything);
+      gemm<C>(f.dk, dv_, steps, {c.x, 1, dk_}, {dy, dv_}, {g_im, dv_}, true, kFull);
 
       // Gates: with R_s = dW_s + conj(a_{s+1}) R_{s+1}, da_s = Σ_r R[s, r] conj(W[s-1, r]),
       // and likewise for the column P.
@@ -571,7 +577,7 @@ GateLoop arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Mayb
   f.h = q.size(2);
   f.dk = q.size(3);
   f.dv = v.size(3);
-  f.block = f.dk == 1 && f.dv == 1 ? channel_block(q.size(0), f.h, 256) : 1;
+  f.block = f.dk == 1 && f.dv == 1 ? channel_block(q.size(0), f.h, 512) : 1;
   f.carry_every = carry_every;
   f.q = source(q);
   f.k = source(k);

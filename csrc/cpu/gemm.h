@@ -52,40 +52,64 @@ INLINE void gemm_block(int64_t k, Left<C> a, const C* b, int64_t b_row, C* c, in
     for (int j = 0; j < vectors; ++j) store(c + i * c_row + j * Simd<C>::lanes, sum[i][j]);
 }
 
-template <class C, int vectors>
-INLINE void gemm_columns(int64_t m, int64_t k, Left<C> a, const C* b, int64_t b_row, C* c,
-                         int64_t c_row, bool add, int64_t reach) {
-  int64_t i = 0;
-  const auto block = [&](auto rows) LAMBDA {
-    constexpr int count = sizeof(rows);
-    for (; i + count <= m; i += count)
-      gemm_block<C, count, vectors>(smaller(k, i + count + reach),
-                                    {a.data + i * a.row, a.row, a.column}, b, b_row,
-                                    c + i * c_row, c_row, add);
-  };
-  struct One { char x[1]; };
-  struct Two { char x[2]; };
-  struct All { char x[kRows]; };
-  block(All());
-  block(Two());
-  block(One());
+// Row i of A is used from column i + low up to before column i + high: a triangle or a band.
+// Nothing outside is read, so nothing there can spoil a result.
+struct Band {
+  int64_t low, high;
+};
+constexpr int64_t kFar = int64_t(1) << 40;
+constexpr Band kFull{-kFar, kFar}, kLower{-kFar, 1}, kUpper{0, kFar};
+
+// One row of C += columns first … end-1 of A times those rows of B.
+template <class C>
+INLINE void gemm_row(int64_t first, int64_t end, const C* a, int64_t a_column, const C* b,
+                     int64_t b_row, C* c, int64_t n) {
+  for (int64_t at = first; at < end; ++at)
+    each_vector<C>(n, [&](auto zero, int64_t j) LAMBDA {
+      using V = decltype(zero);
+      store(c + j, load<V>(c + j) + a[at * a_column] * load<V>(b + at * b_row + j));
+    });
 }
 
-// C (m, n) = A (m, k) · B (k, n), or += it. n is a whole number of vectors. With a `reach`,
-// row i of A is taken to be zero from column i + kRows + reach on (at the latest): what a
-// triangle has there is never read.
+template <class C, int rows, int vectors>
+INLINE void gemm_rows(int64_t i, int64_t k, Left<C> a, const C* b, int64_t b_row, C* c,
+                      int64_t c_row, bool add, Band band) {
+  // What all rows of the block share; then what each has before and after that.
+  int64_t first = larger(0, i + rows - 1 + band.low), end = smaller(k, i + band.high);
+  if (end < first) first = end = smaller(k, larger(0, first));
+  gemm_block<C, rows, vectors>(end - first, {a.data + i * a.row + first * a.column, a.row, a.column},
+                               b + first * b_row, b_row, c + i * c_row, c_row, add);
+  if (band.low == -kFar && band.high == kFar) return;
+  for (int64_t r = i; r < i + rows; ++r) {
+    const C* row = a.data + r * a.row;
+    gemm_row(larger(0, r + band.low), first, row, a.column, b, b_row, c + r * c_row,
+             vectors * Simd<C>::lanes);
+    gemm_row(larger(end, r + band.low), smaller(k, r + band.high), row, a.column, b, b_row,
+             c + r * c_row, vectors * Simd<C>::lanes);
+  }
+}
+
+template <class C, int vectors>
+INLINE void gemm_columns(int64_t m, int64_t k, Left<C> a, const C* b, int64_t b_row, C* c,
+                         int64_t c_row, bool add, Band band) {
+  int64_t i = 0;
+  for (; i + kRows <= m; i += kRows)
+    gemm_rows<C, kRows, vectors>(i, k, a, b, b_row, c, c_row, add, band);
+  for (; i + 2 <= m; i += 2) gemm_rows<C, 2, vectors>(i, k, a, b, b_row, c, c_row, add, band);
+  for (; i < m; ++i) gemm_rows<C, 1, vectors>(i, k, a, b, b_row, c, c_row, add, band);
+}
+
+// C (m, n) = A (m, k) · B (k, n), or += it. n is a whole number of vectors.
 template <class C>
 void gemm(int64_t m, int64_t n, int64_t k, Left<C> a, Rows<const C> b, Rows<C> c, bool add,
-          int64_t reach) {
+          Band band) {
   constexpr int64_t lanes = Simd<C>::lanes;
   int64_t j = 0;
   for (; j + kVectors * lanes <= n; j += kVectors * lanes)
-    gemm_columns<C, kVectors>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, reach);
+    gemm_columns<C, kVectors>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
   for (; j < n; j += lanes)
-    gemm_columns<C, 1>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, reach);
+    gemm_columns<C, 1>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
 }
-
-constexpr int64_t kEverything = int64_t(1) << 40;  // the reach of a full matrix
 
 // (m, n) → (n, m)
 template <class C>
