@@ -1,4 +1,4 @@
-// The gate of gate_loop from its logits: a = σ(|z|) · z / |z|, ½ at z = 0.
+// Exponentials, and the gate of gate_loop from its logits: a = σ(|z|) · z / |z|, ½ at z = 0.
 
 #pragma once
 
@@ -9,9 +9,14 @@
 namespace fastmix::FASTMIX_CPU {
 namespace {
 
-// e^x for x ≤ 0, to about an ulp; what is below the range of normal numbers becomes tiny.
-// x = k ln 2 + r: adding 1.5 · 2^23 (2^52) rounds k to an integer in the low bits.
-INLINE float exp_below_zero(float x) {
+// e^x = 2^k (1 + part) for x ≤ 0, to about an ulp; what is below the range of normal numbers
+// becomes tiny. x = k ln 2 + r: adding 1.5 · 2^23 (2^52) rounds k to an integer in the low bits.
+template <class C>
+struct Exponential {
+  C power, part;  // 2^k, and e^r - 1
+};
+
+INLINE Exponential<float> exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f, k = shifted - 12582912.0f;
   float r = x - k * 0.693359375f;
@@ -23,16 +28,15 @@ INLINE float exp_below_zero(float x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
   uint32_t bits;
   memcpy(&bits, &shifted, 4);
   bits = (bits + 127) << 23;
-  float scale;
-  memcpy(&scale, &bits, 4);
-  return p * scale;
+  float power;
+  memcpy(&power, &bits, 4);
+  return {power, p * r};
 }
 
-INLINE double exp_below_zero(double x) {
+INLINE Exponential<double> exponential(double x) {
   x = x < -708.0 ? -708.0 : x;
   const double shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const double k = shifted - 6755399441055744.0;
@@ -51,13 +55,25 @@ INLINE double exp_below_zero(double x) {
   p = p * r + 1.0 / 6;
   p = p * r + 0.5;
   p = p * r + 1.0;
-  p = p * r + 1.0;
   uint64_t bits;
   memcpy(&bits, &shifted, 8);
   bits = (bits + 1023) << 52;
-  double scale;
-  memcpy(&scale, &bits, 8);
-  return p * scale;
+  double power;
+  memcpy(&power, &bits, 8);
+  return {power, p * r};
+}
+
+template <class C>
+INLINE C exp_below_zero(C x) {
+  const Exponential<C> e = exponential(x);
+  return e.power + e.power * e.part;
+}
+
+// e^x - 1
+template <class C>
+INLINE C expm1_below_zero(C x) {
+  const Exponential<C> e = exponential(x);
+  return (e.power - C(1)) + e.power * e.part;
 }
 
 // Beyond `small` and `large` squares would leave the range of normal numbers.

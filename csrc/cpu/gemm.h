@@ -82,7 +82,7 @@ INLINE void gemm_rows(int64_t i, int64_t k, Left<C> a, const C* b, int64_t b_row
   if (band.low == -kFar && band.high == kFar) return;
   for (int64_t r = i; r < i + rows; ++r) {
     const C* row = a.data + r * a.row;
-    gemm_row(larger(0, r + band.low), first, row, a.column, b, b_row, c + r * c_row,
+    gemm_row(larger(0, r + band.low), smaller(first, r + band.high), row, a.column, b, b_row, c + r * c_row,
              vectors * Simd<C>::lanes);
     gemm_row(larger(end, r + band.low), smaller(k, r + band.high), row, a.column, b, b_row,
              c + r * c_row, vectors * Simd<C>::lanes);
