@@ -8,6 +8,7 @@ overrides it on request.
 import contextlib
 import importlib
 import importlib.util
+import warnings
 
 import torch
 
@@ -16,9 +17,9 @@ from fastmix.ops._register import OPERATORS
 # The devices whose kernels `force` overrides.
 DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
 
-# Modules that bring kernels, fastest first. Importing one registers its kernels. It has
-# unavailable(operator, device_type), None or the reason why it cannot run there, and
-# kernels(operator), its forward and backward.
+# Modules that bring kernels. Importing one registers its kernels, for devices that the
+# others leave to it. It has unavailable(operator, device_type), None or the reason why it
+# cannot run there, and library(), which makes sure that its kernels are ready.
 SOURCES = {"triton": "fastmix._triton", "native": "fastmix._native"}
 
 
@@ -53,8 +54,9 @@ def force(implementation):
     """Run every operator on `implementation`: "fallback", "native" or "triton".
 
     For tests, benchmarks and bug reports. Holds for the whole process, compiled programs
-    included. An operator that it cannot run raises RuntimeError with the reason when
-    called; if it can run none at all, that is raised at once.
+    included; of two that are nested the inner one holds. An operator that it cannot run
+    raises RuntimeError with the reason when called; if it can run none at all, that is
+    raised at once.
     """
     known = [*SOURCES, "fallback"]
     if implementation not in known:
@@ -64,21 +66,47 @@ def force(implementation):
     if all(reason is not None for reason in reasons.values()):
         raise RuntimeError(f"no operator can run on {implementation!r}: "
                            f"{next(iter(reasons.values()))}")
-    library = torch.library.Library("fastmix", "IMPL")
+    if implementation != "fallback":
+        importlib.import_module(SOURCES[implementation]).library()
+    if _forced:
+        _forced[-1].lift()
+    _forced.append(_Force(implementation, reasons))
     try:
-        for (name, device), reason in reasons.items():
-            if reason is not None:
-                run = run_backward = _refusal(name, implementation, device, reason)
-            elif implementation == "fallback":
-                operator = OPERATORS[name]
-                run, run_backward = operator.run_fallback, operator.run_fallback_backward
-            else:
-                run, run_backward = importlib.import_module(SOURCES[implementation]).kernels(name)
-            library.impl(name, run, DEVICE_KEYS[device])
-            library.impl(f"{name}_backward", run_backward, DEVICE_KEYS[device])
         yield
     finally:
-        library._destroy()
+        _forced.pop().lift()
+        if _forced:
+            _forced[-1].lay()
+
+
+_forced = []
+
+
+class _Force:
+    """Kernels laid over those that would run otherwise, until they are lifted off again."""
+
+    def __init__(self, implementation, reasons):
+        self.implementation, self.reasons = implementation, reasons
+        self.lay()
+
+    def lay(self):
+        self.library = torch.library.Library("fastmix", "IMPL")
+        with warnings.catch_warnings():
+            # Torch remarks on every kernel that is laid over another: that is the point here.
+            warnings.simplefilter("ignore", UserWarning)
+            for (name, device), reason in self.reasons.items():
+                if reason is not None:
+                    run = run_backward = _refusal(name, self.implementation, device, reason)
+                elif self.implementation == "fallback":
+                    run, run_backward = (OPERATORS[name].run_fallback,
+                                         OPERATORS[name].run_fallback_backward)
+                else:
+                    continue  # what is registered for this device already
+                self.library.impl(name, run, DEVICE_KEYS[device])
+                self.library.impl(f"{name}_backward", run_backward, DEVICE_KEYS[device])
+
+    def lift(self):
+        self.library._destroy()
 
 
 def _refusal(operator, implementation, device, reason):

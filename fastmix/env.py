@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import subprocess
 import torch
 
 import fastmix
+from fastmix import _build, _native
 from fastmix.ops._register import OPERATORS
 
 
@@ -22,7 +22,7 @@ def _version(package):
 
 def compiler():
     """The C++ compiler's version line, or 'none found'."""
-    command = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    command = _build.compiler()
     if command is None:
         return "none found"
     asked = subprocess.run([command, "--version"], capture_output=True, text=True)
@@ -49,6 +49,7 @@ def report():
     for package in ("torch", "einops", "triton", "scipy", "rotary-embedding-torch", "matplotlib"):
         lines.append(f"{package:<24}{_version(package)}")
     lines.append(f"{'C++ compiler':<24}{compiler()}")
+    lines.append(f"{'C++ kernels':<24}{_native.status()}")
     lines.append(f"{'nvcc':<24}{shutil.which('nvcc') or 'none found'}")
     for device, description in devices():
         lines += ["", f"{device}: {description}"]

@@ -16,6 +16,10 @@ import torch
 LIBRARY = torch.library.Library("fastmix", "DEF")
 OPERATORS = {}
 
+# Where kernels are compiled on first use: called with an operator's name and a device type
+# before the fallback runs there for want of anything else. True if there are kernels now.
+late_kernels = None
+
 
 class Operator:
     """One operator: calling it runs the registered implementation, differentiably.
@@ -50,8 +54,10 @@ class Operator:
                        f" -> {returns(len(self.tensors))}")
         self.forward = getattr(torch.ops.fastmix, name).default
         self.backward = getattr(torch.ops.fastmix, f"{name}_backward").default
-        LIBRARY.impl(name, self.run_fallback, "CompositeExplicitAutograd")
-        LIBRARY.impl(f"{name}_backward", self.run_fallback_backward, "CompositeExplicitAutograd")
+        for op, fallback in ((self.forward, self.run_fallback),
+                             (self.backward, self.run_fallback_backward)):
+            LIBRARY.impl(op._schema.name, functools.partial(self._run_default, op, fallback),
+                         "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastmix::{name}", fake, lib=LIBRARY)
         torch.library.register_fake(f"fastmix::{name}_backward", self._fake_backward, lib=LIBRARY)
         torch.library.register_autograd(
@@ -71,6 +77,11 @@ class Operator:
         return _Apply.apply(self, *args)
 
     # ---- the fallback as an implementation
+
+    def _run_default(self, op, fallback, *args):
+        if late_kernels is not None and late_kernels(self.name, args[0].device.type):
+            return op(*args)
+        return fallback(*args)
 
     def run_fallback(self, *args):
         with _no_autocast(args):
