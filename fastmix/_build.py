@@ -47,7 +47,7 @@ def fingerprint():
     return seen.hexdigest()[:16]
 
 
-def build(target, torch_folder, progress=lambda done, of: None):
+def build(target, torch_folder, progress=lambda done, of: None, more_flags=()):
     """Compiles everything and puts the library at `target`, whole or not at all.
 
     Raises RuntimeError with what the compiler said.
@@ -60,10 +60,12 @@ def build(target, torch_folder, progress=lambda done, of: None):
         jobs = []
         for file in sorted(sources().glob("cpu/*.cpp")):
             jobs.append((Path(folder) / f"{file.stem}.o",
-                         [command, *FLAGS, *REGISTRATION, *include, "-c", str(file)]))
+                         [command, *FLAGS, *more_flags, *REGISTRATION, *include, "-c",
+                      str(file)]))
             if "FASTMIX_CPU" in file.read_text():
                 jobs += [(Path(folder) / f"{file.stem}.{name}.o",
-                          [command, *FLAGS, *flags, f"-DFASTMIX_CPU={name}", "-c", str(file)])
+                          [command, *FLAGS, *flags, *more_flags, f"-DFASTMIX_CPU={name}", "-c",
+                           str(file)])
                          for name, flags in INSTRUCTION_SETS.items()]
         library = Path(folder) / "library"
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -71,7 +73,7 @@ def build(target, torch_folder, progress=lambda done, of: None):
             for done, job in enumerate(concurrent.futures.as_completed(running), 1):
                 job.result()
                 progress(done, len(jobs))
-        _run([command, "-shared", "-o", str(library), *(str(o) for o, _ in jobs),
+        _run([command, *more_flags, "-shared", "-o", str(library), *(str(o) for o, _ in jobs),
               "-L", str(Path(torch_folder) / "lib"), "-Wl,--no-as-needed", "-ltorch",
               "-ltorch_cpu"])
         os.replace(library, target)

@@ -76,7 +76,7 @@ def why_not():
 def status():
     """Where the library is, or will be, in a line."""
     if _library is not None:
-        return f"{_library}, {INSTRUCTION_SETS[_best()]} kernels"
+        return f"{_library}, {INSTRUCTION_SETS[best_instruction_set()]} kernels"
     reason = _failure or why_not()
     return reason or f"to be compiled at the first call, with {_build.compiler()}"
 
@@ -127,8 +127,9 @@ def _load(path):
     return path
 
 
-def _best():
-    return ctypes.CDLL(str(_library)).fastmix_best_instruction_set()
+def best_instruction_set():
+    """The index in INSTRUCTION_SETS of the kernels that run by default."""
+    return ctypes.CDLL(str(library())).fastmix_best_instruction_set()
 
 
 def choose_instruction_set(name=None):
@@ -138,7 +139,7 @@ def choose_instruction_set(name=None):
     """
     wanted = -1 if name is None else INSTRUCTION_SETS.index(name)
     found = ctypes.CDLL(str(library()))
-    if wanted > found.fastmix_best_instruction_set():
+    if wanted > best_instruction_set():
         raise RuntimeError(f"this machine has no {name}")
     found.fastmix_choose_instruction_set(wanted)
 

@@ -386,8 +386,8 @@ WindowedSgu arguments(const Tensor& x, const Parameters& p, double eps, const Ma
 template <class C>
 void add_runs(const Tensor& parts, const Tensor& sum) {
   const C* data = static_cast<const C*>(parts.const_data_ptr());
-  std::vector<double> total(data, data + sum.numel());
-  for (int64_t run = 1; run < parts.size(0); ++run)
+  std::vector<double> total(sum.numel());
+  for (int64_t run = 0; run < parts.size(0); ++run)
     for (int64_t i = 0; i < sum.numel(); ++i) total[i] += data[run * sum.numel() + i];
   assign(sum, total);
 }
