@@ -18,6 +18,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
 # LibTorch's stable ABI as of 2.10: the library runs on every later torch.
 REGISTRATION = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # One build of the kernels for each; the best one that the machine has is chosen at run time.
+KERNELS = ["-fno-exceptions"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -41,10 +42,20 @@ def sources():
 
 def fingerprint():
     """A hash of all that the library is made from, torch's headers aside: they are stable."""
-    seen = hashlib.sha256(repr((FLAGS, REGISTRATION, INSTRUCTION_SETS)).encode())
+    seen = hashlib.sha256(repr((FLAGS, REGISTRATION, KERNELS, INSTRUCTION_SETS)).encode())
     for file in sorted(sources().glob("cpu/*")):
         seen.update(file.name.encode() + b"\0" + file.read_bytes())
     return seen.hexdigest()[:16]
+
+
+def compiled_name():
+    """A library's file name in a cache: of these sources and, if there is one, this compiler."""
+    found = compiler()
+    if found is None:
+        return f"native-{fingerprint()}-*.so"
+    seen = os.stat(os.path.realpath(found))
+    identity = repr((os.path.realpath(found), seen.st_size, seen.st_mtime_ns))
+    return f"native-{fingerprint()}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.so"
 
 
 def build(target, torch_folder, progress=lambda done, of: None, more_flags=()):
@@ -59,14 +70,13 @@ def build(target, torch_folder, progress=lambda done, of: None, more_flags=()):
     with tempfile.TemporaryDirectory(dir=Path(target).parent, prefix=".building-") as folder:
         jobs = []
         for file in sorted(sources().glob("cpu/*.cpp")):
-            jobs.append((Path(folder) / f"{file.stem}.o",
-                         [command, *FLAGS, *more_flags, *REGISTRATION, *include, "-c",
-                      str(file)]))
+            parts = {"registration": [*REGISTRATION, *include]}
             if "FASTMIX_CPU" in file.read_text():
-                jobs += [(Path(folder) / f"{file.stem}.{name}.o",
-                          [command, *FLAGS, *flags, *more_flags, f"-DFASTMIX_CPU={name}", "-c",
-                           str(file)])
-                         for name, flags in INSTRUCTION_SETS.items()]
+                parts |= {name: [*KERNELS, *flags, f"-DFASTMIX_CPU={name}"]
+                          for name, flags in INSTRUCTION_SETS.items()}
+            for part, flags in parts.items():
+                made = Path(folder) / f"{file.stem}.{part}.o"
+                jobs.append((made, [command, *FLAGS, *flags, *more_flags, "-c", str(file)]))
         library = Path(folder) / "library"
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             running = [pool.submit(_run, [*line, "-o", str(o)]) for o, line in jobs]

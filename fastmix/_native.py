@@ -49,8 +49,10 @@ def _distrusted(path):
 
 def _cached():
     """The library's place in the cache, there or not. RuntimeError if it is not safe."""
-    path = cache_folder() / f"native-{_build.fingerprint()}.so"
-    for part in (path.parent, path):
+    folder = cache_folder()
+    # Without a compiler: whatever one has compiled these sources before.
+    path = next(iter(sorted(folder.glob(_build.compiled_name()))), folder / _build.compiled_name())
+    for part in (folder, path):
         reason = _distrusted(part) if part.exists() else None
         if reason is not None:
             raise RuntimeError(reason)

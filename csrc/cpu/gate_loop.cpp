@@ -36,7 +36,7 @@ namespace {
 template <class C>
 const C* gates_at(const GateLoop& f, int64_t b, int64_t t, int64_t h0, int64_t count, C* z,
                   C* re, C* im) {
-  if (f.logits.present()) {
+  if (present(f.logits)) {
     const C* pairs = read(f.logits, b, t, 2 * h0, 2 * count, z);
     activate(pairs, re, im, count);
     return pairs;
@@ -55,7 +55,7 @@ const C* gates_at(const GateLoop& f, int64_t b, int64_t t, int64_t h0, int64_t c
 template <class C>
 void write_grad_gates(const GateLoop& f, int64_t b, int64_t t, int64_t h0, int64_t count,
                       const C* z, const C* re, const C* im, C* pairs) {
-  if (f.logits.present()) {
+  if (present(f.logits)) {
     activate_backward(z, re, im, pairs, count);
     write(f.grad_gates, b, t, 2 * h0, 2 * count, pairs);
     return;
@@ -108,7 +108,7 @@ void diagonal_forward(const GateLoop& f, int64_t b, int64_t h0) {
   Complex<C>* state = scratch.take<Complex<C>>(count);
   memset(re, 0, count * sizeof(C));
   memset(im, 0, count * sizeof(C));
-  if (f.initial_state.present()) part(read(f.initial_state, b, 0, h0, count, state), re, im, count);
+  if (present(f.initial_state)) part(read(f.initial_state, b, 0, h0, count, state), re, im, count);
   for (int64_t t = 0; t < f.n; ++t) {
     if (f.carry_every && t % f.carry_every == 0) {
       join(re, im, state, count);
@@ -118,7 +118,7 @@ void diagonal_forward(const GateLoop& f, int64_t b, int64_t h0) {
       prefetch(f.q, b, t + kAhead, h0, count);
       prefetch(f.k, b, t + kAhead, h0, count);
       prefetch(f.v, b, t + kAhead, h0, count);
-      if (f.logits.present()) prefetch(f.logits, b, t + kAhead, 2 * h0, 2 * count);
+      if (present(f.logits)) prefetch(f.logits, b, t + kAhead, 2 * h0, 2 * count);
     }
     gates_at(f, b, t, h0, count, z, a_re, a_im);
     const C *q = read(f.q, b, t, h0, count, wide_q), *k = read(f.k, b, t, h0, count, wide_k),
@@ -183,7 +183,7 @@ void diagonal_backward(const GateLoop& f, int64_t b, int64_t h0) {
       write(f.grad_q, b, t, h0, count, dq);
       write(f.grad_k, b, t, h0, count, dk);
       write(f.grad_v, b, t, h0, count, dv);
-      const C* logits = f.logits.present() ? read(f.logits, b, t, 2 * h0, 2 * count, z) : z;
+      const C* logits = present(f.logits) ? read(f.logits, b, t, 2 * h0, 2 * count, z) : z;
       write_grad_gates(f, b, t, h0, count, logits, da_re, da_im, pairs);
     }
   }
@@ -336,7 +336,7 @@ void heads_forward(const GateLoop& f, int64_t b, int64_t head) {
   Head<C> c(f, b, head, scratch);
   C *scores = Head<C>::zeros(scratch, c.length * c.steps_),
     *out = Head<C>::zeros(scratch, c.length * c.dv_);
-  if (f.initial_state.present()) c.read_state(f.initial_state, 0, c.state_re, c.state_im);
+  if (present(f.initial_state)) c.read_state(f.initial_state, 0, c.state_re, c.state_im);
   for (int64_t t0 = 0; t0 < f.n; t0 += c.length) {
     if (f.carry_every && t0 % f.carry_every == 0)
       c.write_state(f.carries, t0 / f.carry_every, c.state_re, c.state_im);

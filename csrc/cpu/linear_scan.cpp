@@ -84,7 +84,7 @@ void forward(const LinearScan& f, int64_t index) {
   Unit<N> u(f, index, scratch);
   N *state = scratch.take<N>(u.count), *next = scratch.take<N>(u.count);
   memset(static_cast<void*>(state), 0, u.count * sizeof(N));
-  if (f.initial_state.present())
+  if (present(f.initial_state))
     memcpy(static_cast<void*>(state), read(f.initial_state, u.b, 0, u.c0, u.count, u.wide),
            u.count * sizeof(N));
   for (int64_t i = 0; i < f.n; ++i) {

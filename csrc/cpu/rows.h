@@ -20,8 +20,6 @@ struct Source {
   Type type;
   int64_t b, n, h, d;  // strides
   int64_t d_size;
-
-  bool present() const { return data != nullptr; }
 };
 
 // A fresh, contiguous tensor (b, n, channels).
@@ -70,6 +68,8 @@ constexpr int kRegister = 32;
 #else
 constexpr int kRegister = 16;
 #endif
+
+INLINE bool present(const Source& s) { return s.data != nullptr; }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

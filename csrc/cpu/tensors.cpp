@@ -4,6 +4,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #if defined(__linux__)
+#include <dirent.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -44,6 +46,27 @@ int best_instruction_set() {
 
 std::atomic<int> chosen{-1};
 
+bool threads_lost = false;
+
+#if defined(__linux__)
+// A forked child has its parent's pool of threads by name only: torch would wait for them
+// for ever. Whether there was one is seen by the parent's number of threads.
+bool lost_in_parent;
+void before_fork() {
+  lost_in_parent = threads_lost;
+  int threads = 0;
+  if (DIR* folder = opendir("/proc/self/task")) {
+    while (const dirent* entry = readdir(folder)) threads += entry->d_name[0] != '.';
+    closedir(folder);
+  }
+  threads_lost = threads_lost || threads != 1;
+}
+
+void after_fork_in_parent() { threads_lost = lost_in_parent; }
+
+const int registered = pthread_atfork(before_fork, after_fork_in_parent, nullptr);
+#endif
+
 }  // namespace
 
 Tensor fresh(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
@@ -76,6 +99,8 @@ void assign(const Tensor& x, const std::vector<double>& results) {
     default: return scatter<torch::headeronly::Half>(x, results);
   }
 }
+
+bool may_use_threads() { return !threads_lost; }
 
 int instruction_set() {
   const int set = chosen.load(std::memory_order_relaxed);

@@ -87,11 +87,15 @@ using Kernel = void (*)(const Arguments&, int64_t, int64_t);
 // 0 portable, 1 AVX2, 2 AVX-512: the best this machine runs, or the one a test asked for.
 int instruction_set();
 
+// Not in a child that was forked from a process with threads.
+bool may_use_threads();
+
 // The calls of units begin … end-1 in parallel, each thread at least `grain` of them.
 template <class Arguments>
 void spread(std::initializer_list<Kernel<Arguments>> kernels, const Arguments& arguments,
             int64_t units, int64_t grain = 1) {
   const Kernel<Arguments> kernel = kernels.begin()[instruction_set()];
+  if (!may_use_threads()) return kernel(arguments, 0, units);
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     kernel(arguments, begin, end);
   });

@@ -124,7 +124,7 @@ struct Sgu {
   const C* mixed_row(int64_t b, int64_t window, int64_t r) {
     for (int64_t head = 0; head < f.h; ++head)
       memcpy(row + head * d, at(mixed, head, r), d * sizeof(C));
-    if (f.residual.present()) {
+    if (present(f.residual)) {
       const C* residual = read(f.residual, b, window * f.w + r, 0, f.c, wide);
       for (int64_t c = 0; c < f.c; ++c) row[c] += residual[c];
     }

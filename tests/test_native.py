@@ -1,0 +1,411 @@
+"""The C++ library: its instruction sets, threads, odd numbers, memory safety, and its cache."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, complex_dtype, distance, leaves, randn, random_gates, weigh
+from torch.utils.data import DataLoader, Dataset
+
+import fastmix
+from fastmix import _build, _native, ops
+
+ROOT = Path(__file__).parent.parent
+NATIVE = {name: case for name, case in CASES.items() if case.operator in _native.KERNELS}
+every_case = pytest.mark.parametrize("case", NATIVE.values(), ids=NATIVE)
+
+pytestmark = pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler")
+
+
+def gradients(run, tensors, weights=None):
+    tensors = leaves(tensors)
+    outputs = run(tensors)
+    weights = weights or [torch.ones_like(o) for o in outputs]
+    return (*outputs, *torch.autograd.grad(weigh(outputs, weights), tensors.values()))
+
+
+def python(*code, environment=None):
+    return subprocess.run([sys.executable, *code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})})
+
+
+# ---- what runs
+
+
+def test_the_library_serves_cpu_tensors():
+    x = torch.randn(2, 9, 4)
+    assert set(_native.KERNELS) <= set(fastmix.ops.__all__)
+    with fastmix.force("native"):
+        ops.cumulative_mean(x)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fastmix::cumulative_mean", "CPU")
+    for operator in fastmix.ops.__all__:
+        found = fastmix.implementations(operator, "cpu")
+        assert (found["native"] is None) == (operator in _native.KERNELS)
+        assert fastmix.implementations(operator, "cuda")["native"] is not None
+
+
+@pytest.mark.parametrize("name", _native.INSTRUCTION_SETS[:-1])
+@every_case
+def test_every_instruction_set(case, name):
+    """The lesser ones; the best one of this machine runs in all other tests."""
+    if _native.INSTRUCTION_SETS.index(name) >= _native.best_instruction_set():
+        pytest.skip(f"{name} is this machine's best, or beyond it")
+    _native.choose_instruction_set(name)
+    try:
+        for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 3e-4)):
+            for n in (1, 2, 17, 64, 65, 131):
+                tensors = case.make(n, dtype)
+                for found, defined in zip(gradients(case.run, tensors),
+                                          gradients(case.define, tensors), strict=True):
+                    assert distance(found, defined) < limit, n
+    finally:
+        _native.choose_instruction_set()
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(_native, "best_instruction_set", lambda: 0)
+    with pytest.raises(RuntimeError, match="this machine has no avx512"):
+        _native.choose_instruction_set("avx512")
+
+
+def wide(operator, dtype):
+    """Arguments with channels and steps enough to be cut into units of work."""
+    if operator == "linear_scan":
+        return {"gates": random_gates(1, 300, 700, dtype=dtype),
+                "inputs": randn(1, 300, 700, dtype=complex_dtype(dtype))}
+    if operator == "gate_loop":
+        q, k, v = randn(3, 1, 300, 700, 1, dtype=dtype)
+        return {"q": q, "k": k, "v": v, "gate_logits": randn(1, 300, 700, 2, dtype=dtype)}
+    if operator == "decay_conv":
+        return {"x": randn(1, 3000, 5, 67, dtype=dtype), "decay": torch.rand(5).to(dtype),
+                "gain": randn(5, dtype=dtype)}
+    if operator == "fft_conv":
+        return {"x": randn(2, 1500, 3, 65, dtype=dtype), "kernel": randn(1500, 3, dtype=dtype)}
+    if operator == "windowed_sgu":
+        return {"x": randn(2, 1000, 128, dtype=dtype), "weight": randn(2, 16, 32, dtype=dtype),
+                "bias": randn(2, 16, dtype=dtype), "norm_weight": randn(64, dtype=dtype)}
+    if operator == "causal_sgu":
+        return {"x": randn(2, 500, 128, dtype=dtype), "weight": randn(2, 500, 500, dtype=dtype),
+                "bias": randn(2, 500, dtype=dtype), "norm_weight": randn(64, dtype=dtype)}
+    return {"x": randn(1, 3000, 335, dtype=dtype)}
+
+
+@pytest.mark.parametrize("operator", _native.KERNELS)
+def test_the_same_bits_for_any_number_of_threads(operator):
+    def run(tensors):
+        out = getattr(ops, operator)(**tensors)
+        return out if isinstance(out, tuple) else (out,)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors, threads = wide(operator, dtype), torch.get_num_threads()
+        try:
+            found = []
+            for count in (1, 2, 5, 2):
+                torch.set_num_threads(count)
+                found.append(gradients(run, tensors))
+        finally:
+            torch.set_num_threads(threads)
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("operator", _native.KERNELS)
+def test_units_of_work_meet(operator):
+    """Arguments that are cut into units, against the fallback."""
+    def run(tensors):
+        out = getattr(ops, operator)(**tensors)
+        return out if isinstance(out, tuple) else (out,)
+
+    tensors = wide(operator, torch.float64)
+    found = gradients(run, tensors)
+    with fastmix.force("fallback"):
+        expected = gradients(run, tensors)
+    for f, e in zip(found, expected, strict=True):
+        assert distance(f, e) < 1e-10
+
+
+# ---- numbers that are odd
+
+
+SPREADS = "a transform carries it from any step to every other"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@every_case
+def test_what_is_not_finite_goes_where_the_definition_sends_it(case, value):
+    if case.operator == "fft_conv":
+        pytest.skip(SPREADS)
+    tensors = case.make(40, torch.float32)
+    name = next(k for k in ("inputs", "k", "x") if k in tensors)
+    tensors[name][1, 20] = value
+    for found, defined in zip(case.run(tensors), case.define(tensors), strict=True):
+        assert torch.equal(found.isfinite(), defined.isfinite())
+        if case.operator in ("decay_conv", "cumulative_mean"):  # no complex products
+            assert torch.equal(found.isnan(), defined.isnan())
+        there = defined.isfinite()
+        torch.testing.assert_close(found[there], defined[there], rtol=1e-4, atol=1e-4)
+
+
+def test_denormals_are_kept():
+    tiny = torch.full((1, 70, 1, 20), 3e-42)
+    half = torch.full((1,), 0.5)
+    torch.testing.assert_close(ops.decay_conv(tiny, half)[0, :2, 0, 0].double(),
+                               torch.tensor([3e-42, 4.5e-42]).double(), rtol=0, atol=2e-45)
+    assert torch.equal(ops.cumulative_mean(tiny), tiny)
+    gates = torch.zeros(1, 70, 20)
+    assert torch.equal(ops.linear_scan(gates, tiny[:, :, 0]), tiny[:, :, 0])
+    one = torch.ones(1, 70, 20, 1)
+    out = ops.gate_loop(one, one, tiny.movedim(2, 3), gates=gates.to(torch.complex64))
+    assert torch.equal(out, tiny.movedim(2, 3))
+
+
+def test_gates_of_any_logits():
+    """|z| from the smallest denormal to beyond what can be squared, and 0."""
+    sizes = torch.tensor([0, 1e-45, 1e-40, 1e-30, 1e-15, 1e-3, 1, 90, 1e10, 1e15, 1e30, 3e38])
+    z = torch.stack([0.6 * sizes, -0.8 * sizes], dim=-1)[None, :, None]
+    n = len(sizes)
+    one, state = torch.ones(1, n, 1, 1), torch.ones(1, 1, 1, 1, dtype=torch.complex64)
+    for i in range(n):
+        _, found = ops.gate_loop(one[:, :1], 0 * one[:, :1], one[:, :1], initial_state=state,
+                                 gate_logits=z[:, i : i + 1], return_state=True)
+        _, exact = fastmix.reference.gate_loop(
+            one[:, :1].double(), 0 * one[:, :1].double(), one[:, :1].double(),
+            gate_logits=z[:, i : i + 1].double(), initial_state=state.to(torch.complex128),
+            return_state=True)
+        assert (found - exact).abs().max() < 3e-7, sizes[i]
+
+
+def test_offsets_beyond_two_to_the_31():
+    """A batch stride of 2^31 elements: memory that is reserved, and touched in two places."""
+    far = 2**31 + 64
+    room = torch.empty(far + 4096, dtype=torch.bfloat16)
+    rows = torch.randn(2, 3, 40, dtype=torch.bfloat16)
+    room[:120], room[far : far + 120] = rows[0].flatten(), rows[1].flatten()
+    x = room.as_strided((2, 3, 40), (far, 40, 1))
+    assert torch.equal(ops.cumulative_mean(x), ops.cumulative_mean(rows))
+    decay = torch.rand(5)
+    assert torch.equal(ops.decay_conv(x.unflatten(2, (5, 8)), decay),
+                       ops.decay_conv(rows.unflatten(2, (5, 8)), decay))
+    assert torch.equal(ops.linear_scan(x, x), ops.linear_scan(rows, rows))
+    heads, near = x.unflatten(2, (5, 8)), rows.unflatten(2, (5, 8))
+    logits = torch.randn(2, 3, 5, 2, dtype=torch.bfloat16)
+    assert torch.equal(ops.gate_loop(heads, heads, heads, gate_logits=logits),
+                       ops.gate_loop(near, near, near, gate_logits=logits))
+    kernel = torch.randn(3, 5, dtype=torch.bfloat16)
+    assert torch.equal(ops.fft_conv(heads, kernel), ops.fft_conv(near, kernel))
+    weight, bias = torch.randn(2, 2, 4), torch.randn(2, 2)
+    assert torch.equal(ops.windowed_sgu(x, weight, bias), ops.windowed_sgu(rows, weight, bias))
+
+
+# ---- threads and processes
+
+
+def test_eight_callers_at_once():
+    tensors = [{name: wide(name, torch.float32) for name in _native.KERNELS} for _ in range(8)]
+
+    def run(drawn):
+        return [o for name in _native.KERNELS
+                for o in [getattr(ops, name)(**drawn[name])] if isinstance(o, torch.Tensor)]
+
+    expected = [run(drawn) for drawn in tensors]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            for found, e in zip(pool.map(run, tensors), expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(found, e, strict=True))
+
+
+class Means(Dataset):
+    x = torch.randn(6, 1, 3000, 64)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return ops.cumulative_mean(self.x[i])[0]
+
+
+def test_data_loader_workers():
+    expected = ops.cumulative_mean(Means.x.flatten(0, 1))
+    found = torch.cat(list(DataLoader(Means(), batch_size=2, num_workers=2)))
+    assert torch.equal(found, expected)
+
+
+def test_after_a_fork():
+    """The child has no threads but its own; torch's own operators may wait for ever there."""
+    ran = python("-c", """
+import os, signal, torch
+from fastmix import ops
+torch.set_num_threads(2)
+x, decay = torch.randn(1, 5000, 8, 64), torch.rand(8)
+expected = ops.decay_conv(x, decay)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(0 if bytes(ops.decay_conv(x, decay).numpy()) == bytes(expected.numpy()) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(ops.decay_conv(x, decay), expected)
+""")
+    assert ran.returncode == 0, ran.stderr
+
+
+# ---- memory safety
+
+
+def library_of(compiler):
+    """The path of gcc's `name`, to be loaded before python."""
+    found = [subprocess.run([_build.compiler(), f"-print-file-name={name}"], capture_output=True,
+                            text=True).stdout.strip() for name in compiler]
+    return [path for path in found if os.path.isabs(path)]
+
+
+def test_sanitizers_find_nothing_in_2000_random_calls(tmp_path):
+    preloaded = library_of(("libasan.so", "libubsan.so"))
+    if len(preloaded) < 2:
+        pytest.skip("the compiler has no libasan and libubsan to preload")
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    _build.build(cache / _build.compiled_name(), Path(torch.__file__).parent,
+                 more_flags=["-O1", "-g1", "-fsanitize=address,undefined",
+                             "-fno-sanitize-recover=undefined"])
+    ran = python(ROOT / "tests" / "fuzz_native.py", "2000", environment={
+        "FASTMIX_CACHE": str(cache), "LD_PRELOAD": ":".join(preloaded),
+        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"})
+    assert ran.returncode == 0 and ran.stdout.endswith("clean\n"), (
+        ran.stdout[-500:] + ran.stderr[-5000:])
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_kernels_share_no_code_across_instruction_sets(tmp_path):
+    """A linker merges weak functions, and could hand AVX-512 code to a machine without it."""
+    for file in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        if "FASTMIX_CPU" not in file.read_text():
+            continue
+        made = tmp_path / f"{file.stem}.o"
+        subprocess.run([_build.compiler(), *_build.FLAGS, *_build.KERNELS, "-O0",
+                        "-DFASTMIX_CPU=portable", "-c", str(file), "-o", str(made)], check=True)
+        symbols = subprocess.run(["nm", "-C", made], capture_output=True, text=True).stdout
+        weak = [line for line in symbols.splitlines() if line[17:18] in "WVu"]
+        assert not weak, (file.name, weak)
+
+
+def test_native_code_includes_stable_headers_only():
+    for file in (ROOT / "csrc").rglob("*"):
+        for line in file.read_text().splitlines() if file.is_file() else ():
+            if line.startswith("#include") and ("torch/" in line or "ATen" in line or "c10" in line):
+                assert "torch/csrc/stable/" in line or "torch/headeronly/" in line, (file, line)
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """An environment whose compiler does not optimise, with an empty cache."""
+    compiler = tmp_path / "quick-c++"
+    compiler.write_text(f'#!/bin/sh\nexec {_build.compiler()} "$@" -O0\n')
+    compiler.chmod(0o755)
+    return {"CXX": str(compiler), "FASTMIX_CACHE": str(tmp_path / "cache")}
+
+
+CALL = """
+import sys, warnings, torch, fastmix
+from fastmix import _native
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        out = fastmix.ops.cumulative_mean(torch.tensor([[1.0, 3.0]]))
+assert out.tolist() == [[1.0, 2.0]]
+print(len(caught), *(str(w.message) for w in caught))
+print(_native._library)
+"""
+
+
+def test_first_use_compiles_and_the_next_process_finds_it(quick):
+    first = python("-c", CALL, environment=quick)
+    assert first.returncode == 0, first.stderr
+    assert "fastmix: compiling its CPU kernels, 1 of" in first.stderr
+    (library,) = Path(quick["FASTMIX_CACHE"]).iterdir()
+    assert first.stdout.splitlines() == ["0", str(library)] and library.stat().st_mode & 0o77 == 0
+    second = python("-c", CALL, environment=quick)
+    assert second.stdout == first.stdout and second.stderr == ""
+
+    # A read-only cache does, and so does no compiler; a library that others can write to does not.
+    library.parent.chmod(0o500)
+    assert python("-c", CALL, environment=quick).stdout == first.stdout
+    without = python("-c", CALL, environment=quick | {"CXX": "no-such-compiler"})
+    assert without.stdout == first.stdout
+    library.parent.chmod(0o700)
+    library.chmod(0o722)
+    refused = python("-c", CALL, environment=quick)
+    assert refused.stdout.startswith("1 ") and "written to by others" in refused.stdout
+    assert refused.stdout.endswith("None\n")
+
+
+def test_a_cache_that_others_can_write_to_is_refused(quick):
+    folder = Path(quick["FASTMIX_CACHE"])
+    folder.mkdir()
+    folder.chmod(0o777)
+    ran = python("-c", CALL, environment=quick)
+    assert ran.returncode == 0 and ran.stdout.startswith("1 fastmix runs its pure PyTorch fallback")
+    assert f"{folder} can be written to by others" in ran.stdout and not any(folder.iterdir())
+    forced = python("-c", "import fastmix", environment=quick | {"FASTMIX_IMPLEMENTATION": "native"})
+    assert forced.returncode != 0 and "can be written to by others" in forced.stderr
+
+
+def test_without_a_compiler_the_fallback_runs_and_says_so_once(quick):
+    nothing = quick | {"CXX": "no-such-compiler"}
+    ran = python("-c", CALL, environment=nothing)
+    assert ran.returncode == 0 and ran.stdout.startswith("1 fastmix runs its pure PyTorch fallback")
+    assert "no C++ compiler was found" in ran.stdout
+    env = python("-m", "fastmix.env", environment=nothing)
+    assert "no C++ compiler was found" in env.stdout
+    assert "decay_conv            fallback" in env.stdout
+
+
+def test_a_compiler_that_fails_is_quoted(quick):
+    Path(quick["CXX"]).write_text("#!/bin/sh\necho 'that will not do' >&2\nexit 1\n")
+    ran = python("-c", CALL, environment=quick)
+    assert ran.returncode == 0 and "that will not do" in ran.stdout
+
+
+def test_a_killed_build_is_forgotten_and_several_at_once_agree(quick):
+    run = [sys.executable, "-c", CALL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **quick}
+    killed = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, text=True)
+    killed.stderr.readline()  # it has begun
+    killed.kill()
+    killed.wait()
+    killed.stderr.close()
+    several = [subprocess.Popen(run, env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    found = [process.communicate(timeout=300)[0] for process in several]
+    assert found[0] == found[1] and found[0].startswith("0\n")
+    libraries = list(Path(quick["FASTMIX_CACHE"]).glob("*.so"))
+    assert len(libraries) == 1
+
+
+def test_threads_that_come_at_once_compile_once(monkeypatch):
+    """The lock around the first use."""
+    built = []
+
+    def slow_build():
+        built.append(threading.get_ident())
+        time.sleep(0.2)
+        return loaded
+
+    loaded = _native.library()
+    monkeypatch.setattr(_native, "_library", None)
+    monkeypatch.setattr(_native, "_found", slow_build)
+    monkeypatch.setattr(_native, "_load", lambda path: path)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: _native.library(), range(8))) == {loaded}
+    assert len(built) == 1
+    assert ctypes.CDLL(str(loaded)).fastmix_best_instruction_set() >= 0
