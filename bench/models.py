@@ -15,7 +15,6 @@ from exactness import within
 from rows import HALF, compile_function, forced, implementations, name_of, reason
 from timing import peak_bytes, side_by_side
 
-DEPTH = 1
 ROW_SECONDS = 15       # that a row may take
 COMPILE_SECONDS = 25   # and a cold torch.compile of its original with the timing, two cores
 VOCABULARY = 256  # bytes
@@ -91,13 +90,33 @@ class Trainer:
             return gradients, peak_bytes(self.step, self.pieces.device)
 
 
+def linear_flops(model, tokens):
+    """Of a step's products with the weights of Linear layers: forward, and two in backward."""
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    return 6 * weights * tokens
+
+
+def mixing_percent(trainer):
+    """The part of a step that goes by in fastmix's operators and their gradients."""
+    cuda = trainer.pieces.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with trainer.surroundings(), torch.profiler.profile(activities=kinds) as profile:
+        with torch.profiler.record_function("whole step"):
+            trainer.step()
+    time = "device_time_total" if cuda else "cpu_time_total"
+    spent = {e.key: getattr(e, time) for e in profile.key_averages()}
+    mixing = sum(us for key, us in spent.items() if key.startswith("fastmix::"))
+    return 100 * mixing / spent["whole step"]
+
+
 class Course:
     """One model at one size, with the text it learns."""
 
-    def __init__(self, name, b, n, dim, heads, text, dtype, device):
+    def __init__(self, name, b, n, dim, heads, depth, text, dtype, device):
         self.name, self.dtype = name, dtype
         self.file, self.published, self.class_name, self.operator, more = MODELS[name]
-        self.arguments = {"num_tokens": VOCABULARY, "dim": dim, "depth": DEPTH,
+        self.arguments = {"num_tokens": VOCABULARY, "dim": dim, "depth": depth,
                           **more(n, dim, heads)}
         self.pieces = read_bytes(text, 16 * b * (n + 1)).view(16, b, n + 1).to(device)
         self.n, self.tokens = n, b * n
@@ -139,7 +158,7 @@ class Course:
         return baseline, truth, trainer
 
 
-def model_rows(course, names, seconds=0):
+def model_rows(course, names, matmul_gflop_s, seconds=0):
     """A row for each implementation of a course; checked only, if `seconds` is 0."""
     original, truth, rival = course.original()
     limits = dict(zip(("losses", "gradients"), TOLERANCE[course.dtype]))
@@ -174,6 +193,9 @@ def model_rows(course, names, seconds=0):
         for name in trainers:
             rows[name]["step_ms"] = timing[name]
             rows[name]["tokens_per_s"] = 1e3 * course.tokens / timing[name]["median"]
+            rows[name]["mixing_percent"] = mixing_percent(trainers[name])
+            flops = linear_flops(trainers[name].model, course.tokens)
+            rows[name]["linear_floor_ms"] = flops / matmul_gflop_s / 1e6
             if rival:
                 rows[name]["ratio_original"] = ratio(original, rows[name])
     return list(rows.values())

@@ -41,6 +41,7 @@ def arguments(argv):
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dim", type=int, default=512, help="width")
     parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--depth", type=int, default=1, help="layers of the models")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ops", nargs="+", choices=[*operators.ROWS, "none"],
@@ -51,7 +52,7 @@ def arguments(argv):
     parser.add_argument("--text", help="file whose bytes the models learn; by default the "
                         "sources of Python's standard library")
     parser.add_argument("--minutes", type=float, help="leave out what would not end by then; "
-                        "by default 2.75, and more in proportion beyond 8192 tokens")
+                        "by default 2.75, and more in proportion beyond 8192 tokens or depth 1")
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--csv", metavar="PATH")
     parser.add_argument("--plot", metavar="PATH")
@@ -61,8 +62,8 @@ def arguments(argv):
     if options.dim % options.heads or options.dim % 4:
         parser.error(f"--dim must be divisible by --heads and by 4, got {options.dim} "
                      f"and {options.heads}")
-    if min(options.seq) < 1 or options.batch < 1 or options.heads < 1:
-        parser.error("--seq, --batch and --heads must be at least 1")
+    if min(*options.seq, options.batch, options.heads, options.depth) < 1:
+        parser.error("--seq, --batch, --heads and --depth must be at least 1")
     if options.check and (options.plot or options.minutes):
         parser.error("--check takes no times, so it can neither plot nor be given minutes")
     if not options.device.startswith(("cpu", "cuda")):
@@ -126,10 +127,11 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     seconds = 0 if options.check else SECONDS
-    minutes = options.minutes or 2.75 * max(1, sum(options.seq) * options.batch / 8192)
+    minutes = options.minutes or 2.75 * max(
+        1, sum(options.seq) * options.batch / 8192) * options.depth
     cases = chosen_cases(options)
-    courses = [models.Course(name, options.batch, n, options.dim, options.heads, options.text,
-                             dtype, device)
+    courses = [models.Course(name, options.batch, n, options.dim, options.heads, options.depth,
+                             options.text, dtype, device)
                for n in options.seq for name in options.models or models.MODELS if name != "none"]
     lengths = shorter(options.seq[0]) if options.plot and len(options.seq) == 1 else []
     schedule = Schedule(float("inf") if options.check else minutes)
@@ -149,8 +151,10 @@ def main(argv=None):
                 make(1).compile_seconds, f"compiled original of {found[0]['row']} n={n}",
                 functools.partial(rows.add_compiled, make, found, options.impl, dtype, device)))
     for course in courses:
-        if schedule.allows(f"{course.name} n={course.n}", models.ROW_SECONDS):
-            found = models.model_rows(course, options.impl, 2 * seconds)
+        if schedule.allows(f"{course.name} n={course.n}",
+                           models.ROW_SECONDS * options.depth):
+            found = models.model_rows(course, options.impl, header["matmul_gflop_s"],
+                                      2 * seconds)
             report["models"] += found
             compilations.append((
                 models.COMPILE_SECONDS, f"compiled original of {course.name} n={course.n}",

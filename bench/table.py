@@ -51,8 +51,10 @@ first steps of the last heads or channels. Allowed: twice the error of the plain
 the same dtype, plus rounding."""
 STEP = """\
 A step is forward, backward and Adam on the next bytes of {text}:
-vocabulary 256, depth {depth}, and the batch, length, width and heads above. Memory is the peak of
-a step beyond the weights and Adam's averages. Off by: the worst relative difference from the
+vocabulary 256, depth {depth}, and the batch, length, width and heads above. Linear floor: the
+products with the weights of Linear layers at the measured matmul rate, which both sides pay.
+Mixing: the part of a step that fastmix's operators and their gradients take. Memory is the peak
+of a step beyond the weights and Adam's averages. Off by: the worst relative difference from the
 original's losses in the first two steps / from any parameter's first gradient."""
 
 
@@ -196,6 +198,7 @@ EXACTNESS = [*WHO, ("result", verdict), ("steps", steps),
              ("error fwd / bwd", errors("errors")),
              ("allowed", errors("limits")), ("original's error", errors("errors", "original"))]
 TRAINING = [("model", name), *WHO[1:], ("step ms", time("step_ms")),
+            ("linear floor ms", rate("linear_floor_ms")), ("mixing %", rate("mixing_percent")),
             ("ktoken/s", rate("tokens_per_s", 1e3)), ("× original", against("original")),
             ("× compiled", against("compiled"))]
 LEARNING = [("model", name), *WHO[1:], ("result", verdict), ("off by", errors("errors")),

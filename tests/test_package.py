@@ -11,6 +11,7 @@ import torch
 
 import fastmix
 import fastmix.nn
+from fastmix import _build
 from fastmix.ops._register import OPERATORS
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +55,11 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         modules = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastmix").rglob("*.py")}
+    expected |= {f"fastmix/_csrc/{path.relative_to(ROOT / 'csrc')}"
+                 for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    if _build.compiler() is not None:  # the library, built ahead: for one platform, any Python
+        expected.add(f"fastmix/_native-{_build.fingerprint()}.so")
+        assert "-py3-none-" in wheel.name and "any" not in wheel.name
     assert modules == expected
 
 

@@ -65,6 +65,9 @@ def linear_scan(gates, inputs, initial_state=None, *, reverse=False):
             raise ValueError(f"{where}: initial_state must have shape {tuple(expected)}, "
                              f"got {tuple(initial_state.shape)}")
     gates = gates.reshape(*gates.shape, *(1,) * (inputs.ndim - gates.ndim))
+    broadcast = [g != i for g, i in zip(gates.shape, inputs.shape)]
+    if broadcast != sorted(broadcast):
+        gates = gates.expand(inputs.shape)  # kernels know gates that hold for whole heads only
     carry_every = CARRY_EVERY if needs_gradient(gates, inputs, initial_state) else 0
     states, _ = _operator(gates, inputs, initial_state, reverse, carry_every)
     return states
