@@ -8,7 +8,7 @@ import importlib.util
 import runpy
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -25,16 +25,18 @@ class BuildWithLibrary(build_py):
             build["build"](target, Path(torch.origin).parent, build["show_progress"])
 
 
+class Platform(Distribution):
+    def has_ext_modules(self):
+        return ahead
+
+
 class WheelForAnyPython(bdist_wheel):
     """With the library in it a wheel fits one platform, but any Python and any torch."""
-
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = not ahead
 
     def get_tag(self):
         tag = super().get_tag()
         return ("py3", "none", tag[2]) if ahead else tag
 
 
-setup(cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": WheelForAnyPython})
+setup(distclass=Platform,
+      cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": WheelForAnyPython})
