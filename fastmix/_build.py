@@ -4,6 +4,7 @@ Standard library only, so that setup.py can run this file without torch or fastm
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import os
 import platform
@@ -17,8 +18,8 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
          "-fno-trapping-math"]
 # LibTorch's stable ABI as of 2.10: the library runs on every later torch.
 REGISTRATION = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-# One build of the kernels for each; the best one that the machine has is chosen at run time.
 KERNELS = ["-fno-exceptions"]
+# One build of the kernels for each; the best one that the machine has is chosen at run time.
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -40,6 +41,7 @@ def sources():
     return installed if installed.is_dir() else package.parent / "csrc"
 
 
+@functools.cache
 def fingerprint():
     """A hash of all that the library is made from, torch's headers aside: they are stable."""
     seen = hashlib.sha256(repr((FLAGS, REGISTRATION, KERNELS, INSTRUCTION_SETS)).encode())

@@ -5,7 +5,6 @@ sources; what others could have written there is not loaded.
 """
 
 import ctypes
-import functools
 import os
 import stat
 import threading
@@ -51,7 +50,8 @@ def _cached():
     """The library's place in the cache, there or not. RuntimeError if it is not safe."""
     folder = cache_folder()
     # Without a compiler: whatever one has compiled these sources before.
-    path = next(iter(sorted(folder.glob(_build.compiled_name()))), folder / _build.compiled_name())
+    name = _build.compiled_name()
+    path = next(iter(sorted(folder.glob(name))), folder / name)
     for part in (folder, path):
         reason = _distrusted(part) if part.exists() else None
         if reason is not None:

@@ -829,8 +829,8 @@ struct Call {
     f.out = sink(out, f.n, f.h * f.d);
     const bool full = f.kernels_in_lanes ? lanes % f.d == 0 && f.h % f.heads == 0
                                          : f.d % lanes == 0;
-    f.streaming = instruction_set() == 2 && full && out.numel() * out.element_size() >= 8 << 20 &&
-                  reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) % 64 == 0;
+    f.streaming = instruction_set() == 2 && full && f.out.streaming &&
+                  reinterpret_cast<uintptr_t>(f.out.data) % 64 == 0;
   }
 
   void plan() {

@@ -205,7 +205,7 @@ struct Head {
   int64_t steps = 0;
   C *q, *k, *v, *kt;           // (steps, dk), …, (dk, steps)
   C *w_re, *w_im, *p_re, *p_im;  // (steps, steps), (steps)
-  C *a_re, *a_im, *z, *row;
+  C *a_re, *a_im, *z;
   C *state_re, *state_im;      // (dk, dv)
   C *x, *y, *wide;             // (steps, larger of dk and dv)
   Complex<C>* numbers;

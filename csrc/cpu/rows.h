@@ -27,7 +27,7 @@ struct Sink {
   void* data;
   Type type;
   int64_t n_size, channels;
-  bool streaming;  // too large for the caches, and rows start at whole cache lines
+  bool streaming;  // too large for the caches
 };
 
 }  // namespace fastmix
@@ -344,7 +344,8 @@ void write(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count,
                   const C* values) {
   char* p = static_cast<char*>(s.data) +
             ((b * s.n_size + t) * s.channels + c0) * bytes_of(s.type);
-  if (s.type == type_of<C>() && s.streaming) {
+  // A row that starts within a vector, as a head's may, is stored the common way.
+  if (s.type == type_of<C>() && s.streaming && reinterpret_cast<uintptr_t>(p) % kRegister == 0) {
     C* to = reinterpret_cast<C*>(p);
     return each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
       stream(to + c, load<decltype(zero)>(values + c));

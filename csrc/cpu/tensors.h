@@ -58,11 +58,8 @@ inline Source state_source(const Tensor& x) {
 inline Source state_source(const Maybe& x) { return x ? state_source(*x) : Source{}; }
 
 inline Sink sink(const Tensor& x, int64_t n, int64_t channels) {
-  void* data = x.mutable_data_ptr();
-  const int64_t bytes = x.element_size();
-  const bool streaming = x.numel() * bytes >= 8 << 20 && channels * bytes % 64 == 0 &&
-                         reinterpret_cast<uintptr_t>(data) % 64 == 0;
-  return {data, type_of(x.scalar_type()), n, channels, streaming};
+  const bool streaming = x.numel() * static_cast<int64_t>(x.element_size()) >= 8 << 20;
+  return {x.mutable_data_ptr(), type_of(x.scalar_type()), n, channels, streaming};
 }
 
 // A new tensor on huge pages if it is large: faults of small ones can cost more than a scan.
@@ -90,13 +87,13 @@ int instruction_set();
 // Not in a child that was forked from a process with threads.
 bool may_use_threads();
 
-// The calls of units begin … end-1 in parallel, each thread at least `grain` of them.
+// Calls the kernel of this machine for all units, in parallel.
 template <class Arguments>
 void spread(std::initializer_list<Kernel<Arguments>> kernels, const Arguments& arguments,
-            int64_t units, int64_t grain = 1) {
+            int64_t units) {
   const Kernel<Arguments> kernel = kernels.begin()[instruction_set()];
   if (!may_use_threads()) return kernel(arguments, 0, units);
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     kernel(arguments, begin, end);
   });
 }

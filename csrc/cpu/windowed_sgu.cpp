@@ -412,7 +412,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
   Tensor grad_x = fresh(x), grad_residual = residual ? fresh(*residual) : nothing(x);
   f.grad = source(grad);
   f.grad_x = sink(grad_x, f.n, 2 * f.c);
-  f.grad_x.streaming = f.grad_x.streaming && f.c * x.element_size() % 64 == 0;
   if (residual) f.grad_residual = sink(grad_residual, f.n, f.c);
 
   // Runs are as many as keep their sums of the weight's gradient small beside x.
