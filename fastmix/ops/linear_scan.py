@@ -65,8 +65,8 @@ def linear_scan(gates, inputs, initial_state=None, *, reverse=False):
             raise ValueError(f"{where}: initial_state must have shape {tuple(expected)}, "
                              f"got {tuple(initial_state.shape)}")
     gates = gates.reshape(*gates.shape, *(1,) * (inputs.ndim - gates.ndim))
-    broadcast = [g != i for g, i in zip(gates.shape, inputs.shape)]
-    if broadcast != sorted(broadcast):
+    broadcast = [axis for axis, (g, i) in enumerate(zip(gates.shape, inputs.shape)) if g != i]
+    if broadcast and any(size != 1 for size in gates.shape[broadcast[0]:]):
         gates = gates.expand(inputs.shape)  # kernels know gates that hold for whole heads only
     carry_every = CARRY_EVERY if needs_gradient(gates, inputs, initial_state) else 0
     states, _ = _operator(gates, inputs, initial_state, reverse, carry_every)
