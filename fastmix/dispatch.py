@@ -19,8 +19,10 @@ DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
 
 # Modules that bring kernels. Importing one registers its kernels, for devices that the
 # others leave to it. It has unavailable(operator, device_type), None or the reason why it
-# cannot run there, and library(), which makes sure that its kernels are ready.
-SOURCES = {"triton": "fastmix._triton", "native": "fastmix._native"}
+# cannot run there; library(), which makes sure that its kernels are ready; and
+# forced(operator, device_type), (forward, backward) to run where others are registered, or
+# None where its own are.
+SOURCES = {"native": "fastmix._native", "triton": "fastmix._triton"}
 
 
 def _present(source):
@@ -101,7 +103,11 @@ class _Force:
                     run, run_backward = (OPERATORS[name].run_fallback,
                                          OPERATORS[name].run_fallback_backward)
                 else:
-                    continue  # what is registered for this device already
+                    source = importlib.import_module(SOURCES[self.implementation])
+                    found = source.forced(name, device)
+                    if found is None:
+                        continue
+                    run, run_backward = found
                 self.library.impl(name, run, DEVICE_KEYS[device])
                 self.library.impl(f"{name}_backward", run_backward, DEVICE_KEYS[device])
 

@@ -1,0 +1,28 @@
+"""gate_loop on a GPU: a scan per channel for head dim 1, chunks of matrix products beyond.
+
+The scan is in gate_loop_diagonal.py, the chunks are in gate_loop_heads.py, both with the
+arguments and results of `forward` and `backward` here, which are the fallback's.
+"""
+
+from fastmix._triton import gate_loop_diagonal, gate_loop_heads
+
+LARGEST_HEAD = 256
+
+
+def refuses(q, k, v, *others):
+    largest = max(q.shape[-1], v.shape[-1])
+    if largest > LARGEST_HEAD:
+        return f"head dims go up to {LARGEST_HEAD}, got {largest}"
+
+
+def _kernels(q, v):
+    return gate_loop_diagonal if q.shape[-1] == v.shape[-1] == 1 else gate_loop_heads
+
+
+def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
+    return _kernels(q, v).forward(q, k, v, gates, gate_logits, initial_state, carry_every)
+
+
+def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_state, carry_every):
+    return _kernels(q, v).backward(grad, grad_state, carries, q, k, v, gates, gate_logits,
+                                   initial_state, carry_every)
