@@ -57,6 +57,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastmix").rglob("*.py")}
     expected |= {f"fastmix/_csrc/{path.relative_to(ROOT / 'csrc')}"
                  for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    expected |= {f"fastmix/_triton/{path.name}" for path in (ROOT / "kernels/triton").glob("*.py")}
     if _build.compiler() is not None:  # the library, built ahead: for one platform, any Python
         expected.add(f"fastmix/_native-{_build.fingerprint()}.so")
         assert "-py3-none-" in wheel.name and "any" not in wheel.name
