@@ -1,24 +1,22 @@
 // y_t = mean of x_0 … x_t; backward dx_t = Σ_{s ≥ t} grad_s / (s + 1).
 //
-// Sums are kept in the compute type for 64 steps at a time and beyond that in double. A
-// unit of work is a stretch of time of a block of channels; where there are several
-// stretches, a first pass finds the sum of each.
+// Threads share the work as a Chain whose state is the sum so far, in double; within 64
+// steps sums are kept in the compute type. Backward runs the same from the last step.
 
 #include "rows.h"
 
 namespace fastmix {
 
 struct CumulativeMean {
-  int64_t n, channels, block, stretch, stretches;
+  Chain chain;
+  int64_t n;
   Source x;
   Sink out;
   bool backward;
-  double* sums;  // (b, stretches, channels): of each stretch, then of all that it follows
 };
 
 }  // namespace fastmix
 
-FASTMIX_KERNEL(cumulative_mean_sums, fastmix::CumulativeMean)
 FASTMIX_KERNEL(cumulative_mean, fastmix::CumulativeMean)
 
 #ifdef FASTMIX_CPU
@@ -28,19 +26,14 @@ namespace {
 
 constexpr int64_t kRun = 64;  // steps summed in the compute type
 
-// Writes means if `writes`, else the sum of the stretch.
+// Adds the steps of a chunk to `total`; if `writes`, writes their means and fetches `next`.
 template <class C, bool writes>
-void run(const CumulativeMean& f, int64_t index) {
-  const int64_t blocks = (f.channels + f.block - 1) / f.block;
-  const int64_t c0 = index % blocks * f.block, s = index / blocks % f.stretches,
-                b = index / blocks / f.stretches;
-  const int64_t count = smaller(f.block, f.channels - c0);
-  const int64_t start = s * f.stretch, end = smaller(start + f.stretch, f.n);
-  Scratch scratch;
+void run(const CumulativeMean& f, const Link& link, const Link& next, double* total,
+         Scratch& scratch) {
+  const int64_t count = link.count, start = link.order * f.chain.steps,
+                end = smaller(start + f.chain.steps, f.n);
   C *wide = scratch.take<C>(count), *base = scratch.take<C>(count),
     *sum = scratch.take<C>(count), *y = scratch.take<C>(count);
-  double *total = scratch.take<double>(count), *entry = f.sums + (b * f.stretches + s) * f.channels + c0;
-  for (int64_t c = 0; c < count; ++c) total[c] = writes ? entry[c] : 0;
   for (int64_t i0 = start; i0 < end; i0 += kRun) {
     for (int64_t c = 0; c < count; ++c) {
       base[c] = static_cast<C>(total[c]);
@@ -48,7 +41,10 @@ void run(const CumulativeMean& f, int64_t index) {
     }
     for (int64_t i = i0; i < smaller(i0 + kRun, end); ++i) {
       const int64_t t = f.backward ? f.n - 1 - i : i;
-      const C* x = read(f.x, b, t, c0, count, wide);
+      const C* x = read(f.x, link.b, t, link.c0, count, wide);
+      const int64_t ahead = next.order * f.chain.steps + i - start;
+      if (writes && next.count > 0 && ahead < f.n)
+        prefetch(f.x, next.b, f.backward ? f.n - 1 - ahead : ahead, next.c0, next.count);
       const C share = static_cast<C>(1.0 / static_cast<double>(t + 1));
       each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
         using V = decltype(zero);
@@ -57,24 +53,34 @@ void run(const CumulativeMean& f, int64_t index) {
         if (writes) store(y + c, f.backward ? load<V>(base + c) + now
                                             : share * (load<V>(base + c) + now));
       });
-      if (writes) write(f.out, b, t, c0, count, y);
+      if (writes) write(f.out, link.b, t, link.c0, count, y);
     }
     for (int64_t c = 0; c < count; ++c) total[c] += sum[c];
   }
-  if (!writes) memcpy(entry, total, count * sizeof(double));
   streamed();
+}
+
+template <class C>
+void unit(const CumulativeMean& f, const Link& link, const Link& next) {
+  Scratch scratch;
+  double *added = scratch.take<double>(link.count), *total = scratch.take<double>(link.count);
+  memset(added, 0, link.count * sizeof(double));
+  if (link.order + 1 < f.chain.chunks) run<C, false>(f, link, next, added, scratch);
+  await(link);
+  for (int64_t c = 0; c < link.count; ++c) {
+    total[c] = link.state[c];
+    link.state[c] += added[c];
+  }
+  hand_on(link);
+  run<C, true>(f, link, next, total, scratch);
 }
 
 }  // namespace
 
-void cumulative_mean_sums(const CumulativeMean& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    f.x.type == Type::f64 ? run<double, false>(f, i) : run<float, false>(f, i);
-}
-
 void cumulative_mean(const CumulativeMean& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    f.x.type == Type::f64 ? run<double, true>(f, i) : run<float, true>(f, i);
+  const auto work = f.x.type == Type::f64 ? unit<double> : unit<float>;
+  each_link(f.chain, end - begin,
+            [&](const Link& link, const Link& next) { work(f, link, next); });
 }
 
 }  // namespace fastmix::FASTMIX_CPU
@@ -86,32 +92,14 @@ void cumulative_mean(const CumulativeMean& f, int64_t begin, int64_t end) {
 namespace fastmix {
 namespace {
 
-// Backward counts steps from the end.
 Tensor run(const Tensor& x, bool backward) {
   const int64_t b = x.size(0), n = x.size(1);
   Tensor out = fresh(x);
   const int64_t channels = b ? x.numel() / (b * n) : 0;
   const Tensor rows = x.dim() <= 4 ? x : torch::stable::reshape(x, {{b, n, channels}});
-  CumulativeMean f{n, channels, kBlock, stretch(b, n)};
-  f.stretches = (n + f.stretch - 1) / f.stretch;
-  f.x = source(rows);
-  f.out = sink(out, n, channels);
-  f.backward = backward;
-  std::vector<double> sums(b * f.stretches * channels);
-  f.sums = sums.data();
-  const int64_t units = b * f.stretches * blocks(channels);
-  if (f.stretches > 1) spread(FASTMIX_KERNELS(cumulative_mean_sums), f, units);
-  for (int64_t i = 0; i < b; ++i)
-    for (int64_t c = 0; c < channels; ++c) {
-      double total = 0;
-      for (int64_t s = 0; s < f.stretches; ++s) {
-        double& sum = f.sums[(i * f.stretches + s) * channels + c];
-        const double of_stretch = sum;
-        sum = total;
-        total += of_stretch;
-      }
-    }
-  spread(FASTMIX_KERNELS(cumulative_mean), f, units);
+  ChainStorage storage(b, n, channels);
+  const CumulativeMean f{storage.chain, n, source(rows), sink(out, n, channels), backward};
+  spread(FASTMIX_KERNELS(cumulative_mean), f, storage.units());
   return out;
 }
 

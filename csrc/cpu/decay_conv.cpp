@@ -1,30 +1,27 @@
 // y_t = decay · y_{t-1} + gain · x_t, one read of x and one write of y.
 //
-// Channels lie in SIMD lanes. A unit of work is a stretch of time of a block of channels;
-// where there are several stretches, a first pass finds the state that each contributes.
+// Channels lie in SIMD lanes; threads share the work as a Chain. A chunk is read twice: for
+// what it adds to the state, and then to write, while the thread's next chunk is fetched.
 
 #include "rows.h"
 
 namespace fastmix {
 
 struct DecayConv {
-  int64_t n, channels, block, stretch, stretches, carry_every;
-  const double *decay, *gain;  // per channel; gain may be null
-  Source x, initial_state;
+  Chain chain;
+  int64_t n, carry_every;
+  const double *decay, *gain;              // per channel; gain may be null
+  const double *over_chunk, *over_last;    // decay to the power of a chunk's steps
+  Source x;
   Sink out, state, carries;  // forward
-  Source grad, grad_state, kept;
+  Source grad, kept;
   Sink grad_x, grad_initial;
-  double *grad_decay, *grad_gain;  // (b, stretches, channels)
-  // (b, stretches, channels): what each stretch adds to its last state, then its first one;
-  // in backward, the same against time.
-  double* entries;
+  double *grad_decay, *grad_gain;  // (b, chunks, channels)
 };
 
 }  // namespace fastmix
 
-FASTMIX_KERNEL(decay_conv_ends, fastmix::DecayConv)
 FASTMIX_KERNEL(decay_conv_forward, fastmix::DecayConv)
-FASTMIX_KERNEL(decay_conv_backward_ends, fastmix::DecayConv)
 FASTMIX_KERNEL(decay_conv_backward, fastmix::DecayConv)
 
 #ifdef FASTMIX_CPU
@@ -32,22 +29,22 @@ FASTMIX_KERNEL(decay_conv_backward, fastmix::DecayConv)
 namespace fastmix::FASTMIX_CPU {
 namespace {
 
-struct Unit {
-  int64_t b, s, c0, count, start, end;
-  double* entry;
+// A chunk of time of a block of channels.
+struct Unit : Link {
+  int64_t chunk, start, end;
 };
 
-Unit unit_of(const DecayConv& f, int64_t index) {
-  const int64_t blocks = (f.channels + f.block - 1) / f.block;
-  Unit u;
-  u.c0 = index % blocks * f.block;
-  u.s = index / blocks % f.stretches;
-  u.b = index / blocks / f.stretches;
-  u.count = smaller(f.block, f.channels - u.c0);
-  u.start = u.s * f.stretch;
-  u.end = smaller(u.start + f.stretch, f.n);
-  u.entry = f.entries + (u.b * f.stretches + u.s) * f.channels + u.c0;
+Unit unit_of(const DecayConv& f, const Link& link, bool reverse) {
+  Unit u{link};
+  u.chunk = reverse ? f.chain.chunks - 1 - u.order : u.order;
+  u.start = u.chunk * f.chain.steps;
+  u.end = smaller(u.start + f.chain.steps, f.n);
   return u;
+}
+
+// Step i of the chunk that this thread will do next, if there is one.
+INLINE void fetch(const Source& s, const Unit& u, int64_t i) {
+  if (u.count > 0 && u.start + i < u.end) prefetch(s, u.b, u.start + i, u.c0, u.count);
 }
 
 template <class C>
@@ -57,53 +54,48 @@ C* parameter(Scratch& scratch, const double* values, const Unit& u) {
   return found;
 }
 
-template <class C>
-C* taken(Scratch& scratch, const Unit& u) {
+// The state that enters a chunk; the next chunk gets decay^steps times it, and what this one
+// adds: its last state if it starts from zero. Against time, the same of decay · g.
+template <class C, bool backward>
+C* enter(const DecayConv& f, const Unit& u, const C* decay, const C* gain, Scratch& scratch) {
   C* state = scratch.take<C>(u.count);
-  for (int64_t c = 0; c < u.count; ++c) state[c] = static_cast<C>(u.entry[c]);
+  const bool followed = u.order + 1 < f.chain.chunks;
+  if (followed) {
+    C* wide = scratch.take<C>(u.count);
+    memset(state, 0, u.count * sizeof(C));
+    for (int64_t i = u.start; i < u.end; ++i) {
+      const int64_t t = backward ? u.end - 1 - (i - u.start) : i;
+      const C* in = read(backward ? f.grad : f.x, u.b, t, u.c0, u.count, wide);
+      each_vector<C>(u.count, [&](auto zero, int64_t c) LAMBDA {
+        using V = decltype(zero);
+        const V a = load<V>(decay + c), s = load<V>(state + c), x = load<V>(in + c);
+        store(state + c, backward ? a * (s + x) : a * s + load<V>(gain + c) * x);
+      });
+    }
+  }
+  await(u);
+  const double* power = (u.end == f.n ? f.over_last : f.over_chunk) + u.c0;
+  for (int64_t c = 0; c < u.count; ++c) {
+    const double entering = u.state[c];
+    if (followed) u.state[c] = power[c] * entering + state[c];
+    state[c] = static_cast<C>(entering);
+  }
+  hand_on(u);
   return state;
 }
 
-void hand_over(const Unit& u, const double* state) { memcpy(u.entry, state, u.count * 8); }
-void hand_over(const Unit& u, const float* state) {
-  for (int64_t c = 0; c < u.count; ++c) u.entry[c] = state[c];
-}
-
-// The last state of a stretch that starts from zero; or, against time, decay · its first g.
-template <class C, bool backward>
-void ends(const DecayConv& f, int64_t index) {
-  const Unit u = unit_of(f, index);
-  if (u.s == (backward ? 0 : f.stretches - 1)) return;  // nothing follows
-  Scratch scratch;
-  const C* decay = parameter<C>(scratch, f.decay, u);
-  const C* gain = parameter<C>(scratch, backward ? nullptr : f.gain, u);
-  C* state = scratch.take<C>(u.count);
-  C* wide = scratch.take<C>(u.count);
-  memset(state, 0, u.count * sizeof(C));
-  for (int64_t i = u.start; i < u.end; ++i) {
-    const int64_t t = backward ? u.end - 1 - (i - u.start) : i;
-    const C* in = read(backward ? f.grad : f.x, u.b, t, u.c0, u.count, wide);
-    each_vector<C>(u.count, [&](auto zero, int64_t c) LAMBDA {
-      using V = decltype(zero);
-      const V a = load<V>(decay + c), s = load<V>(state + c), x = load<V>(in + c);
-      store(state + c, backward ? a * (s + x) : a * s + load<V>(gain + c) * x);
-    });
-  }
-  hand_over(u, state);
-}
-
 template <class C>
-void forward(const DecayConv& f, int64_t index) {
-  const Unit u = unit_of(f, index);
+void forward(const DecayConv& f, const Unit& u, const Unit& next) {
   Scratch scratch;
   const C* decay = parameter<C>(scratch, f.decay, u);
   const C* gain = parameter<C>(scratch, f.gain, u);
-  C* state = taken<C>(scratch, u);
+  C* state = enter<C, false>(f, u, decay, gain, scratch);
   C* wide = scratch.take<C>(u.count);
   for (int64_t t = u.start; t < u.end; ++t) {
     if (f.carry_every && t % f.carry_every == 0)
       write(f.carries, u.b, t / f.carry_every, u.c0, u.count, state);
     const C* x = read(f.x, u.b, t, u.c0, u.count, wide);
+    fetch(f.x, next, t - u.start);
     each_vector<C>(u.count, [&](auto zero, int64_t c) LAMBDA {
       using V = decltype(zero);
       store(state + c, load<V>(decay + c) * load<V>(state + c) + load<V>(gain + c) * load<V>(x + c));
@@ -118,20 +110,19 @@ void forward(const DecayConv& f, int64_t index) {
 
 // With g_t = grad_t + decay · g_{t+1}: dx = gain · g, dgain = Σ g x, ddecay = Σ g_t y_{t-1}.
 template <class C>
-void backward(const DecayConv& f, int64_t index) {
-  const Unit u = unit_of(f, index);
+void backward(const DecayConv& f, const Unit& u, const Unit& next) {
   const int64_t count = u.count, every = f.carry_every;
   Scratch scratch;
   const C* decay = parameter<C>(scratch, f.decay, u);
   const C* gain = parameter<C>(scratch, f.gain, u);
-  C* g = taken<C>(scratch, u);  // decay · g_{t+1}
+  C* g = enter<C, true>(f, u, decay, gain, scratch);  // decay · g_{t+1}
   C* wide = scratch.take<C>(count);
   C* wide_grad = scratch.take<C>(count);
   C* dx = scratch.take<C>(count);
   C* by_decay = scratch.take<C>(count);
   C* by_gain = scratch.take<C>(count);
   C* before = scratch.take<C>(every * count);  // y_{t-1} for the steps of a chunk
-  const int64_t at = (u.b * f.stretches + u.s) * f.channels + u.c0;
+  const int64_t at = (u.b * f.chain.chunks + u.chunk) * f.chain.channels + u.c0;
   double *grad_decay = f.grad_decay + at, *grad_gain = f.grad_gain + at;
   memset(grad_decay, 0, count * sizeof(double));
   memset(grad_gain, 0, count * sizeof(double));
@@ -152,6 +143,7 @@ void backward(const DecayConv& f, int64_t index) {
     for (int64_t t = end - 1; t >= start; --t) {
       const C* x = read(f.x, u.b, t, u.c0, count, wide);
       const C* grad = read(f.grad, u.b, t, u.c0, count, wide_grad);
+      fetch(f.grad, next, u.end - 1 - t);
       const C* y = before + (t - start) * count;
       each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
         using V = decltype(zero);
@@ -174,24 +166,18 @@ void backward(const DecayConv& f, int64_t index) {
 
 }  // namespace
 
-void decay_conv_ends(const DecayConv& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    f.x.type == Type::f64 ? ends<double, false>(f, i) : ends<float, false>(f, i);
-}
-
-void decay_conv_backward_ends(const DecayConv& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    f.x.type == Type::f64 ? ends<double, true>(f, i) : ends<float, true>(f, i);
-}
-
 void decay_conv_forward(const DecayConv& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    f.x.type == Type::f64 ? forward<double>(f, i) : forward<float>(f, i);
+  const auto work = f.x.type == Type::f64 ? forward<double> : forward<float>;
+  each_link(f.chain, end - begin, [&](const Link& link, const Link& next) {
+    work(f, unit_of(f, link, false), unit_of(f, next, false));
+  });
 }
 
 void decay_conv_backward(const DecayConv& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    f.x.type == Type::f64 ? backward<double>(f, i) : backward<float>(f, i);
+  const auto work = f.x.type == Type::f64 ? backward<double> : backward<float>;
+  each_link(f.chain, end - begin, [&](const Link& link, const Link& next) {
+    work(f, unit_of(f, link, true), unit_of(f, next, true));
+  });
 }
 
 }  // namespace fastmix::FASTMIX_CPU
@@ -223,49 +209,32 @@ Tensor per_head(const std::vector<double>& sums, int64_t d, const Tensor& parame
   return grad;
 }
 
-DecayConv arguments(const Tensor& x, const std::vector<double>& decay,
-                    const std::vector<double>& gain, std::vector<double>& entries,
-                    int64_t carry_every) {
+// A call's parameters and chain, and its arguments, which point into them.
+struct Call : ChainStorage {
+  std::vector<double> decay, gain, over_chunk, over_last;
   DecayConv f{};
-  const int64_t b = x.size(0);
-  f.n = x.size(1);
-  f.channels = x.size(2) * x.size(3);
-  f.block = kBlock;
-  f.stretch = stretch(b, f.n);
-  f.stretches = (f.n + f.stretch - 1) / f.stretch;
-  f.carry_every = carry_every;
-  f.decay = decay.data();
-  f.gain = gain.empty() ? nullptr : gain.data();
-  f.x = source(x);
-  entries.resize(b * f.stretches * f.channels);
-  f.entries = entries.data();
-  return f;
-}
 
-// The state that enters each stretch, from what every one adds and the state before all.
-void enter(const DecayConv& f, int64_t batches, const std::vector<double>& first, bool reverse) {
-  const int64_t rest = f.n - (f.stretches - 1) * f.stretch;
-  double over_stretch = 1, over_rest = 1;  // decay to the power of a stretch's steps
-  for (int64_t b = 0; b < batches; ++b)
-    for (int64_t c = 0; c < f.channels; ++c) {
-      if (f.stretches > 1 && (c == 0 || f.decay[c] != f.decay[c - 1])) {
-        over_stretch = std::pow(f.decay[c], static_cast<double>(f.stretch));
-        over_rest = std::pow(f.decay[c], static_cast<double>(rest));
-      }
-      double state = first.empty() ? 0 : first[b * f.channels + c];
-      for (int64_t i = 0; i < f.stretches; ++i) {
-        const int64_t s = reverse ? f.stretches - 1 - i : i;
-        double& entry = f.entries[(b * f.stretches + s) * f.channels + c];
-        const double added = entry;
-        entry = state;
-        state = (s == f.stretches - 1 ? over_rest : over_stretch) * state + added;
-      }
+  Call(const Tensor& x, const Tensor& decay_of_head, const Maybe& gain_of_head,
+       std::vector<double> first, int64_t carry_every)
+      : ChainStorage(x.size(0), x.size(1), x.size(2) * x.size(3), std::move(first)),
+        decay(per_channel(decay_of_head, x.size(3))),
+        gain(per_channel(gain_of_head, x.size(3))), over_chunk(decay), over_last(decay) {
+    f.n = x.size(1);
+    const double steps = chain.steps, rest = f.n - (chain.chunks - 1) * chain.steps;
+    for (size_t c = 0; c < decay.size(); ++c) {
+      const bool same = c > 0 && decay[c] == decay[c - 1];
+      over_chunk[c] = same ? over_chunk[c - 1] : std::pow(decay[c], steps);
+      over_last[c] = same ? over_last[c - 1] : std::pow(decay[c], rest);
     }
-}
-
-int64_t units(const DecayConv& f, int64_t batches) {
-  return batches * f.stretches * blocks(f.channels);
-}
+    f.chain = chain;
+    f.carry_every = carry_every;
+    f.decay = decay.data();
+    f.gain = gain.empty() ? nullptr : gain.data();
+    f.over_chunk = over_chunk.data();
+    f.over_last = over_last.data();
+    f.x = source(x);
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> decay_conv(
     const Tensor& x, const Tensor& decay, const Maybe& gain, const Maybe& initial_state,
@@ -274,15 +243,13 @@ std::tuple<Tensor, Tensor, Tensor> decay_conv(
   const int64_t carries = carry_every ? (n + carry_every - 1) / carry_every + 1 : 0;
   Tensor out = fresh(x), state = fresh(x, {b, h, d}, wide(x)),
          kept = fresh(x, {b, carries, h, d}, wide(x));
-  const auto decays = per_channel(decay, d), gains = per_channel(gain, d);
-  std::vector<double> entries;
-  DecayConv f = arguments(x, decays, gains, entries, carry_every);
+  Call call(x, decay, gain, initial_state ? values(*initial_state) : std::vector<double>(),
+            carry_every);
+  DecayConv& f = call.f;
   f.out = sink(out, n, h * d);
   f.state = sink(state, 1, h * d);
   f.carries = sink(kept, carries, h * d);
-  if (f.stretches > 1) spread(FASTMIX_KERNELS(decay_conv_ends), f, units(f, b));
-  enter(f, b, initial_state ? values(*initial_state) : std::vector<double>(), false);
-  spread(FASTMIX_KERNELS(decay_conv_forward), f, units(f, b));
+  spread(FASTMIX_KERNELS(decay_conv_forward), f, call.units());
   return {out, state, kept};
 }
 
@@ -291,20 +258,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decay_conv_backward(
     const Tensor& decay, const Maybe& gain, const Maybe& initial_state, int64_t carry_every) {
   const int64_t b = x.size(0), n = x.size(1), h = x.size(2), d = x.size(3);
   Tensor grad_x = fresh(x), grad_initial = initial_state ? fresh(*initial_state) : nothing(x);
-  const auto decays = per_channel(decay, d), gains = per_channel(gain, d);
-  std::vector<double> entries;
-  DecayConv f = arguments(x, decays, gains, entries, carry_every);
-  std::vector<double> by_decay(entries.size()), by_gain(entries.size());
+  Call call(x, decay, gain, values(grad_state), carry_every);
+  DecayConv& f = call.f;
+  std::vector<double> by_decay(b * f.chain.chunks * h * d), by_gain(by_decay.size());
   f.grad = source(grad);
-  f.grad_state = state_source(grad_state);
   f.kept = source(carries);
   f.grad_x = sink(grad_x, n, h * d);
   if (initial_state) f.grad_initial = sink(grad_initial, 1, h * d);
   f.grad_decay = by_decay.data();
   f.grad_gain = by_gain.data();
-  if (f.stretches > 1) spread(FASTMIX_KERNELS(decay_conv_backward_ends), f, units(f, b));
-  enter(f, b, values(grad_state), true);
-  spread(FASTMIX_KERNELS(decay_conv_backward), f, units(f, b));
+  spread(FASTMIX_KERNELS(decay_conv_backward), f, call.units());
   return {grad_x, per_head(by_decay, d, decay),
           gain ? per_head(by_gain, d, *gain) : nothing(x), grad_initial};
 }

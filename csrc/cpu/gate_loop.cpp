@@ -50,6 +50,13 @@ const C* gates_at(const GateLoop& f, int64_t b, int64_t t, int64_t h0, int64_t c
   return pairs;
 }
 
+inline void prefetch_gates(const GateLoop& f, int64_t b, int64_t t, int64_t h0, int64_t count) {
+  if (present(f.logits))
+    prefetch(f.logits, b, t, 2 * h0, 2 * count);
+  else
+    prefetch(f.gates, b, t, h0, count);
+}
+
 // Gradients of the gates of one step, handed on to the logits if those were given. `pairs`
 // is room for 2 · count numbers.
 template <class C>
@@ -82,8 +89,6 @@ void part(const Complex<C>* from, C* re, C* im, int64_t count) {
 
 // ---- head dimension 1
 
-constexpr int64_t kAhead = 8;  // steps
-
 // h = a h + k v
 template <class C>
 INLINE void advance(const C* a_re, const C* a_im, const C* k, const C* v, const C* re,
@@ -115,10 +120,10 @@ void diagonal_forward(const GateLoop& f, int64_t b, int64_t h0) {
       write(f.carries, b, t / f.carry_every, h0, count, state);
     }
     if (t + kAhead < f.n) {
+      prefetch_gates(f, b, t + kAhead, h0, count);
       prefetch(f.q, b, t + kAhead, h0, count);
       prefetch(f.k, b, t + kAhead, h0, count);
       prefetch(f.v, b, t + kAhead, h0, count);
-      if (present(f.logits)) prefetch(f.logits, b, t + kAhead, 2 * h0, 2 * count);
     }
     gates_at(f, b, t, h0, count, z, a_re, a_im);
     const C *q = read(f.q, b, t, h0, count, wide_q), *k = read(f.k, b, t, h0, count, wide_k),
@@ -167,6 +172,13 @@ void diagonal_backward(const GateLoop& f, int64_t b, int64_t h0) {
       const C *q = read(f.q, b, t, h0, count, wide_q), *k = read(f.k, b, t, h0, count, wide_k),
               *v = read(f.v, b, t, h0, count, wide_v),
               *grad = read(f.grad, b, t, h0, count, wide_grad);
+      if (t >= every) {  // the same step of the next chunk
+        prefetch_gates(f, b, t - every, h0, count);
+        prefetch(f.q, b, t - every, h0, count);
+        prefetch(f.k, b, t - every, h0, count);
+        prefetch(f.v, b, t - every, h0, count);
+        prefetch(f.grad, b, t - every, h0, count);
+      }
       each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
         using V = decltype(zero);
         const V dy = load<V>(grad + c), x = load<V>(a_re + at + c), y = load<V>(a_im + at + c),

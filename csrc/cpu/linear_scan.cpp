@@ -70,6 +70,12 @@ struct Unit {
   }
 
   const N* inputs_at(int64_t t) { return read(f.inputs, b, t, c0, count, wide); }
+
+  void fetch(int64_t t) {
+    if (t < 0 || t >= f.n) return;
+    prefetch(f.gates, b, t, h0, heads);
+    prefetch(f.inputs, b, t, c0, count);
+  }
 };
 
 template <class N>
@@ -92,6 +98,7 @@ void forward(const LinearScan& f, int64_t index) {
     const bool entering = f.reverse ? i == 0 || (t + 1) % larger(f.carry_every, 1) == 0
                                     : t % larger(f.carry_every, 1) == 0;
     if (f.carry_every && entering) write(f.carries, u.b, t / f.carry_every, u.c0, u.count, state);
+    u.fetch(f.reverse ? t - kAhead : t + kAhead);
     advance(u.gates_at(t), u.inputs_at(t), state, next, u.count);
     N* swap = state;
     state = next;
@@ -127,6 +134,9 @@ void backward(const LinearScan& f, int64_t index) {
       const int64_t t = time(i);
       const N *grad = read(f.grad, u.b, t, u.c0, count, wide_grad), *gates = u.gates_at(t),
               *h = before + i * count;
+      const int64_t ahead = f.reverse ? t + every : t - every;  // this step of the next chunk
+      u.fetch(ahead);
+      if (ahead >= 0 && ahead < f.n) prefetch(f.grad, u.b, ahead, u.c0, count);
       for (int64_t c = 0; c < count; ++c) {
         now[c] = grad[c] + g[c];
         by_gate[c] = now[c] * conjugate(h[c]);

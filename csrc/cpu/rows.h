@@ -30,6 +30,18 @@ struct Sink {
   bool streaming;  // too large for the caches
 };
 
+// A scan cut into chunks of time, whose channels lie in blocks. Any thread works on any
+// chunk: it learns what the chunk adds to the state, waits for the state that enters, hands
+// the next one on, and only then writes, from rows that still lie in its cache. Chunks are
+// claimed in order of time, so whoever waits, waits for one that a thread is at work on.
+struct Chain {
+  int64_t blocks, block, channels;  // of a batch entry; channels of a block, of all
+  int64_t steps, chunks;            // of a chunk; of a batch entry
+  int64_t* claimed;                 // a counter
+  int64_t* handed;                  // (b, blocks): chunks that have handed a state on
+  double* state;                    // (b, channels): the state that enters the next chunk
+};
+
 }  // namespace fastmix
 
 // FASTMIX_KERNEL(name, Arguments) declares name(arguments, begin, end) for every
@@ -47,6 +59,7 @@ struct Sink {
 
 #ifdef FASTMIX_CPU
 
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -125,6 +138,47 @@ template <class C>
 struct Complex {
   C re, im;
 };
+
+// The part of a chain that a thread works on. `order` is the chunk's place in the scan.
+struct Link {
+  int64_t b, order, c0, count;
+  int64_t* handed;
+  double* state;
+};
+
+INLINE Link claim(const Chain& chain) {
+  const int64_t index = __atomic_fetch_add(chain.claimed, 1, __ATOMIC_RELAXED);
+  Link link;
+  const int64_t block = index % chain.blocks;
+  link.order = index / chain.blocks % chain.chunks;
+  link.b = index / chain.blocks / chain.chunks;
+  link.c0 = block * chain.block;
+  link.count = smaller(chain.block, chain.channels - link.c0);
+  link.handed = chain.handed + link.b * chain.blocks + block;
+  link.state = chain.state + link.b * chain.channels + link.c0;
+  return link;
+}
+
+// Does `count` chunks by work(link, next), where `next` is what this thread will do then.
+// Claiming that ahead blocks nobody: a thread's chunks are done in order.
+template <class F>
+INLINE void each_link(const Chain& chain, int64_t count, F work) {
+  Link link = claim(chain), next{};
+  for (; count > 0; --count, link = next) {
+    next = count > 1 ? claim(chain) : Link{};
+    work(link, next);
+  }
+}
+
+// Until the state that enters this chunk is there.
+INLINE void await(const Link& link) {
+  for (int spins = 0; __atomic_load_n(link.handed, __ATOMIC_ACQUIRE) < link.order; ++spins)
+    if (spins >= 1000) sched_yield();
+}
+
+INLINE void hand_on(const Link& link) {
+  __atomic_store_n(link.handed, link.order + 1, __ATOMIC_RELEASE);
+}
 
 // Working memory for a kernel, aligned to cache lines.
 class Scratch {
@@ -306,12 +360,15 @@ INLINE bool dense(const Source& s) {
   return s.d_size == 1 ? s.h == 1 : s.d == 1 && s.h == s.d_size;
 }
 
-// Asks for a row that will be read soon: hardware does not foresee the jump to the next one.
+// Asks the second-level cache for a row that will be read soon: hardware does not foresee
+// the jump from a part of one row to the next, and fetches what other threads will read.
 INLINE void prefetch(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count) {
   if (!dense(s)) return;
   const char* p = address(s, b, t, 0, 0) + c0 * bytes_of(s.type);
-  for (int64_t i = 0; i < count * bytes_of(s.type); i += 64) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < count * bytes_of(s.type); i += 64) __builtin_prefetch(p + i, 0, 2);
 }
+
+constexpr int64_t kAhead = 16;  // steps between asking for a row and reading it
 
 // Channels c0 … c0+count-1 of one step: the tensor's own memory where that will do, else
 // a copy in `scratch`.

@@ -119,17 +119,29 @@ inline int64_t channel_block(int64_t batches, int64_t channels, int64_t most) {
 
 // Elsewhere work is cut by shape alone: results must not depend on the number of threads.
 
-constexpr int64_t kBlock = 1024;  // channels of a unit
+// A Chain with its counters and its states, which `first` starts (zeros if it is empty).
+struct ChainStorage {
+  Chain chain{};
+  int64_t batches;
+  std::vector<int64_t> counters;
+  std::vector<double> state;
 
-inline int64_t blocks(int64_t channels) { return (channels + kBlock - 1) / kBlock; }
+  ChainStorage(int64_t batches, int64_t n, int64_t channels, std::vector<double> first = {})
+      : batches(batches), state(std::move(first)) {
+    constexpr int64_t most = 1024, numbers = 1 << 16;  // channels of a block; of a chunk
+    chain.channels = channels;
+    chain.block = std::min(most, std::max<int64_t>(1, channels));
+    chain.blocks = (channels + chain.block - 1) / chain.block;
+    chain.steps = numbers / chain.block / 64 * 64;
+    chain.chunks = (n + chain.steps - 1) / chain.steps;
+    counters.resize(1 + batches * chain.blocks);
+    state.resize(batches * channels);
+    chain.claimed = counters.data();
+    chain.handed = counters.data() + 1;
+    chain.state = state.data();
+  }
 
-// Steps of a stretch of time. Stretches are scanned in parallel, once more to learn the
-// state that enters each, so there is one only where the batch alone makes enough work.
-inline int64_t stretch(int64_t batches, int64_t n) {
-  constexpr int64_t least = 512, wanted = 16;
-  const int64_t count = std::max<int64_t>(1, std::min(wanted / std::max<int64_t>(1, batches),
-                                                      n / least));
-  return ((n + count - 1) / count + 63) / 64 * 64;
-}
+  int64_t units() const { return batches * chain.blocks * chain.chunks; }
+};
 
 }  // namespace fastmix
