@@ -100,50 +100,6 @@ Lanes<C> lanes_of(const Source& s, int64_t n, int64_t count, Place place) {
   return lanes;
 }
 
-// Channels c0 … of a tensor like x.
-template <class C>
-Lanes<C> channels(const FftConv& f, const Source& s, int64_t b, int64_t c0, int64_t count) {
-  return lanes_of<C>(s, f.n, count, [&](int64_t i) {
-    return address(s, b, 0, (c0 + i) / f.d, (c0 + i) % f.d);
-  });
-}
-
-// Kernels b · h + head from `first` on, each in `repeat` lanes.
-template <class C>
-Lanes<C> kernels(const FftConv& f, int64_t first, int64_t count, int64_t repeat) {
-  return lanes_of<C>(f.kernel, f.lags, count * repeat, [&](int64_t i) {
-    const int64_t index = first + i / repeat;
-    return address(f.kernel, index / f.h, 0, index % f.h, 0);
-  });
-}
-
-// Writes channels c0 … of the output.
-template <class C>
-struct Channels {
-  const FftConv& f;
-  int64_t b, c0, count;
-
-  INLINE void operator()(int64_t t, Vector<C> v) const {
-    const int64_t at = (b * f.n + t) * f.out.channels + c0;
-    if (count == Simd<C>::lanes) {
-      if (f.out.type == type_of<C>()) {
-        C* to = static_cast<C*>(f.out.data) + at;
-        return f.streaming ? stream(to, v) : store(to, v);
-      }
-      if constexpr (sizeof(C) == 4) {
-        if (f.out.type == Type::bf16) {
-          const Words bits = (Words)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-          return store(static_cast<uint16_t*>(f.out.data) + at,
-                       __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0, Halves));
-        }
-      }
-    }
-    C values[Simd<C>::lanes];
-    store(values, v);
-    write(f.out, b, t, c0, count, values);
-  }
-};
-
 // ---- Transforms ----
 
 template <class V, class C>
