@@ -4,13 +4,18 @@
 launches nothing, so what is compiled is what a launcher would launch on such tensors.
 """
 
+import argparse
 import contextlib
+import importlib
+import json
 import os
 import re
 import subprocess
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -123,3 +128,119 @@ def examine(function, kernel):
     return Compiled(**common, registers=used("REG"), spills=local, stack=used("STACK"),
                     loads=widths("LDG(?:STS)?"), stores=widths("STG"), text=text,
                     matrix=len(re.findall(r"\b(?:HMMA|DMMA|HGMMA|UTCHMMA|UTCQMMA)\b", text)))
+
+
+# ---- the table: python bench/triton_static.py [--check] [--targets sm90 …]
+
+TABLE = Path(__file__).parent / "results" / "triton-static.json"
+
+
+def _launches():
+    """(operator, shape in words, function that launches its forward and backward)."""
+    dtypes = (torch.bfloat16, torch.float32)
+
+    def empty(*shape, dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def both(operator, kernels, grads, *args):
+        def run():
+            out = kernels.forward(*args)
+            out = out if isinstance(out, tuple) else (out,)
+            kernels.backward(*out[:grads], *out[grads:], *args)
+
+        return run
+
+    for dtype in dtypes:
+        for b, n, h, d in ((8, 8192, 8, 64), (1, 65536, 8, 64), (32, 4096, 16, 256)):
+            x, decay = empty(b, n, h, d, dtype=dtype), empty(h, dtype=torch.float32)
+            yield ("decay_conv", (b, n, h, d), dtype,
+                   both("decay_conv", _kernels("decay_conv"), 2, x, decay, decay, None, 64))
+        for b, n, c in ((8, 8192, 512), (1, 65536, 512)):
+            x = empty(b, n, c, dtype=dtype)
+            yield "cumulative_mean", (b, n, c), dtype, both(
+                "cumulative_mean", _kernels("cumulative_mean"), 1, x)
+        for b, n, c in ((8, 4096, 1024), (1, 65536, 1024)):
+            for gates in (dtype, torch.complex64):
+                inputs = empty(b, n, c, dtype=gates)
+                yield "linear_scan", (b, n, c), gates, both(
+                    "linear_scan", _kernels("linear_scan"), 1, inputs, inputs, None, False, 64)
+        for b, n, h, d in ((8, 4096, 1024, 1), (1, 65536, 1024, 1), (8, 4096, 64, 16),
+                           (8, 4096, 16, 64), (8, 4096, 8, 128), (2, 4096, 4, 256)):
+            q, logits = empty(b, n, h, d, dtype=dtype), empty(b, n, h, 2, dtype=dtype)
+            yield "gate_loop", (b, n, h, d), dtype, both(
+                "gate_loop", _kernels("gate_loop"), 2, q, q, q, None, logits, None, 64)
+        for w, h in ((16, 4), (128, 4), (128, 1), (512, 4), (1024, 4)):
+            b, n, c = 8, 8192, 512
+            x, out = empty(b, n, 2 * c, dtype=dtype), empty(b, n, c, dtype=dtype)
+            weight, bias = empty(h, w, 2 * w, dtype=dtype), empty(h, w, dtype=dtype)
+            norm = empty(c, dtype=dtype)
+            yield "windowed_sgu", (b, n, c, h, w), dtype, both(
+                "windowed_sgu", _kernels("windowed_sgu"), 1, x, weight, bias, norm, norm, 1e-5,
+                None, "identity")
+
+
+def _kernels(operator):
+    return importlib.import_module(f"fastmix._triton.{operator}")
+
+
+def measure(targets, progress=lambda text: None):
+    """One row per compiled kernel and target."""
+    rows = []
+    for target in targets:
+        with recording(target) as found:
+            for operator, shape, dtype, launch in _launches():
+                progress(f"{target} {operator} {shape} {dtype}")
+                before = set(found)
+                launch()
+                for key in set(found) - before:
+                    made = examine(*found[key])
+                    row = {k: v for k, v in asdict(made).items() if k != "text"}
+                    rows.append(dict(operator=operator, target=target, shape=list(shape),
+                                     dtype=str(dtype).removeprefix("torch."), **row))
+    return sorted(rows, key=lambda r: tuple(str(r[k]) for k in KEY))
+
+
+KEY = ("operator", "target", "dtype", "shape", "name", "constants")
+
+
+def worse(rows, table):
+    """Lines that say where `rows` are worse than the committed table, or spill."""
+    known = {tuple(str(r[k]) for k in KEY): r for r in table}
+    lines = []
+    for row in rows:
+        name = " ".join(str(row[k]) for k in KEY)
+        before = known.get(tuple(str(row[k]) for k in KEY))
+        if row["spills"] or row["stack"]:
+            lines.append(f"{name}: {row['spills']} spills, {row['stack']} bytes of stack")
+        if before is None:
+            lines.append(f"{name}: not in the table, write it again")
+            continue
+        for count in ("registers", "shared"):
+            if row[count] > before[count]:
+                lines.append(f"{name}: {count} {before[count]} -> {row[count]}")
+        if row["matrix"] < before["matrix"] or (row["matrix"] == 0) != (before["matrix"] == 0):
+            lines.append(f"{name}: tensor-core instructions {before['matrix']} -> {row['matrix']}")
+        if row["loads"] and min(map(int, row["loads"])) < min(map(int, before["loads"])):
+            lines.append(f"{name}: loads {before['loads']} -> {row['loads']}")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true",
+                        help="compare with the committed table instead of writing it")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    options = parser.parse_args()
+    rows = measure(options.targets, lambda text: print(text, file=sys.stderr, flush=True))
+    if options.check:
+        lines = worse(rows, json.loads(TABLE.read_text())["kernels"])
+        print("\n".join(lines) or f"{len(rows)} kernels: none worse than the table")
+        return bool(lines)
+    TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=0) + "\n")
+    for row in rows:
+        print(row)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

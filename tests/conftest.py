@@ -6,6 +6,10 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import pytest
 import torch
 
+# test_triton.py runs these in a process of their own.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else [
+    "triton"]
+
 
 @pytest.fixture(autouse=True)
 def fresh_inputs(request):

@@ -69,10 +69,9 @@ class Operator:
 
     def __call__(self, *args):
         args = _physical(args)
-        # Dynamo, AOTAutograd and export take the registered autograd rule. It knows neither
-        # forward mode nor torch.func; the autograd.Function does, but cannot be compiled
-        # once it has a jvp.
-        if torch.compiler.is_compiling():
+        # The registered autograd rule knows neither forward mode nor torch.func; the
+        # autograd.Function does, but costs more and cannot be compiled once it has a jvp.
+        if torch.compiler.is_compiling() or not _transformed():
             return self.forward(*args)
         return _Apply.apply(self, *args)
 
@@ -212,6 +211,12 @@ def _physical(args):
                  for a in args)
 
 
+def _transformed():
+    """Whether torch.func or forward mode is at work."""
+    return (torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0)
+
+
 def _dense(x):
     """x with a fresh tensor's strides, as the fakes promise: `contiguous` alone leaves what
     strides axes of size 1 have."""
@@ -228,7 +233,7 @@ def _no_autocast(args):
 
 
 class _Apply(torch.autograd.Function):
-    """An operator under eager autograd and torch.func."""
+    """An operator under torch.func and in forward mode."""
 
     @staticmethod
     def forward(operator, *args):

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# bench/on_gpu.sh OUT          all that a GPU can say about this checkout, into the folder OUT:
+#                              tests, then the report at the shapes of the README. Nine minutes.
+# bench/on_gpu.sh --rehearse OUT   the same steps with tiny shapes and interpreted kernels, on
+#                              a machine without a GPU.
+# A step that fails does not stop the others; the last lines and the exit status tell.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+rehearse=
+[ "${1:-}" = --rehearse ] && { rehearse=1; shift; }
+[ $# = 1 ] || { sed -n '2,6s/^# //p' "$0"; exit 2; }
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+failed=()
+export PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
+
+if [ "$rehearse" ]; then
+    export TRITON_INTERPRET=1
+    device=cpu reach=
+else
+    python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+        echo "torch finds no GPU here; --rehearse tries the steps without one" >&2; exit 2; }
+    device=cuda reach="--long"
+fi
+
+step() {  # name, seconds it may take, command …
+    local name=$1 limit=$2 began=$SECONDS
+    shift 2
+    printf '%-28s' "$name"
+    if timeout "$limit" "$@" > "$out/$name.txt" 2>&1; then
+        echo "ok, $((SECONDS - began)) s"
+    else
+        echo "FAILED ($?), $((SECONDS - began)) s: $out/$name.txt"
+        failed+=("$name")
+    fi
+}
+
+report() {  # name, seconds, batch, steps, width, heads, operators …
+    local name=$1 limit=$2 b=$3 n=$4 dim=$5 heads=$6
+    shift 6
+    [ "$rehearse" ] && b=1 n=40 dim=16 heads=4
+    for dtype in bfloat16 float32; do
+        step "$name-$dtype" "$limit" python bench/run.py --device "$device" --dtype "$dtype" \
+            --batch "$b" --seq "$n" --dim "$dim" --heads "$heads" --impl triton \
+            --minutes "$(( limit / 60 + 1 ))" --models none --ops "$@" \
+            --json "$out/$name-$dtype.json" --csv "$out/$name-$dtype.csv"
+    done
+}
+
+step env 60 python -m fastmix.env
+step kernels 200 python -m pytest -q -p no:cacheprovider tests/triton
+step self-check 120 python bench/self_check.py --device "$device" $reach --json "$out/self-check.json"
+if [ -z "$rehearse" ]; then
+    step tests-gpu 120 python -m pytest -q -p no:cacheprovider -m gpu tests
+fi
+report scans       60 8 4096  1024 16 gate_loop linear_scan
+report scans-long  60 1 65536 1024 16 gate_loop
+report mixers      60 8 8192  512  8  decay_conv windowed_sgu cumulative_mean
+
+if [ ${#failed[@]} = 0 ]; then
+    echo "all steps passed; results are in $out"
+else
+    echo "failed: ${failed[*]}"
+    exit 1
+fi
