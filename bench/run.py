@@ -115,7 +115,7 @@ def make_case(build, options, n):
 
 def shorter(n):
     """The lengths that the plot shows below n."""
-    return [n // part for part in (64, 16, 4) if n // part >= 16]
+    return [n // part for part in (256, 64, 16, 4) if n // part >= 16]
 
 
 def main(argv=None):

@@ -104,7 +104,7 @@ def examine(function, kernel):
 
         return Compiled(**common, registers=number("vgpr_count"),
                         spills=number("vgpr_spill_count"), stack=number("private_segment_fixed_size"),
-                        loads={}, stores={}, matrix=len(re.findall(r"\bv_mfma", text)))
+                        loads={}, stores={}, matrix=len(re.findall(r"\bv_mfma", text)), text=text)
     cubin = Path(kernel.metadata_group[f"{function.__name__}.cubin"])
     usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", cubin],
                            capture_output=True, text=True, check=True).stdout
@@ -204,18 +204,16 @@ KEY = ("operator", "target", "dtype", "shape", "name", "constants")
 
 
 def worse(rows, table):
-    """Lines that say where `rows` are worse than the committed table, or spill."""
+    """Lines that say where `rows` are worse than the committed table."""
     known = {tuple(str(r[k]) for k in KEY): r for r in table}
     lines = []
     for row in rows:
         name = " ".join(str(row[k]) for k in KEY)
         before = known.get(tuple(str(row[k]) for k in KEY))
-        if row["spills"] or row["stack"]:
-            lines.append(f"{name}: {row['spills']} spills, {row['stack']} bytes of stack")
         if before is None:
             lines.append(f"{name}: not in the table, write it again")
             continue
-        for count in ("registers", "shared"):
+        for count in ("spills", "stack", "registers", "shared"):
             if row[count] > before[count]:
                 lines.append(f"{name}: {count} {before[count]} -> {row[count]}")
         if row["matrix"] < before["matrix"] or (row["matrix"] == 0) != (before["matrix"] == 0):

@@ -1,0 +1,127 @@
+"""cumulative_mean on a GPU: sums over time, a block of channels per program.
+
+    y_t = Σ_{s ≤ t} x_s / (t + 1),   dx_t = Σ_{s ≥ t} grad_s / (s + 1)
+
+are one sum in two directions, divided after and before. Where there are enough channels to
+fill the GPU a program walks along all of time: an element is read once and written once, 4
+bytes in bfloat16. With fewer, time is cut into segments that `_ends` sums first: 6 bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastmix._triton.scan import entering, flat, load_rows, offset, place, segments, tile
+
+RUNTIME = ["n", "blocks", "count", "length"]
+
+
+@triton.jit
+def _share(step, n, dtype: tl.constexpr, BACKWARD: tl.constexpr):
+    """1 / (t + 1) at steps (RUNS,), as (RUNS, 1); 1 beyond the end."""
+    count = n - step if BACKWARD else step + 1
+    return (1 / tl.maximum(count, 1).to(dtype))[:, None]
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _ends(x, ends, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, D: tl.constexpr,
+          BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """The sum of each segment: ends (b, count, channels)."""
+    dtype: tl.constexpr = ends.dtype.element_ty
+    batch, segment, block = place(blocks, count)
+    channel = block * COLS + tl.arange(0, COLS)
+    inside = (channel < channels)[None, :]
+    if BACKWARD:
+        x += (n - 1).to(tl.int64) * x_n
+        x_n = -x_n
+    run = length // RUNS
+    step = segment * length + tl.arange(0, RUNS) * run
+    pointers = (x + batch * x_b + step.to(tl.int64)[:, None] * x_n
+                + offset(channel, x_h, x_d, D)[None, :])
+    sums = tl.zeros((RUNS, COLS), dtype)
+    for _ in range(0, run, ROWS):
+        rows = load_rows(pointers, x_n, (n - step)[:, None], inside, ROWS)
+        for r in tl.static_range(ROWS):
+            u = rows[r].to(dtype)
+            sums += u * _share(step + r, n, dtype, True) if BACKWARD else u
+        pointers += ROWS * tl.cast(x_n, tl.int64)
+        step += ROWS
+    tl.store(ends + (batch * count + segment) * channels + channel, tl.sum(sums, 0),
+             mask=channel < channels)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _sums(x, ends, out, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, D: tl.constexpr,
+          BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """Step 0 is the last in time if BACKWARD."""
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    batch, segment, block = place(blocks, count)
+    channel = block * COLS + tl.arange(0, COLS)
+    inside = (channel < channels)[None, :]
+    out_n = tl.cast(channels, tl.int64)
+    out += batch * n * channels
+    if BACKWARD:
+        x += (n - 1).to(tl.int64) * x_n
+        out += (n - 1).to(tl.int64) * channels
+        x_n, out_n = -x_n, -out_n
+
+    total = tl.zeros((1, COLS), dtype)
+    if ends is not None:
+        ends += batch * count * channels + channel[None, :]
+        for at in range(0, segment, 8):
+            rows = load_rows(ends + at * channels, channels, segment - at, inside, 8)
+            for r in tl.static_range(8):
+                total += rows[r]
+
+    step = segment * length + tl.arange(0, RUNS) * ROWS
+    pointers = (x + batch * x_b + step.to(tl.int64)[:, None] * x_n
+                + offset(channel, x_h, x_d, D)[None, :])
+    writing = out + step.to(tl.int64)[:, None] * out_n + channel[None, :]
+    one = tl.full((RUNS, COLS), 1, dtype)
+    next_rows = load_rows(pointers, x_n, (n - step)[:, None], inside, ROWS)
+    for _ in range(0, min(length, n - segment * length), ROWS * RUNS):
+        rows = next_rows
+        pointers += ROWS * RUNS * tl.cast(x_n, tl.int64)
+        next_rows = load_rows(pointers, x_n, (n - step - ROWS * RUNS)[:, None], inside, ROWS)
+        sums = tl.zeros((RUNS, COLS), dtype)
+        for r in tl.static_range(ROWS):
+            u = rows[r].to(dtype)
+            sums += u * _share(step + r, n, dtype, True) if BACKWARD else u
+        sums, total = entering(one, sums, total)
+        row = writing
+        for r in tl.static_range(ROWS):
+            u = rows[r].to(dtype)
+            sums += u * _share(step + r, n, dtype, True) if BACKWARD else u
+            y = sums if BACKWARD else sums * _share(step + r, n, dtype, False)
+            tl.store(row, y.to(out.dtype.element_ty), mask=(r < n - step)[:, None] & inside)
+            row += out_n
+        writing += ROWS * RUNS * out_n
+        step += ROWS * RUNS
+
+
+def _run(x, dtype, backward):
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    b, n = x.shape[:2]
+    x = x.reshape(b, n, -1, x.shape[-1] if x.ndim > 2 else 1)
+    channels, d = x[0, 0].numel(), x.shape[-1]
+    sizes = tile(channels, b, x.element_size(), 128)
+    blocks = triton.cdiv(channels, sizes["COLS"])
+    count, length = segments(n, b * blocks, sizes["RUNS"] * sizes["ROWS"])
+    sizes |= dict(D=0 if flat(x) else d, BACKWARD=backward)
+    grid, common = (b * blocks * count,), (n, blocks, count, length, channels, *x.stride())
+    ends = None
+    if count > 1:
+        ends = x.new_empty(b, count, channels, dtype=torch.promote_types(dtype, torch.float32))
+        _ends[grid](x, ends, *common, **sizes)
+    _sums[grid](x, ends, out, *common, **sizes)
+    return out
+
+
+def forward(x):
+    return _run(x, x.dtype, False)
+
+
+def backward(grad, x):
+    return _run(grad, x.dtype, True)

@@ -1,0 +1,318 @@
+"""decay_conv on a GPU: y_t = decay · y_{t-1} + gain · x_t, a block of channels per program.
+
+Where there are enough channels to fill the GPU a program walks along all of time: x is read
+once and y written once, 4 bytes an element in bfloat16. With fewer, time is cut into
+segments, `_ends` finds what each does to the state, and x is read twice: 6 bytes.
+
+The gradient runs the other way. With p_t = decay · g_t, what step t hands to step t - 1,
+
+    g_t = grad_t + p_{t+1},   dx_t = gain · g_t,   dgain = Σ g_t x_t,
+
+and Σ g_t y_{t-1}, the gradient of decay, is turned around so that no y is needed:
+
+    ddecay = Σ gain · x_t q_t + initial_state · q_{-1},   q_t = g_{t+1} + decay · q_{t+1}.
+
+Entered with p, m steps add m · decay^(m-1) · p to q. Backward reads grad and x and writes
+dx, 6 bytes an element; with segments it reads grad twice, 8 bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastmix._triton.scan import (entering, flat, load_rows, offset, place, power, segments,
+                                  tile)
+
+RUNTIME = ["n", "blocks", "count", "length"]
+
+
+@triton.jit
+def _parameter(values, channel, d, channels, dtype: tl.constexpr):
+    """(h,) → (1, COLS)"""
+    return tl.load(values + channel // d, mask=channel < channels, other=0).to(dtype)[None, :]
+
+
+@triton.jit
+def _pointers(x, batch, step, channel, x_b, x_n, x_h, x_d, D: tl.constexpr):
+    """(RUNS, COLS) from steps (RUNS,) and channels (COLS,)"""
+    return (x + batch * x_b + step.to(tl.int64)[:, None] * x_n
+            + offset(channel, x_h, x_d, D)[None, :])
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_n, x_h, x_d,
+          D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
+          ROWS: tl.constexpr):
+    """What each segment hands on if it is handed 0: ends (b, count, 1, h·d), without the gain.
+
+    BACKWARD starts at the last step and finds p and q: ends (b, count, 2, h·d).
+    """
+    dtype: tl.constexpr = ends.dtype.element_ty
+    batch, segment, block = place(blocks, count)
+    channel = block * COLS + tl.arange(0, COLS)
+    inside = (channel < channels)[None, :]
+    decay = _parameter(decay, channel, d, channels, dtype)
+    if BACKWARD:
+        x += (n - 1).to(tl.int64) * x_n
+        x_n = -x_n
+    run = length // RUNS
+    start = segment * length + tl.arange(0, RUNS) * run
+    pointers = _pointers(x, batch, start, channel, x_b, x_n, x_h, x_d, D)
+    p = tl.zeros((RUNS, COLS), dtype)
+    q = tl.zeros((RUNS, COLS), dtype)
+    for at in range(0, run, ROWS):
+        rows = load_rows(pointers, x_n, (n - start - at)[:, None], inside, ROWS)
+        for r in tl.static_range(ROWS):
+            if BACKWARD:
+                g = rows[r].to(dtype) + p
+                p, q = decay * g, decay * q + g
+            else:
+                p = decay * p + rows[r].to(dtype)
+        pointers += ROWS * x_n
+    none = tl.zeros((1, COLS), dtype)
+    factor = tl.broadcast_to(power(decay, run, 31), p.shape)
+    before, p = entering(factor, p, none)
+    ends += (batch * count + segment) * (1 + BACKWARD) * channels + channel[None, :]
+    tl.store(ends, p, mask=inside)
+    if BACKWARD:
+        _, q = entering(factor, q + run * power(decay, run - 1, 31) * before, none)
+        tl.store(ends + channels, q, mask=inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _forward(x, decay, gain, initial, ends, out, state_out, carries, n, blocks, count, length,
+             d, channels, x_b, x_n, x_h, x_d, EVERY: tl.constexpr, D: tl.constexpr,
+             RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    dtype: tl.constexpr = state_out.dtype.element_ty
+    batch, segment, block = place(blocks, count)
+    channel = block * COLS + tl.arange(0, COLS)
+    inside = (channel < channels)[None, :]
+    decay = _parameter(decay, channel, d, channels, dtype)
+    if gain is not None:
+        gain = _parameter(gain, channel, d, channels, dtype)
+
+    state = tl.zeros((1, COLS), dtype)
+    if initial is not None:
+        state = tl.load(initial + batch * channels + channel[None, :], mask=inside, other=0)
+    if ends is not None:
+        factor = power(decay, length, 31)
+        ends += batch * count * channels + channel[None, :]
+        for at in range(0, segment, 8):
+            rows = load_rows(ends + at * channels, channels, segment - at, inside, 8)
+            for r in tl.static_range(8):
+                end = rows[r] if gain is None else gain * rows[r]
+                state = tl.where(at + r < segment, factor * state + end, state)
+
+    run = tl.arange(0, RUNS)
+    step = segment * length + run * ROWS
+    pointers = _pointers(x, batch, step, channel, x_b, x_n, x_h, x_d, D)
+    writing = _pointers(out, batch, step, channel, n.to(tl.int64) * channels, channels, 0, 1, 0)
+    state_out += batch * channels + channel[None, :]
+    if EVERY > 0:
+        carries += batch * ((n + EVERY - 1) // EVERY + 1) * channels + channel[None, :]
+    tiled = tl.zeros((RUNS, COLS), dtype)
+    by_run = tl.broadcast_to(power(decay, ROWS, 10), tiled.shape)
+    by_tile = power(decay, ROWS * RUNS, 16)
+    since = power(decay + tiled, (run * ROWS)[:, None], 16)  # the start of the tile
+
+    next_rows = load_rows(pointers, x_n, (n - step)[:, None], inside, ROWS)
+    rows, entered = next_rows, tiled
+    for _ in range(0, min(length, n - segment * length), ROWS * RUNS):
+        rows = next_rows
+        pointers += ROWS * RUNS * tl.cast(x_n, tl.int64)
+        next_rows = load_rows(pointers, x_n, (n - step - ROWS * RUNS)[:, None], inside, ROWS)
+        y = tiled
+        for r in tl.static_range(ROWS):
+            y = decay * y + rows[r].to(dtype)
+        if gain is not None:
+            y *= gain
+        entered, end = entering(by_run, y, tl.zeros((1, COLS), dtype))
+        entered += since * state
+        state = end + by_tile * state
+        if EVERY > 0:
+            now = step[:, None]
+            tl.store(carries + (now // EVERY).to(tl.int64) * channels, entered,
+                     mask=(now % EVERY == 0) & (now < n) & inside)
+        y = entered
+        row = writing
+        for r in tl.static_range(ROWS):
+            u = rows[r].to(dtype)
+            y = decay * y + (u if gain is None else gain * u)
+            tl.store(row, y.to(out.dtype.element_ty), mask=(r < n - step)[:, None] & inside)
+            row += channels
+        writing += ROWS * RUNS * tl.cast(channels, tl.int64)
+        step += ROWS * RUNS
+
+    # The last step is somewhere in the last tile.
+    step -= ROWS * RUNS
+    for r in tl.static_range(ROWS):
+        u = rows[r].to(dtype)
+        entered = decay * entered + (u if gain is None else gain * u)
+        last = (step + r == n - 1)[:, None] & inside
+        tl.store(state_out + 0 * step[:, None], entered, mask=last)
+        if EVERY > 0:
+            tl.store(carries + (n + EVERY - 1) // EVERY * tl.cast(channels, tl.int64)
+                     + 0 * step[:, None], entered, mask=last)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _backward(grad, x, decay, gain, grad_state, ends, grad_x, sums, grad_initial, n, blocks,
+              count, length, d, channels, grad_b, grad_n, grad_h, grad_d, x_b, x_n, x_h, x_d,
+              D: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """Step 0 is the last in time. sums (2, b, count, h·d): of x q and g x over the segment.
+
+    grad_initial (2, b, h·d), where there is an initial state: the last p and q.
+    """
+    dtype: tl.constexpr = sums.dtype.element_ty
+    batch, segment, block = place(blocks, count)
+    channel = block * COLS + tl.arange(0, COLS)
+    inside = (channel < channels)[None, :]
+    decay = _parameter(decay, channel, d, channels, dtype)
+    if gain is not None:
+        gain = _parameter(gain, channel, d, channels, dtype)
+
+    p = tl.load(grad_state + batch * channels + channel[None, :], mask=inside, other=0)
+    q = tl.zeros((1, COLS), dtype)
+    if ends is not None:
+        factor = power(decay, length, 31)
+        mixed = length * power(decay, length - 1, 31)
+        ends += batch * count * 2 * channels + channel[None, :]
+        for at in range(0, segment, 8):
+            end_p = load_rows(ends + 2 * at * channels, 2 * channels, segment - at, inside, 8)
+            end_q = load_rows(ends + (2 * at + 1) * channels, 2 * channels, segment - at, inside, 8)
+            for r in tl.static_range(8):
+                ours = at + r < segment
+                q = tl.where(ours, factor * q + mixed * p + end_q[r], q)
+                p = tl.where(ours, factor * p + end_p[r], p)
+
+    backwards = (n - 1).to(tl.int64)
+    grad += backwards * grad_n
+    x += backwards * x_n
+    grad_x += backwards * channels
+    run = tl.arange(0, RUNS)
+    step = segment * length + run * ROWS
+    grads = _pointers(grad, batch, step, channel, grad_b, -grad_n, grad_h, grad_d, D)
+    inputs = _pointers(x, batch, step, channel, x_b, -x_n, x_h, x_d, D)
+    writing = _pointers(grad_x, batch, step, channel, n.to(tl.int64) * channels, -channels, 0, 1, 0)
+    tiled = tl.zeros((RUNS, COLS), dtype)
+    none = tl.zeros((1, COLS), dtype)
+    by_run = tl.broadcast_to(power(decay, ROWS, 10), tiled.shape)
+    by_run_mixed = ROWS * power(decay, ROWS - 1, 10)
+    by_tile = power(decay, ROWS * RUNS, 16)
+    by_tile_mixed = ROWS * RUNS * power(decay, ROWS * RUNS - 1, 16)
+    since = power(decay + tiled, (run * ROWS)[:, None], 16)
+    since_mixed = (run * ROWS)[:, None] * power(
+        decay + tiled, tl.maximum(run * ROWS - 1, 0)[:, None], 16)
+    by_decay, by_gain = tiled, tiled
+
+    next_grads = load_rows(grads, -grad_n, (n - step)[:, None], inside, ROWS)
+    grad_rows, entered_p, entered_q = next_grads, tiled, tiled
+    for _ in range(0, min(length, n - segment * length), ROWS * RUNS):
+        grad_rows = next_grads
+        rows = load_rows(inputs, -x_n, (n - step)[:, None], inside, ROWS)
+        grads -= ROWS * RUNS * tl.cast(grad_n, tl.int64)
+        inputs -= ROWS * RUNS * tl.cast(x_n, tl.int64)
+        left = (n - step - ROWS * RUNS)[:, None]
+        next_grads = load_rows(grads, -grad_n, left, inside, ROWS)
+        run_p, run_q = tiled, tiled
+        for r in tl.static_range(ROWS):
+            g = grad_rows[r].to(dtype) + run_p
+            run_p, run_q = decay * g, decay * run_q + g
+        entered_p, end_p = entering(by_run, run_p, none)
+        entered_q, end_q = entering(by_run, run_q + by_run_mixed * entered_p, none)
+        entered_p += since * p
+        entered_q += since * q + since_mixed * p
+        q = end_q + by_tile * q + by_tile_mixed * p
+        p = end_p + by_tile * p
+        run_p, run_q = entered_p, entered_q
+        row = writing
+        for r in tl.static_range(ROWS):
+            u = rows[r].to(dtype)
+            g = grad_rows[r].to(dtype) + run_p
+            by_decay += u * run_q
+            if gain is not None:
+                by_gain += u * g
+            tl.store(row, (g if gain is None else gain * g).to(grad_x.dtype.element_ty),
+                     mask=(r < n - step)[:, None] & inside)
+            row -= channels
+            run_p, run_q = decay * g, decay * run_q + g
+        writing -= ROWS * RUNS * tl.cast(channels, tl.int64)
+        step += ROWS * RUNS
+
+    batches = tl.num_programs(0) // (blocks * count)
+    if grad_initial is not None:  # the first step in time is somewhere in the last tile
+        step -= ROWS * RUNS
+        grad_initial += batch * channels + channel[None, :] + 0 * step[:, None]
+        for r in tl.static_range(ROWS):
+            g = grad_rows[r].to(dtype) + entered_p
+            entered_p, entered_q = decay * g, decay * entered_q + g
+            last = (step + r == n - 1)[:, None] & inside
+            tl.store(grad_initial, entered_p, mask=last)
+            tl.store(grad_initial + batches * tl.cast(channels, tl.int64), entered_q, mask=last)
+    sums += (batch * count + segment) * channels + channel
+    by_decay = tl.sum(by_decay, 0)[None, :]
+    tl.store(sums[None, :], by_decay if gain is None else gain * by_decay, mask=inside)
+    if gain is not None:
+        tl.store((sums + batches * count * tl.cast(channels, tl.int64))[None, :],
+                 tl.sum(by_gain, 0)[None, :], mask=inside)
+
+
+def _plan(x, held):
+    """How x (b, n, h, d) is cut: grid, arguments of every kernel, block sizes."""
+    b, n, h, d = x.shape
+    sizes = tile(h * d, b, x.element_size(), held)
+    blocks = triton.cdiv(h * d, sizes["COLS"])
+    count, length = segments(n, b * blocks, sizes["RUNS"] * sizes["ROWS"])
+    return (b * blocks * count,), (n, blocks, count, length, d, h * d), sizes
+
+
+def forward(x, decay, gain, initial_state, carry_every):
+    b, n, h, d = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    carried = triton.cdiv(n, carry_every) + 1 if carry_every else 0
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    state, carries = x.new_empty(b, h, d, dtype=wide), x.new_empty(b, carried, h, d, dtype=wide)
+    if x.numel() == 0:
+        return out, state.zero_(), carries.zero_()
+    grid, common, sizes = _plan(x, 128)
+    sizes["D"] = 0 if flat(x) else d
+    decay = decay.contiguous()
+    ends = None
+    count = common[2]
+    if count > 1:
+        ends = x.new_empty(b, count, 1, h * d, dtype=wide)
+        _ends[grid](x, decay, ends, *common, *x.stride(), BACKWARD=False, **sizes)
+    _forward[grid](x, decay, None if gain is None else gain.contiguous(),
+                   None if initial_state is None else initial_state.contiguous(), ends, out,
+                   state, carries if carry_every else None, *common, *x.stride(),
+                   EVERY=carry_every, **sizes)
+    return out, state, carries
+
+
+def backward(grad, grad_state, carries, x, decay, gain, initial_state, carry_every):
+    b, n, h, d = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_initial = None if initial_state is None else torch.empty(
+        2, b, h, d, dtype=wide, device=x.device)
+    if x.numel() == 0:
+        return (grad_x, torch.zeros_like(decay), None if gain is None else torch.zeros_like(gain),
+                None if initial_state is None else grad_initial[0])
+    grid, common, sizes = _plan(x, 96)
+    sizes["D"] = 0 if flat(grad, x) else d
+    decays = decay.contiguous()
+    ends = None
+    count = common[2]
+    if count > 1:
+        ends = x.new_empty(b, count, 2, h * d, dtype=wide)
+        _ends[grid](grad, decays, ends, *common, *grad.stride(), BACKWARD=True, **sizes)
+    sums = x.new_empty(1 if gain is None else 2, b * count, h, d, dtype=wide)
+    _backward[grid](grad, x, decays, None if gain is None else gain.contiguous(),
+                    grad_state.contiguous(), ends, grad_x, sums, grad_initial, *common,
+                    *grad.stride(), *x.stride(), **sizes)
+    sums = sums.sum((1, 3))
+    grad_decay = sums[0]
+    if initial_state is not None:
+        grad_decay = grad_decay + (grad_initial[1] * initial_state).sum((0, 2))
+    return (grad_x, grad_decay.to(decay.dtype), None if gain is None else sums[1].to(gain.dtype),
+            None if initial_state is None else grad_initial[0])

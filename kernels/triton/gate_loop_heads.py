@@ -1,0 +1,560 @@
+"""gate_loop on a GPU for heads: matrix products over chunks of time.
+
+With a chunk's entering state S, P_s = Π_{i ≤ s} a_i and W[s, r] = Π_{r < i ≤ s} a_i inside it:
+
+    out = ((q kᵀ) ∘ Re W) v + Re P ∘ (q Re S) - Im P ∘ (q Im S)
+    leaving state = P_last S + kᵀ (W[last] ∘ v)
+
+A first kernel walks through time for the states between chunks; whatever else there is to do is
+parallel over chunks. Gradients are the same the other way round: the adjoint states
+G_t = q_t grad_tᵀ + conj(a_{t+1}) G_{t+1} are walked from the end, then every chunk is on its own.
+
+W is a tree of products: the chunk is halved again and again, and from a step r in a left half
+to a step s in its right half the gates multiply to (all after r in the left half) times (all
+up to s in the right half). Nothing is divided, so a gate of 0 is exact.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from fastmix._triton.gate import activate, activate_backward
+
+# The interpreter has no products of bfloat16.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+# ---- products of matrices
+
+
+@triton.jit
+def _dot(x, y, PRECISION: tl.constexpr):
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    if x.dtype == tl.float64:
+        return tl.dot(x, y, out_dtype=tl.float64)
+    return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
+def _thirds(x):
+    """float32 as a sum of three bfloat16."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _dot_sums(x, y, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
+    """x (data) @ y (sums): to the accuracy of sums, or ROUNDED to that of bfloat16 data."""
+    if x.dtype == tl.bfloat16:
+        if ROUNDED:
+            return _dot(x, y.to(tl.bfloat16), PRECISION)
+        high, middle, low = _thirds(y)
+        return _dot(x, low, PRECISION) + _dot(x, middle, PRECISION) + _dot(x, high, PRECISION)
+    return _dot(x.to(y.dtype), y, PRECISION)
+
+
+@triton.jit
+def _rounded(x, data):
+    """x as an operand beside `data`, a pointer to bfloat16 or to something else."""
+    return x.to(tl.bfloat16) if data.dtype.element_ty == tl.bfloat16 else x
+
+
+@triton.jit
+def _sums_dot(x, y, PRECISION: tl.constexpr):
+    """x (as _rounded) @ y (data)"""
+    return _dot(x, y.to(x.dtype), PRECISION)
+
+
+# ---- loads and stores
+
+
+@triton.jit
+def _rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH):
+    """Pointers to the steps and the channels `at`... of x (b, n, h, WIDTH), and which exist."""
+    steps = first + tl.arange(0, C)
+    channels = at + tl.arange(0, BLOCK).to(tl.int64)
+    x += b * strides[0] + h * strides[2]
+    return (x + steps[:, None] * strides[1] + channels[None, :] * strides[3],
+            (steps < n)[:, None] & (channels < WIDTH)[None, :])
+
+
+@triton.jit
+def _load_rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH):
+    pointers, inside = _rows(x, strides, b, first, h, C, at, BLOCK, n, WIDTH)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rows(x, values, b, first, h, heads, C: tl.constexpr, at, BLOCK: tl.constexpr, n,
+                WIDTH):
+    """To a contiguous x (b, n, h, WIDTH)."""
+    strides = (n.to(tl.int64) * heads * WIDTH, heads.to(tl.int64) * WIDTH, WIDTH, 1)
+    pointers, inside = _rows(x, strides, b, first, h, C, at, BLOCK, n, WIDTH)
+    tl.store(pointers, values.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _block(state, row, column, BK: tl.constexpr, BV: tl.constexpr, DK: tl.constexpr,
+           DV: tl.constexpr):
+    """Pointers (BK, 2 BV) into a contiguous complex state (DK, DV), and which exist."""
+    rows, columns = row + tl.arange(0, BK), 2 * column + tl.arange(0, 2 * BV)
+    return (state + rows[:, None] * (2 * DV) + columns[None, :],
+            (rows < DK)[:, None] & (columns < 2 * DV)[None, :])
+
+
+@triton.jit
+def _load_state(state, row, column, BK: tl.constexpr, BV: tl.constexpr, DK: tl.constexpr,
+                DV: tl.constexpr):
+    pointers, inside = _block(state, row, column, BK, BV, DK, DV)
+    return tl.split(tl.reshape(tl.load(pointers, mask=inside, other=0.0), (BK, BV, 2)))
+
+
+@triton.jit
+def _store_state(state, re, im, row, column, BK: tl.constexpr, BV: tl.constexpr,
+                 DK: tl.constexpr, DV: tl.constexpr):
+    pointers, inside = _block(state, row, column, BK, BV, DK, DV)
+    tl.store(pointers, tl.reshape(tl.join(re, im), (BK, 2 * BV)), mask=inside)
+
+
+@triton.jit
+def _load_strided_state(state, strides, b, h, row, column, BK: tl.constexpr, BV: tl.constexpr,
+                        DK: tl.constexpr, DV: tl.constexpr):
+    """A block of a complex state (b, h, DK, DV, 2) of any strides."""
+    rows = row + tl.arange(0, BK).to(tl.int64)
+    columns = column + tl.arange(0, BV).to(tl.int64)
+    inside = (rows < DK)[:, None] & (columns < DV)[None, :]
+    state += b * strides[0] + h * strides[1]
+    state += rows[:, None] * strides[2] + columns[None, :] * strides[3]
+    return (tl.load(state, mask=inside, other=0.0),
+            tl.load(state + strides[4], mask=inside, other=0.0))
+
+
+# ---- gates
+
+
+@triton.jit
+def _times(a_re, a_im, b_re, b_im):
+    return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
+
+
+@triton.jit
+def _logits(gates, strides, b, first, h, C: tl.constexpr, n, SUMS: tl.constexpr):
+    """What stands in (b, n, h, 2) for the steps of a chunk, and which steps there are."""
+    steps = first + tl.arange(0, C)
+    gates += b * strides[0] + h * strides[2] + steps * strides[1]
+    return (tl.load(gates, mask=steps < n, other=0.0).to(SUMS),
+            tl.load(gates + strides[3], mask=steps < n, other=0.0).to(SUMS), steps < n)
+
+
+@triton.jit
+def _gates(gates, strides, b, first, h, C: tl.constexpr, n, LOGITS: tl.constexpr,
+           SUMS: tl.constexpr):
+    """a for the steps of a chunk, 1 after the last."""
+    re, im, inside = _logits(gates, strides, b, first, h, C, n, SUMS)
+    if LOGITS:
+        re, im = activate(re, im)
+    return tl.where(inside, re, 1.0), tl.where(inside, im, 0.0)
+
+
+@triton.jit
+def _double(before_re, before_im, after_re, after_im, all_re, all_im, steps, SIZE: tl.constexpr):
+    """Products before and after each step within its block of SIZE, and of all of it: of 2 SIZE."""
+    other_re = tl.gather(all_re, steps ^ SIZE, 0)
+    other_im = tl.gather(all_im, steps ^ SIZE, 0)
+    right = (steps & SIZE) != 0
+    re, im = _times(before_re, before_im, other_re, other_im)
+    before_re, before_im = tl.where(right, re, before_re), tl.where(right, im, before_im)
+    re, im = _times(after_re, after_im, other_re, other_im)
+    after_re, after_im = tl.where(right, after_re, re), tl.where(right, after_im, im)
+    all_re, all_im = _times(all_re, all_im, other_re, other_im)
+    return before_re, before_im, after_re, after_im, all_re, all_im
+
+
+@triton.jit
+def _tree(start_re, start_im, a_re, a_im, C: tl.constexpr, LEVELS: tl.constexpr):
+    """W[s, r] = start_s Π_{r < i < s} a_i for r < s, else 0; start_s Π_{i < s} a_i;
+    Π_{i > r} a_i; and Π a_i."""
+    steps = tl.arange(0, C)
+    apart = steps[:, None] ^ steps[None, :]
+    before_re, before_im = start_re, start_im
+    after_re, after_im = tl.full((C,), 1.0, a_re.dtype), tl.zeros((C,), a_re.dtype)
+    all_re, all_im = a_re, a_im
+    w_re, w_im = tl.zeros((C, C), a_re.dtype), tl.zeros((C, C), a_re.dtype)
+    for level in tl.static_range(LEVELS):
+        re, im = _times(before_re[:, None], before_im[:, None],
+                        after_re[None, :], after_im[None, :])
+        w_re = tl.where(apart >= 1 << level, re, w_re)
+        w_im = tl.where(apart >= 1 << level, im, w_im)
+        before_re, before_im, after_re, after_im, all_re, all_im = _double(
+            before_re, before_im, after_re, after_im, all_re, all_im, steps, 1 << level)
+    lower = steps[:, None] > steps[None, :]
+    first = steps == 0
+    return (tl.where(lower, w_re, 0.0), tl.where(lower, w_im, 0.0),
+            before_re, before_im, after_re, after_im,
+            tl.sum(tl.where(first, all_re, 0.0), 0), tl.sum(tl.where(first, all_im, 0.0), 0))
+
+
+# ---- kernels
+
+
+@triton.jit(do_not_specialize=["n", "heads", "chunks"])
+def _walk_states(k, k_strides, v, v_strides, gates, gate_strides, initial, initial_strides,
+                 states, last, n, heads, chunks, LOGITS: tl.constexpr, SUMS: tl.constexpr,
+                 DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                 C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """states (b, chunks + 1, h, DK, DV): the state before every chunk and the last one."""
+    program = tl.program_id(0).to(tl.int64)
+    column, row = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
+    row, head = row % tl.cdiv(DK, BK) * BK, row // tl.cdiv(DK, BK)
+    b, h = head // heads, head % heads
+    size: tl.constexpr = DK * DV * 2
+    states += (b * (chunks + 1) * heads + h) * size
+    if initial is not None:
+        re, im = _load_strided_state(initial, initial_strides, b, h, row, column, BK, BV, DK, DV)
+    else:
+        re, im = tl.zeros((BK, BV), SUMS), tl.zeros((BK, BV), SUMS)
+    first = tl.full((), 0, tl.int64)
+    for _ in range(chunks):
+        _store_state(states, re, im, row, column, BK, BV, DK, DV)
+        states += heads.to(tl.int64) * size
+        keys = _load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
+        values = _load_rows(v, v_strides, b, first, h, C, column, BV, n, DV).to(SUMS)
+        a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
+        _, _, _, _, after_re, after_im, all_re, all_im = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
+        re, im = _times(re, im, all_re, all_im)
+        keys = tl.trans(keys)
+        re += _dot_sums(keys, values * after_re[:, None], PRECISION, False)
+        im += _dot_sums(keys, values * after_im[:, None], PRECISION, False)
+        first += C
+    _store_state(states, re, im, row, column, BK, BV, DK, DV)
+    _store_state(last + head * size, re, im, row, column, BK, BV, DK, DV)
+
+
+@triton.jit(do_not_specialize=["n", "heads", "chunks"])
+def _outputs(q, q_strides, k, k_strides, v, v_strides, gates, gate_strides, states, out,
+             n, heads, chunks, LOGITS: tl.constexpr, SUMS: tl.constexpr,
+             DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+             C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    column, place = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
+    h, place = place % heads, place // heads
+    chunk, b = place % chunks, place // chunks
+    first = chunk * C
+    states += ((b * (chunks + 1) + chunk) * heads + h) * (DK * DV * 2)
+    scores = tl.zeros((C, C), SUMS)
+    by_re, by_im = tl.zeros((C, BV), SUMS), tl.zeros((C, BV), SUMS)
+    for row in range(0, DK, BK):
+        queries = _load_rows(q, q_strides, b, first, h, C, row, BK, n, DK)
+        keys = _load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
+        re, im = _load_state(states, row, column, BK, BV, DK, DV)
+        scores += _dot(queries, tl.trans(keys), PRECISION)
+        by_re += _dot_sums(queries, re, PRECISION, True)
+        by_im += _dot_sums(queries, im, PRECISION, True)
+    a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
+    w_re, _, p_re, p_im, _, _, _, _ = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
+    steps = tl.arange(0, C)
+    scores *= tl.where(steps[:, None] == steps[None, :], 1.0, w_re)
+    values = _load_rows(v, v_strides, b, first, h, C, column, BV, n, DV)
+    sums = p_re[:, None] * by_re - p_im[:, None] * by_im
+    sums += _sums_dot(_rounded(scores, v), values, PRECISION)
+    _store_rows(out, sums, b, first, h, heads, C, column, BV, n, DV)
+
+
+@triton.jit(do_not_specialize=["n", "heads", "chunks"])
+def _walk_adjoints(q, q_strides, grad, grad_strides, gates, gate_strides, final, final_strides,
+                   adjoints, entry, n, heads, chunks, LOGITS: tl.constexpr, SUMS: tl.constexpr,
+                   DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                   C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """adjoints (b, chunks, h, DK, DV): the gradient of the state after every chunk.
+
+    entry, where it is asked for, is that of the initial state.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    column, row = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
+    row, head = row % tl.cdiv(DK, BK) * BK, row // tl.cdiv(DK, BK)
+    b, h = head // heads, head % heads
+    size: tl.constexpr = DK * DV * 2
+    adjoints += ((b + 1) * chunks * heads + h) * size
+    re, im = _load_strided_state(final, final_strides, b, h, row, column, BK, BV, DK, DV)
+    first = chunks.to(tl.int64) * C
+    for _ in range(chunks):
+        first -= C
+        adjoints -= heads.to(tl.int64) * size
+        _store_state(adjoints, re, im, row, column, BK, BV, DK, DV)
+        queries = _load_rows(q, q_strides, b, first, h, C, row, BK, n, DK)
+        grads = _load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV).to(SUMS)
+        a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
+        _, _, p_re, p_im, _, _, all_re, all_im = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
+        re, im = _times(re, im, all_re, -all_im)
+        queries = tl.trans(queries)
+        re += _dot_sums(queries, grads * p_re[:, None], PRECISION, False)
+        im -= _dot_sums(queries, grads * p_im[:, None], PRECISION, False)
+    if entry is not None:
+        _store_state(entry + head * size, re, im, row, column, BK, BV, DK, DV)
+
+
+@triton.jit
+def _scores(x, x_strides, y, y_strides, b, first, h, C: tl.constexpr, BLOCK: tl.constexpr, n,
+            WIDTH: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr):
+    """x_s · y_r over a chunk."""
+    scores = tl.zeros((C, C), SUMS)
+    for at in range(0, WIDTH, BLOCK):
+        left = _load_rows(x, x_strides, b, first, h, C, at, BLOCK, n, WIDTH)
+        right = _load_rows(y, y_strides, b, first, h, C, at, BLOCK, n, WIDTH)
+        scores += _dot(left, tl.trans(right), PRECISION)
+    return scores
+
+
+@triton.jit(do_not_specialize=["n", "heads", "chunks"])
+def _gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gates, gate_strides,
+               states, adjoints, grad_q, grad_k, grad_v, asked, n, heads, chunks,
+               LOGITS: tl.constexpr, SUMS: tl.constexpr, ROUNDED: tl.constexpr,
+               DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+               C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of q, k and v over a chunk.
+
+    asked (b, chunks, h, 4, C): what its states ask of P and of W's last row. ROUNDED where
+    bfloat16 is all the gates' gradients are good for.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    h, place = program % heads, program // heads
+    chunk, b = place % chunks, place // chunks
+    first = chunk * C
+    states += ((b * (chunks + 1) + chunk) * heads + h) * (DK * DV * 2)
+    adjoints += program * (DK * DV * 2)
+    steps = tl.arange(0, C)
+    a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
+    w_re, _, p_re, p_im, after_re, after_im, _, _ = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
+    w_re = tl.where(steps[:, None] == steps[None, :], 1.0, w_re)
+
+    weights = _scores(q, q_strides, k, k_strides, b, first, h, C, BK, n, DK, SUMS, PRECISION)
+    weights = _rounded(tl.trans(weights * w_re), grad)
+    for column in range(0, DV, BV):
+        grads = _load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV)
+        dv = _sums_dot(weights, grads, PRECISION)
+        for row in range(0, DK, BK):
+            keys = _load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
+            re, im = _load_state(adjoints, row, column, BK, BV, DK, DV)
+            dv += after_re[:, None] * _dot_sums(keys, re, PRECISION, True)
+            dv += after_im[:, None] * _dot_sums(keys, im, PRECISION, True)
+        _store_rows(grad_v, dv, b, first, h, heads, C, column, BV, n, DV)
+
+    weights = _scores(grad, grad_strides, v, v_strides, b, first, h, C, BV, n, DV, SUMS, PRECISION)
+    weights = _rounded(weights * w_re, grad)
+    dp_re, dp_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
+    dw_re, dw_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
+    all_re, all_im = tl.zeros((BK,), SUMS), tl.zeros((BK,), SUMS)
+    for row in range(0, DK, BK):
+        by_re, by_im = tl.zeros((C, BK), SUMS), tl.zeros((C, BK), SUMS)
+        on_re, on_im = tl.zeros((C, BK), SUMS), tl.zeros((C, BK), SUMS)
+        for column in range(0, DV, BV):
+            values = _load_rows(v, v_strides, b, first, h, C, column, BV, n, DV)
+            grads = _load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV)
+            re, im = _load_state(states, row, column, BK, BV, DK, DV)
+            g_re, g_im = _load_state(adjoints, row, column, BK, BV, DK, DV)
+            all_re += tl.sum(g_re * re + g_im * im, 1)
+            all_im += tl.sum(g_im * re - g_re * im, 1)
+            by_re += _dot_sums(grads, tl.trans(re), PRECISION, ROUNDED)
+            by_im += _dot_sums(grads, tl.trans(im), PRECISION, ROUNDED)
+            on_re += _dot_sums(values, tl.trans(g_re), PRECISION, ROUNDED)
+            on_im += _dot_sums(values, tl.trans(g_im), PRECISION, ROUNDED)
+        queries = _load_rows(q, q_strides, b, first, h, C, row, BK, n, DK)
+        keys = _load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
+        dq = p_re[:, None] * by_re - p_im[:, None] * by_im + _sums_dot(weights, keys, PRECISION)
+        _store_rows(grad_q, dq, b, first, h, heads, C, row, BK, n, DK)
+        dk = after_re[:, None] * on_re + after_im[:, None] * on_im
+        dk += _sums_dot(tl.trans(weights), queries, PRECISION)
+        _store_rows(grad_k, dk, b, first, h, heads, C, row, BK, n, DK)
+        dp_re += tl.sum(queries.to(SUMS) * by_re, 1)
+        dp_im -= tl.sum(queries.to(SUMS) * by_im, 1)
+        dw_re += tl.sum(keys.to(SUMS) * on_re, 1)
+        dw_im += tl.sum(keys.to(SUMS) * on_im, 1)
+    # The leaving state asks for all gates' product, which is P at the last step.
+    dp_re += tl.where(steps == C - 1, tl.sum(all_re, 0), 0.0)
+    dp_im += tl.where(steps == C - 1, tl.sum(all_im, 0), 0.0)
+    asked += program * (4 * C) + steps
+    tl.store(asked, dp_re)
+    tl.store(asked + C, dp_im)
+    tl.store(asked + 2 * C, dw_re)
+    tl.store(asked + 3 * C, dw_im)
+
+
+@triton.jit(do_not_specialize=["n", "heads", "chunks"])
+def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gates,
+                    gate_strides, asked, grad_gates, n, heads, chunks, LOGITS: tl.constexpr,
+                    SUMS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
+                    BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+                    PRECISION: tl.constexpr):
+    """Gradients of the gates over a chunk: of its tree of products, whose gradients are known.
+
+    W's is the product of both scores. At every level of the tree it splits into what is asked
+    of the products after each step of a left half and of those up to each step of a right half.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    h, place = program % heads, program // heads
+    chunk, b = place % chunks, place // chunks
+    first = chunk * C
+    steps = tl.arange(0, C)
+    weights = _scores(q, q_strides, k, k_strides, b, first, h, C, BK, n, DK, SUMS, PRECISION)
+    weights *= _scores(grad, grad_strides, v, v_strides, b, first, h, C, BV, n, DV, SUMS,
+                       PRECISION)
+    weights = tl.where(steps[:, None] > steps[None, :], weights, 0.0)
+    apart = steps[:, None] ^ steps[None, :]
+
+    # The tree, from the leaves up: products up to each step, after it, and of its whole block.
+    a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
+    before_re, before_im, all_re, all_im = a_re, a_im, a_re, a_im
+    after_re, after_im = tl.full((C,), 1.0, SUMS), tl.zeros((C,), SUMS)
+    tree = ()
+    for level in tl.static_range(LEVELS):
+        tree = tree + ((before_re, before_im, after_re, after_im, all_re, all_im),)
+        before_re, before_im, after_re, after_im, all_re, all_im = _double(
+            before_re, before_im, after_re, after_im, all_re, all_im, steps, 1 << level)
+
+    # Its gradient, from the root down.
+    asked += program * (4 * C) + steps
+    before_re, before_im = tl.load(asked), tl.load(asked + C)
+    after_re, after_im = tl.load(asked + 2 * C), tl.load(asked + 3 * C)
+    all_re, all_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
+    for level in tl.static_range(LEVELS - 1, -1, -1):
+        p_re, p_im, e_re, e_im, t_re, t_im = tree[level]
+        siblings = (apart >> level) == 1
+        right = (steps & (1 << level)) != 0
+        sibling = steps ^ (1 << level)
+        t_re, t_im = tl.gather(t_re, sibling, 0), tl.gather(t_im, sibling, 0)
+        re, im = _times(tl.where(right, before_re, after_re), tl.where(right, before_im, after_im),
+                        tl.where(right, p_re, e_re), -tl.where(right, p_im, e_im))
+        all_re, all_im = _times(all_re, all_im, t_re, -t_im)
+        all_re += tl.sum(tl.where(siblings, re[None, :], 0.0), 1)
+        all_im += tl.sum(tl.where(siblings, im[None, :], 0.0), 1)
+        between = tl.where(siblings, weights, 0.0)
+        re, im = _times(before_re, before_im, t_re, -t_im)
+        before_re = tl.where(right, re, before_re) + tl.sum(between * e_re[None, :], 1)
+        before_im = tl.where(right, im, before_im) - tl.sum(between * e_im[None, :], 1)
+        re, im = _times(after_re, after_im, t_re, -t_im)
+        after_re = tl.where(right, after_re, re) + tl.sum(between * p_re[:, None], 0)
+        after_im = tl.where(right, after_im, im) - tl.sum(between * p_im[:, None], 0)
+    re, im = before_re + all_re, before_im + all_im
+    if LOGITS:
+        z_re, z_im, _ = _logits(gates, gate_strides, b, first, h, C, n, SUMS)
+        re, im = activate_backward(re, im, z_re, z_im)
+    kind = grad_gates.dtype.element_ty
+    grad_gates += ((b * n + first + steps) * heads + h) * 2
+    tl.store(grad_gates, re.to(kind), mask=first + steps < n)
+    tl.store(grad_gates + 1, im.to(kind), mask=first + steps < n)
+
+
+# ---- launchers
+
+
+def _precision(dtype):
+    """How products with float32 operands are formed."""
+    if (dtype == torch.float64 or INTERPRETED
+            or triton.runtime.driver.active.get_current_target().backend != "cuda"):
+        return "ieee"
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32x3"  # exact for the 16-bit side, as good as float32 for the other
+
+
+def _chunk(dtype):
+    """Steps per chunk: 64, fewer where products are not for tensor cores of 16-bit data."""
+    return {torch.float32: 32, torch.float64: 16}.get(dtype, 64)
+
+
+def _options(q, v, logits, width=32, **others):
+    """What every kernel is compiled for; blocks of v are at most `width` wide."""
+    dk, dv, c = q.shape[-1], v.shape[-1], _chunk(q.dtype)
+
+    def block(size, largest):
+        return min(max(16, triton.next_power_of_2(size)), largest)
+
+    return dict(LOGITS=logits, SUMS=tl.float64 if q.dtype == torch.float64 else tl.float32,
+                DK=dk, DV=dv, BK=block(dk, min(c, 64)), BV=block(dv, min(c, width)), C=c,
+                LEVELS=c.bit_length() - 1, PRECISION=_precision(q.dtype), **others)
+
+
+def _real(x):
+    """Complex x → (…, 2), a view."""
+    return None if x is None else torch.view_as_real(x.resolve_conj())
+
+
+def _strided(*tensors):
+    """Every tensor, followed by its strides."""
+    return [part for t in tensors for part in (t, None if t is None else t.stride())]
+
+
+def _walk_grid(b, h, options):
+    return (b * h * triton.cdiv(options["DK"], options["BK"])
+            * triton.cdiv(options["DV"], options["BV"]),)
+
+
+def _states(q, k, v, gates, logits, initial_state):
+    """The state before every chunk and the last one, which also comes as a copy."""
+    (b, n, h, dk), dv = q.shape, v.shape[-1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    chunks = triton.cdiv(n, _chunk(q.dtype))
+    states = q.new_empty(b, chunks + 1, h, dk, dv, 2, dtype=wide)
+    last = q.new_empty(b, h, dk, dv, 2, dtype=wide)
+    if b:
+        options = _options(q, v, logits)
+        _walk_states[_walk_grid(b, h, options)](
+            *_strided(k, v, gates, _real(initial_state)), states, last, n, h, chunks, **options)
+    return states, last
+
+
+def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
+    (b, n, h, dk), dv = q.shape, v.shape[-1]
+    logits = gates is None
+    gates = gate_logits if logits else _real(gates)
+    states, last = _states(q, k, v, gates, logits, initial_state)
+    chunks = states.shape[1] - 1
+    out = q.new_empty(b, n, h, dv)
+    if b:
+        options = _options(q, v, logits, width=64)
+        grid = (b * h * chunks * triton.cdiv(dv, options["BV"]),)
+        _outputs[grid](*_strided(q, k, v, gates), states, out, n, h, chunks, num_stages=2,
+                       **options)
+    apart = carry_every // _chunk(q.dtype)
+    if not carry_every:
+        states = states.new_empty(b, 0, h, dk, dv, 2)
+    elif apart > 1:
+        states = torch.cat([states[:, :chunks:apart], states[:, chunks:]], dim=1)
+    return out, torch.view_as_complex(last), torch.view_as_complex(states)
+
+
+def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_state, carry_every):
+    (b, n, h, dk), dv = q.shape, v.shape[-1]
+    logits = gates is None
+    given = gate_logits if logits else gates
+    grad_q, grad_k, grad_v = (q.new_empty(t.shape) for t in (q, k, v))
+    grad_gates = given.new_empty(given.shape)
+    grad_initial = None if initial_state is None else carries.new_empty(b, h, dk, dv)
+    if b:
+        gates = given if logits else _real(gates)
+        if _chunk(q.dtype) == carry_every:
+            states = _real(carries.contiguous())
+        else:
+            states, _ = _states(q, k, v, gates, logits, initial_state)
+        chunks = states.shape[1] - 1
+        adjoints = states.new_empty(b, chunks, h, dk, dv, 2)
+        options = _options(q, v, logits)
+        _walk_adjoints[_walk_grid(b, h, options)](
+            *_strided(q, grad, gates, _real(grad_state)), adjoints, _real(grad_initial),
+            n, h, chunks, **options)
+        asked = states.new_empty(b, chunks, h, 4, options["C"])
+        options = _options(q, v, logits, num_warps=4 if q.dtype == torch.float64 else 8,
+                           num_stages=1)
+        _gradients[(b * h * chunks,)](
+            *_strided(q, k, v, grad, gates), states, adjoints, grad_q, grad_k, grad_v, asked,
+            n, h, chunks, ROUNDED=logits and given.dtype == torch.bfloat16, **options)
+        _gate_gradients[(b * h * chunks,)](
+            *_strided(q, k, v, grad, gates), asked, grad_gates if logits else _real(grad_gates),
+            n, h, chunks, **options)
+    return (grad_q, grad_k, grad_v, None if logits else grad_gates,
+            grad_gates if logits else None, grad_initial)

@@ -1,0 +1,453 @@
+"""linear_scan on a GPU: h_t = gates_t · h_{t-1} + inputs_t, a block of channels per program.
+
+Where there are enough channels to fill the GPU a program walks along all of time and reads
+and writes each element once: 6 bytes in bfloat16 with a gate for every channel. With fewer,
+time is cut into segments, `_ends` finds what each does to a state, and gates and inputs are
+read twice: 10 bytes.
+
+Backward hands p_t = conj(gates_t) · g_t from step t to the one before it:
+
+    g_t = grad_t + p_{t+1},   dinputs_t = g_t,   dgates_t = g_t · conj(h_{t-1}).
+
+It walks from the last step to the first; the states of a tile are recomputed from the carry
+it begins with. It reads gates, inputs and grad and writes two: 10 bytes; 14 with segments.
+
+A number is a tuple in registers, (re,) or (re, im). Steps beyond n have the gate 1 and the
+input 0, and hand states on as they are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastmix._triton.scan import ends_of, entering, flat, offset, place, segments
+
+RUNTIME = ["n", "blocks", "count", "length", "carried"]
+
+
+@triton.jit
+def _plus(a, b):
+    if len(a) == 1 and len(b) == 1:
+        return (a[0] + b[0],)
+    elif len(a) == 1:
+        return a[0] + b[0], b[1]
+    elif len(b) == 1:
+        return a[0] + b[0], a[1]
+    else:
+        return a[0] + b[0], a[1] + b[1]
+
+
+@triton.jit
+def _times(a, b):
+    if len(a) == 1 and len(b) == 1:
+        return (a[0] * b[0],)
+    elif len(a) == 1:
+        return a[0] * b[0], a[0] * b[1]
+    elif len(b) == 1:
+        return a[0] * b[0], a[1] * b[0]
+    else:
+        return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+
+@triton.jit
+def _conj(a):
+    if len(a) == 1:
+        return a
+    else:
+        return a[0], -a[1]
+
+
+@triton.jit
+def _filled(value, shape: tl.constexpr, dtype: tl.constexpr, COMPLEX: tl.constexpr):
+    if COMPLEX:
+        return tl.full(shape, value, dtype), tl.zeros(shape, dtype)
+    else:
+        return (tl.full(shape, value, dtype),)
+
+
+@triton.jit
+def _load(pointers, mask, other, dtype: tl.constexpr, COMPLEX: tl.constexpr):
+    """A tile of numbers; complex ones are pairs in memory, from the pointers on."""
+    if COMPLEX:
+        part = tl.arange(0, 2)[None, None, :]
+        both = tl.load(pointers[:, :, None] + part, mask=mask[:, :, None],
+                       other=(other * (1 - part)).to(dtype))
+        return tl.split(both)
+    else:
+        return (tl.load(pointers, mask=mask, other=other).to(dtype),)
+
+
+@triton.jit
+def _store(pointers, value, mask, COMPLEX: tl.constexpr):
+    """The real part alone where complex numbers are the gradient of real ones."""
+    if COMPLEX:
+        tl.store(pointers[:, :, None] + tl.arange(0, 2)[None, None, :],
+                 tl.join(value[0], value[1]), mask=mask[:, :, None])
+    else:
+        tl.store(pointers, value[0].to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lagging(a1, ai1, x1, xi1, b1, bi1, y1, yi1, a2, ai2, x2, xi2, b2, bi2, y2, yi2):
+    return (a1 * a2 - ai1 * ai2, a1 * ai2 + ai1 * a2,
+            a2 * x1 - ai2 * xi1 + x2, a2 * xi1 + ai2 * x1 + xi2,
+            a1 * b2 - ai1 * bi2, a1 * bi2 + ai1 * b2,
+            b2 * x1 - bi2 * xi1 + y2, b2 * xi1 + bi2 * x1 + yi2)
+
+
+@triton.jit
+def _entering(a, x, state, REVERSE: tl.constexpr):
+    """scan.entering, of real or complex numbers; a real beside a complex x."""
+    shape: tl.constexpr = x[0].shape
+    if len(x) == 1:
+        before, end = entering(tl.broadcast_to(a[0], shape), x[0], state[0], REVERSE)
+        return (before,), (end,)
+    else:
+        run, first, last = ends_of(shape[0], REVERSE)
+        entered = _plus(_times(a, state), x)
+        none = tl.zeros(shape, x[0].dtype)
+        factor_im = none
+        if len(a) == 2:
+            factor_im += a[1]
+        _, _, re, im, _, _, before_re, before_im = tl.associative_scan(
+            (a[0] + none, factor_im, tl.where(run == first, entered[0], x[0]),
+             tl.where(run == first, entered[1], x[1]), none + 1, none, none, none),
+            0, _lagging, REVERSE)
+        end = (tl.sum(tl.where(run == last, re, 0), 0)[None, :],
+               tl.sum(tl.where(run == last, im, 0), 0)[None, :])
+        return (tl.where(run == first, state[0], before_re),
+                tl.where(run == first, state[1], before_im)), end
+
+
+@triton.jit
+def _time(step, total, FLIPPED: tl.constexpr):
+    return total - 1 - step if FLIPPED else step
+
+
+@triton.jit
+def _pointers(x, batch, time, x_b, x_n, channels, COMPLEX: tl.constexpr):
+    """(RUNS, COLS) from times (RUNS, 1) and what `offset` found for the channels (1, COLS)."""
+    return x + (batch * x_b + time.to(tl.int64) * x_n + channels) * (2 if COMPLEX else 1)
+
+
+@triton.jit
+def _load_rows(pointers, stride, time, n, inside, other, dtype: tl.constexpr,
+               FLIPPED: tl.constexpr, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS numbers (RUNS, COLS), from the times (RUNS, 1) onwards, or backwards if FLIPPED."""
+    stride = tl.cast(stride, tl.int64) * (2 if COMPLEX else 1)
+    rows = ()
+    for r in tl.static_range(ROWS):
+        at = time - r if FLIPPED else time + r
+        rows += (_load(pointers, (at < n) & inside, other, dtype, COMPLEX),)
+        pointers += -stride if FLIPPED else stride
+    return rows
+
+
+@triton.jit
+def _gate_channels(channel, block, channels, g_h, g_d, D: tl.constexpr, SHARED: tl.constexpr,
+                   COLS: tl.constexpr):
+    """Where the gates of channels (COLS,) are: (1, COLS), or (1, 1) where one holds for all."""
+    if SHARED:
+        one = block * COLS + tl.arange(0, 1)
+        return offset(one, g_h, g_d, D)[None, :], (one < channels)[None, :]
+    else:
+        return offset(channel, g_h, g_d, D)[None, :], (channel < channels)[None, :]
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d, x_b, x_n, x_h,
+          x_d, D: tl.constexpr, SHARED: tl.constexpr, GATES: tl.constexpr, INPUTS: tl.constexpr,
+          STATES: tl.constexpr, FLIPPED: tl.constexpr, BACKWARD: tl.constexpr,
+          RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """What segments do to a state: ends (b, count, 2, channels) has the factor and the sum.
+
+    BACKWARD is for p, with grad as x: FLIPPED then is the direction of p.
+    """
+    dtype: tl.constexpr = ends.dtype.element_ty
+    batch, segment, block = place(blocks, count)
+    channel = block * COLS + tl.arange(0, COLS)
+    inside = (channel < channels)[None, :]
+    gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
+    x_channel = offset(channel, x_h, x_d, D)[None, :]
+    run = length // RUNS
+    step = segment * length + tl.arange(0, RUNS)[:, None] * run
+    factor = _filled(1, gate_channel.shape, dtype, GATES)
+    factor = _plus(factor, _filled(0, (RUNS, 1), dtype, GATES))
+    total = _filled(0, (RUNS, COLS), dtype, STATES)
+    for _ in range(0, run, ROWS):
+        time = _time(step, count * length, FLIPPED)
+        a_rows = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
+                            time, n, gate_inside, 1, dtype, FLIPPED, GATES, ROWS)
+        x_rows = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n,
+                            time, n, inside, 0, dtype, FLIPPED, INPUTS, ROWS)
+        for r in tl.static_range(ROWS):
+            if BACKWARD:
+                a = _conj(a_rows[r])
+                total = _times(a, _plus(total, x_rows[r]))
+            else:
+                a = a_rows[r]
+                total = _plus(_times(a, total), x_rows[r])
+            factor = _times(a, factor)
+        step += ROWS
+    _, total = _entering(factor, total, _filled(0, (1, COLS), dtype, STATES), False)
+    _, factor = _entering(factor, _filled(0, (RUNS, COLS), dtype, STATES),
+                          _filled(1, (1, COLS), dtype, STATES), False)
+    size: tl.constexpr = 2 if STATES else 1
+    ends += ((batch * count + segment) * 2 * channels + channel[None, :]) * size
+    _store(ends, factor, inside, STATES)
+    _store(ends + channels * size, total, inside, STATES)
+
+
+@triton.jit
+def _enter_segment(ends, state, batch, segment, count, channels, channel, inside,
+                   STATES: tl.constexpr):
+    """The state before a segment, from what those before it do."""
+    dtype: tl.constexpr = ends.dtype.element_ty
+    size: tl.constexpr = 2 if STATES else 1
+    ends += (batch * count * 2 * channels + channel[None, :]) * size
+    for at in range(0, segment, 4):
+        for r in tl.static_range(4):
+            ours = (at + r < segment) & inside
+            here = ends + (at + r) * 2 * channels * size
+            state = _plus(_times(_load(here, ours, 1, dtype, STATES), state),
+                          _load(here + channels * size, ours, 0, dtype, STATES))
+    return state
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, carried, channels,
+             g_b, g_n, g_h, g_d, x_b, x_n, x_h, x_d, D: tl.constexpr, SHARED: tl.constexpr,
+             GATES: tl.constexpr, INPUTS: tl.constexpr, STATES: tl.constexpr,
+             FLIPPED: tl.constexpr, EVERY: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
+             ROWS: tl.constexpr):
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    size: tl.constexpr = 2 if STATES else 1
+    batch, segment, block = place(blocks, count)
+    channel = block * COLS + tl.arange(0, COLS)
+    inside = (channel < channels)[None, :]
+    gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
+    x_channel = offset(channel, x_h, x_d, D)[None, :]
+    wide = tl.cast(channels, tl.int64) * size
+    carries += batch * carried * wide + channel[None, :] * size
+
+    state = _filled(0, (1, COLS), dtype, STATES)
+    if initial is not None:
+        state = _load(initial + (batch * channels + channel[None, :]) * size, inside, 0, dtype,
+                      STATES)
+    if ends is not None:
+        state = _enter_segment(ends, state, batch, segment, count, channels, channel, inside,
+                               STATES)
+
+    step = segment * length + tl.arange(0, RUNS)[:, None] * ROWS
+    time = _time(step, count * length, FLIPPED)
+    next_a = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
+                        time, n, gate_inside, 1, dtype, FLIPPED, GATES, ROWS)
+    next_x = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n,
+                        time, n, inside, 0, dtype, FLIPPED, INPUTS, ROWS)
+    for _ in range(0, length, ROWS * RUNS):
+        a_rows, x_rows, now = next_a, next_x, time
+        step += ROWS * RUNS
+        time = _time(step, count * length, FLIPPED)
+        more = step < count * length
+        next_a = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
+                            time, n, more & gate_inside, 1, dtype, FLIPPED, GATES, ROWS)
+        next_x = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n,
+                            time, n, more & inside, 0, dtype, FLIPPED, INPUTS, ROWS)
+        factor, h = a_rows[0], x_rows[0]
+        for r in tl.static_range(1, ROWS):
+            factor, h = _times(a_rows[r], factor), _plus(_times(a_rows[r], h), x_rows[r])
+        h = _plus(h, _filled(0, (RUNS, COLS), dtype, STATES))
+        h, state = _entering(factor, h, state, False)
+        if EVERY > 0:
+            chunk = now // EVERY
+            first = now % EVERY == (EVERY - 1 if FLIPPED else 0)
+            _store(carries + chunk.to(tl.int64) * wide, h,
+                   first & (chunk < carried - 1) & inside, STATES)
+        row = out + (batch * n + now) * wide + channel[None, :] * size
+        for r in tl.static_range(ROWS):
+            h = _plus(_times(a_rows[r], h), x_rows[r])
+            at = now - r if FLIPPED else now + r
+            _store(row, h, (at < n) & inside, STATES)
+            row += -wide if FLIPPED else wide
+    if EVERY > 0 and segment == count - 1:
+        _store(carries + (carried - 1).to(tl.int64) * wide, state, inside, STATES)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n, blocks, count,
+              length, carried, channels, grad_b, grad_n, grad_h, grad_d, g_b, g_n, g_h, g_d,
+              x_b, x_n, x_h, x_d, D: tl.constexpr, SHARED: tl.constexpr, GATES: tl.constexpr,
+              INPUTS: tl.constexpr, STATES: tl.constexpr, FLIPPED: tl.constexpr,
+              EVERY: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """FLIPPED is the direction of p; step 0 is where it begins, and where h ends.
+
+    grad_gates (b, n, channels), or (b, n, blocks) if SHARED: sums over a block of channels.
+    """
+    dtype: tl.constexpr = carries.dtype.element_ty
+    size: tl.constexpr = 2 if STATES else 1
+    batch, segment, block = place(blocks, count)
+    channel = block * COLS + tl.arange(0, COLS)
+    inside = (channel < channels)[None, :]
+    gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
+    x_channel = offset(channel, x_h, x_d, D)[None, :]
+    grad_channel = offset(channel, grad_h, grad_d, D)[None, :]
+    carries += (batch * carried * channels + channel[None, :]) * size
+
+    p = _filled(0, (1, COLS), dtype, STATES)
+    if ends is not None:
+        p = _enter_segment(ends, p, batch, segment, count, channels, channel, inside, STATES)
+
+    step = segment * length + tl.arange(0, RUNS)[:, None] * ROWS
+    time = _time(step, count * length, FLIPPED)
+    next_grads = _load_rows(_pointers(grad, batch, time, grad_b, grad_n, grad_channel, STATES),
+                            grad_n, time, n, inside, 0, dtype, FLIPPED, STATES, ROWS)
+    for tile in range(0, length, ROWS * RUNS):
+        grads, now = next_grads, time
+        a_rows = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
+                            time, n, gate_inside, 1, dtype, FLIPPED, GATES, ROWS)
+        x_rows = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n, time, n,
+                            inside, 0, dtype, FLIPPED, INPUTS, ROWS)
+        step += ROWS * RUNS
+        time = _time(step, count * length, FLIPPED)
+        more = step < count * length
+        next_grads = _load_rows(_pointers(grad, batch, time, grad_b, grad_n, grad_channel, STATES),
+                                grad_n, time, n, more & inside, 0, dtype, FLIPPED, STATES, ROWS)
+        # The chunk that h enters the tile in; of a tile that begins beyond n, the last.
+        enters = _time(segment * length + tile + ROWS * RUNS - 1, count * length, FLIPPED)
+        chunk = tl.minimum(enters // EVERY, carried - 2).to(tl.int64)
+        h = _load(carries + chunk * channels * size, inside, 0, dtype, STATES)
+
+        none = _filled(0, (RUNS, COLS), dtype, STATES)
+        factor, run_h, run_p = a_rows[ROWS - 1], _plus(x_rows[ROWS - 1], none), none
+        for r in tl.static_range(1, ROWS):
+            a = a_rows[ROWS - 1 - r]
+            factor, run_h = _times(a, factor), _plus(_times(a, run_h), x_rows[ROWS - 1 - r])
+        for r in tl.static_range(ROWS):
+            run_p = _times(_conj(a_rows[r]), _plus(grads[r], run_p))
+        h, _ = _entering(factor, run_h, h, True)
+        run_p, p = _entering(_conj(factor), run_p, p, False)
+
+        before = (h,)  # the states before every step, those of the last row first
+        for r in tl.static_range(1, ROWS):
+            h = _plus(_times(a_rows[ROWS - r], h), x_rows[ROWS - r])
+            before += (h,)
+        at_x = (batch * n + now) * channels + channel[None, :]
+        at_gate = (batch * n + now) * blocks + block if SHARED else at_x
+        for r in tl.static_range(ROWS):
+            at = now - r if FLIPPED else now + r
+            g = _plus(grads[r], run_p)
+            run_p = _times(_conj(a_rows[r]), g)
+            _store(grad_x + at_x * (2 if INPUTS else 1), g, (at < n) & inside, INPUTS)
+            g = _times(g, _conj(before[ROWS - 1 - r]))
+            if SHARED:
+                g = _summed(g)
+            _store(grad_gates + at_gate * (2 if GATES else 1), g, (at < n) & gate_inside, GATES)
+            at_x += -channels if FLIPPED else channels
+            by_gate = blocks if SHARED else channels
+            at_gate += -by_gate if FLIPPED else by_gate
+    if grad_initial is not None and segment == count - 1:
+        _store(grad_initial + (batch * channels + channel[None, :]) * size, p, inside, STATES)
+
+
+@triton.jit
+def _summed(a):
+    """Over the channels"""
+    if len(a) == 1:
+        return (tl.sum(a[0], 1)[:, None],)
+    else:
+        return tl.sum(a[0], 1)[:, None], tl.sum(a[1], 1)[:, None]
+
+
+def _parts(t):
+    """Complex numbers as pairs of real ones: Triton has no complex pointers."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def _plan(gates, inputs, rows):
+    """Gates and inputs as (b, n, heads, d), the channels of a head having one gate or d.
+
+    And how they are cut: grid, arguments of every kernel, block sizes and flags.
+    """
+    b, n, *rest = inputs.shape
+    kept = gates.ndim - 2
+    while kept and gates.shape[1 + kept] == 1:
+        kept -= 1
+    one_gate = gates.shape[2:].numel() != inputs.shape[2:].numel()
+    if not one_gate:
+        kept = max(len(rest) - 1, 0)
+    d = inputs.shape[2 + kept:].numel()
+    inputs = inputs.reshape(b, n, -1, d)
+    heads = inputs.shape[2]
+    gates = gates.reshape(b, n, heads, -1).expand(b, n, heads, d)
+    complexes = gates.is_complex(), inputs.is_complex()
+    runs = 16 if any(complexes) else 32
+    if torch.promote_types(gates.dtype, inputs.dtype) in (torch.float64, torch.complex128):
+        rows = max(rows // 2, 64 // runs)
+    cols = min(32, triton.next_power_of_2(heads * d))
+    shared = one_gate and d % cols == 0
+    blocks = triton.cdiv(heads * d, cols)
+    count, length = segments(n, b * blocks, max(runs * rows, 64))
+    return gates, inputs, (b * blocks * count,), (n, blocks, count, length), dict(
+        SHARED=shared, GATES=complexes[0], INPUTS=complexes[1], STATES=any(complexes),
+        RUNS=runs, COLS=cols, ROWS=rows, num_warps=max(cols // 4, 1))
+
+
+def _empty(shape, dtype, like):
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def forward(gates, inputs, initial_state, reverse, carry_every):
+    b, n, *rest = inputs.shape
+    dtype = torch.promote_types(gates.dtype, inputs.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    carried = triton.cdiv(n, carry_every) + 1 if carry_every else 0
+    out = _empty((b, n, *rest), dtype, inputs)
+    carries = _empty((b, carried, *rest), wide, inputs)
+    if inputs.numel() == 0:
+        return out, carries
+    gates, inputs, grid, cut, sizes = _plan(gates, inputs, 8)
+    channels, d = inputs[0, 0].numel(), inputs.shape[-1]
+    sizes |= dict(D=0 if flat(gates, inputs) else d, FLIPPED=reverse)
+    strides = *gates.stride(), *inputs.stride()
+    ends = None
+    if cut[2] > 1:
+        ends = _parts(_empty((b, cut[2], 2, channels), wide, inputs))
+        _ends[grid](_parts(gates), _parts(inputs), ends, *cut, channels, *strides,
+                    BACKWARD=False, **sizes)
+    initial_state = None if initial_state is None else _parts(initial_state.contiguous())
+    _forward[grid](_parts(gates), _parts(inputs), initial_state, ends, _parts(out),
+                   _parts(carries), *cut, carried, channels, *strides, EVERY=carry_every, **sizes)
+    return out, carries
+
+
+def backward(grad, carries, gates, inputs, initial_state, reverse, carry_every):
+    shapes, dtypes = (gates.shape, inputs.shape), (gates.dtype, inputs.dtype)
+    b, n, *rest = inputs.shape
+    grad_inputs = _empty(inputs.shape, inputs.dtype, inputs)
+    grad_initial = None if initial_state is None else _empty((b, *rest), carries.dtype, inputs)
+    if inputs.numel() == 0:
+        return (torch.zeros_like(gates, memory_format=torch.contiguous_format), grad_inputs,
+                None if initial_state is None else grad_initial.to(initial_state.dtype))
+    complexes = gates.is_complex() or inputs.is_complex()
+    gates, inputs, grid, cut, sizes = _plan(gates, inputs, 4 if complexes else 8)
+    grad = grad.reshape(inputs.shape)
+    channels, d = inputs[0, 0].numel(), inputs.shape[-1]
+    sizes |= dict(D=0 if flat(grad, gates, inputs) else d, FLIPPED=not reverse)
+    ends = None
+    if cut[2] > 1:
+        ends = _parts(_empty((b, cut[2], 2, channels), carries.dtype, inputs))
+        _ends[grid](_parts(gates), _parts(grad), ends, *cut, channels, *gates.stride(),
+                    *grad.stride(), BACKWARD=True, **sizes | dict(INPUTS=sizes["STATES"]))
+    parts = cut[1] if sizes["SHARED"] else channels
+    direct = parts == shapes[0][2:].numel()
+    number = carries.dtype if sizes["GATES"] else carries.real.dtype
+    grad_gates = _empty((b, n, parts), dtypes[0] if direct else number, inputs)
+    _backward[grid](_parts(grad), _parts(carries), _parts(gates), _parts(inputs), ends,
+                    _parts(grad_gates), _parts(grad_inputs),
+                    None if grad_initial is None else _parts(grad_initial), *cut,
+                    carries.shape[1], channels, *grad.stride(), *gates.stride(),
+                    *inputs.stride(), EVERY=carry_every, **sizes)
+    if not direct:
+        grad_gates = grad_gates.view(b, n, shapes[0][2:].numel(), -1).sum(-1).to(dtypes[0])
+    return (grad_gates.view(shapes[0]), grad_inputs,
+            None if grad_initial is None else grad_initial.to(initial_state.dtype))

@@ -1,0 +1,116 @@
+"""What the kernels that walk along time share.
+
+A program holds a tile of time: RUNS runs of ROWS steps each, COLS channels. A thread walks
+the ROWS steps of its runs in registers; what a run does to the state it is entered with is
+h → a·h + x, and `entering` finds the states from those maps.
+"""
+
+import triton
+import triton.language as tl
+
+FILLED = 128  # programs that keep a GPU busy: about one on every multiprocessor
+
+
+def tile(channels, batch, itemsize, held):
+    """Block sizes: 4 channels to a thread, which holds `held` bytes of a tensor's tile.
+
+    Where channels alone fill the GPU the threads of a warp lie along them, and warps along
+    time; else threads do too.
+    """
+    rows = held // (4 * itemsize)
+    if batch * channels >= 2 * FILLED * 128:
+        return dict(RUNS=4, COLS=128, ROWS=rows, num_warps=4)
+    cols = min(32, triton.next_power_of_2(channels))
+    return dict(RUNS=32, COLS=cols, ROWS=rows, num_warps=max(cols // 4, 1))
+
+
+def segments(n, programs, steps):
+    """How many pieces time is cut into, and how long they are: a multiple of `steps`.
+
+    One where the programs fill the GPU. Else every piece is read once more, for what it
+    does to the state it is entered with.
+    """
+    wanted = 1 if programs >= 3 * FILLED // 4 else min(64, 2 * FILLED // programs)
+    length = steps * triton.cdiv(n, steps * wanted)
+    return triton.cdiv(n, length), length
+
+
+def flat(*tensors):
+    """Whether the last two axes of all of them are one axis: no stride between is skipped."""
+    return all(t.shape[-2] == 1 or t.stride(-2) == t.shape[-1] * t.stride(-1) for t in tensors)
+
+
+@triton.jit
+def place(blocks, segments):
+    """The program's batch, its piece of time and its block of channels."""
+    program = tl.program_id(0)
+    return (program // (blocks * segments)).to(tl.int64), program // blocks % segments, \
+        program % blocks
+
+
+@triton.jit
+def offset(channel, stride_h, stride_d, D: tl.constexpr):
+    """Where channels are in the last two axes, of which D counts the last; 0: they are flat."""
+    channel = channel.to(tl.int64)
+    if D == 0:
+        return channel * stride_d
+    return channel // D * stride_h + channel % D * stride_d
+
+
+@triton.jit
+def load_rows(pointers, stride, left, inside, ROWS: tl.constexpr):
+    """ROWS tiles, one per step of a run (RUNS, COLS); 0 where a run has fewer steps left."""
+    rows = ()
+    for r in tl.static_range(ROWS):
+        rows += (tl.load(pointers, mask=(r < left) & inside, other=0),)
+        pointers += stride
+    return rows
+
+
+@triton.jit
+def _product(a, a_low, b, b_low):
+    """Of numbers in two parts, to twice their precision."""
+    product = a * b
+    return product, tl.fma(a, b, -product) + (a * b_low + a_low * b)
+
+
+@triton.jit
+def power(a, exponent, BITS: tl.constexpr):
+    """a ** exponent, rounded once: the error of a factor used all along the way adds up."""
+    low = tl.zeros(a.shape, a.dtype)
+    found, found_low = tl.full(a.shape, 1, a.dtype), low
+    for bit in tl.static_range(BITS):
+        more, more_low = _product(found, found_low, a, low)
+        chosen = (exponent >> bit) % 2 == 1
+        found, found_low = tl.where(chosen, more, found), tl.where(chosen, more_low, found_low)
+        a, low = _product(a, low, a, low)
+    return tl.where(found_low == found_low, found + found_low, found)
+
+
+@triton.jit
+def _lagging(a1, x1, b1, y1, a2, x2, b2, y2):
+    """(a, x) is all maps one after the other, (b, y) all but the last."""
+    return a1 * a2, a2 * x1 + x2, a1 * b2, b2 * x1 + y2
+
+
+@triton.jit
+def entering(a, x, state, REVERSE: tl.constexpr = False):
+    """The state before every run (RUNS, COLS) and after all of them (1, COLS).
+
+    Run s turns h into a · h + x (RUNS, COLS); state is what the first is entered with.
+    """
+    run, first, last = ends_of(x.shape[0], REVERSE)
+    x = tl.where(run == first, a * state + x, x)
+    _, after, _, before = tl.associative_scan(
+        (a, x, tl.full(x.shape, 1, x.dtype), tl.zeros(x.shape, x.dtype)), 0, _lagging, REVERSE)
+    end = tl.sum(tl.where(run == last, after, 0), 0)[None, :]
+    return tl.where(run == first, state, before), end
+
+
+@triton.jit
+def ends_of(runs: tl.constexpr, REVERSE: tl.constexpr):
+    """The runs (RUNS, 1), which of them is first and which is last."""
+    run = tl.arange(0, runs)[:, None]
+    if REVERSE:
+        return run, runs - 1, 0
+    return run, 0, runs - 1

@@ -1,0 +1,655 @@
+"""windowed_sgu on a GPU: banded products on tensor cores, the gate normalised on its way in.
+
+out = activation(mixture + bias + gate_residual) · res. A tile is some rows of a window, or
+several small windows, by some channels of a head. The steps it mixes are one stretch of time,
+from the start of the window before to the tile's last row, so a tile is one loop of products
+band (rows, steps) · gate (steps, channels); blocks above the diagonal are left out. Rows' means
+and deviations come first, from a kernel of their own, because a head has only some of a row's
+channels.
+
+Backward computes the mixture again and keeps its gradient, a bounded stretch of time at once:
+    dmixture = grad · res · activation'(mixture)             and dres
+    dweight  = dmixture · normedᵀ, dbias its row sums        per group of windows, then summed
+    dnormed  = bandᵀ · dmixture                              into the gate's half of dx
+and the layer norm's gradient replaces dnormed row by row. Programs run from the end backwards
+where the pass before wrote or read the end last: it is still in cache.
+
+Half precision parameters beside x of the same dtype are multiplied as they are, in tensor
+cores; wider parameters, and their gradients, in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastmix._triton import interpreted
+
+SCRATCH = 1 << 25  # bytes of the mixture's gradient at once
+PROGRAMS = 512  # to share out windows to, for dweight, or rows
+TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16,
+         torch.bfloat16: tl.bfloat16}
+LARGEST_ROW = 1 << 16
+
+
+def refuses(x, *others):
+    if others and x.ndim == 3 and x.shape[-1] // 2 > LARGEST_ROW:
+        return f"the gate has up to {LARGEST_ROW} channels, got {x.shape[-1] // 2}"
+
+
+@triton.jit
+def _tanh(x):
+    e = tl.exp(-2 * tl.abs(x))
+    size = (1 - e) / (1 + e)
+    y = tl.where(x < 0, -size, size)
+    if x.dtype == tl.float32:  # 1 - e has too few digits close to 0
+        s = x * x
+        series = x + x * s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (
+            62 / 2835 - s * (1382 / 155925)))))
+        y = tl.where(s < 0.1, series, y)
+    return y
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """→ value and slope."""
+    if ACTIVATION == "tanh":
+        value = _tanh(x)
+        slope = 1 - value * value
+    elif ACTIVATION == "sigmoid":
+        value = 1 / (1 + tl.exp(-x))
+        slope = value * (1 - value)
+    elif ACTIVATION == "gelu":
+        part = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        value = x * part
+        slope = part + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == "silu":
+        part = 1 / (1 + tl.exp(-x))
+        value = x * part
+        slope = part * (1 + x * (1 - part))
+    else:
+        value = x
+        slope = tl.full(x.shape, 1, x.dtype)
+    return value, slope
+
+
+@triton.jit
+def _at(strides, batch, t, head, channel, DIM: tl.constexpr):
+    """Offsets (steps, channels) into (b, n, c)."""
+    return (batch.to(tl.int64) * strides[0] + t.to(tl.int64)[:, None] * strides[1]
+            + (head * DIM + channel).to(tl.int64)[None, :] * strides[2])
+
+
+@triton.jit(do_not_specialize=["rows", "n"])
+def _statistics(gate, mean, inverse, rows, n, c, strides,
+                EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Mean and inverse deviation of rows of the gate (b, n, c)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (channel < c)[None, :]
+    at = (row // n * strides[0] + row % n * strides[1])[:, None] + channel[None, :] * strides[2]
+    x = tl.load(gate + at, mask=inside, other=0).to(mean.dtype.element_ty)
+    level = tl.sum(x, axis=1) / c
+    x = tl.where(inside, x - level[:, None], 0)
+    variance = tl.sum(x * x, axis=1) / c
+    tl.store(mean + row, level, mask=row < rows)
+    tl.store(inverse + row, 1 / tl.sqrt(variance + EPS), mask=row < rows)
+
+
+@triton.jit
+def _affine(norm, head, channel, DIM: tl.constexpr):
+    """norm = (mean, inverse, scale, shift) → scale and shift of a head's channels, or None."""
+    scale, shift = norm[2], norm[3]
+    at = head * DIM + channel
+    if scale is not None:
+        scale = tl.load(scale + at, mask=channel < DIM, other=0).to(norm[0].dtype.element_ty)
+    if shift is not None:
+        shift = tl.load(shift + at, mask=channel < DIM, other=0).to(norm[0].dtype.element_ty)
+    return scale, shift
+
+
+@triton.jit
+def _normed(gate, strides, norm, affine, batch, t, known, head, channel, n, DIM: tl.constexpr):
+    """The normed gate (steps, channels); steps that are not known hold anything finite."""
+    x = tl.load(gate + _at(strides, batch, t, head, channel, DIM), other=0,
+                mask=known[:, None] & (channel < DIM)[None, :]).to(norm[0].dtype.element_ty)
+    row = batch.to(tl.int64) * n + t
+    x -= tl.load(norm[0] + row, mask=known, other=0)[:, None]
+    x *= tl.load(norm[1] + row, mask=known, other=0)[:, None]
+    if affine[0] is not None:
+        x *= affine[0][None, :]
+    if affine[1] is not None:
+        x += affine[1][None, :]
+    return x
+
+
+@triton.jit
+def _mix(band, x, mixed, ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+         EXACT: tl.constexpr):
+    """mixed + band · x; EXACT adds what rounding x leaves out."""
+    rounded = x.to(ROUNDED)
+    mixed = tl.dot(band, rounded.to(OPERAND), mixed, input_precision=PRECISION,
+                   out_dtype=mixed.dtype)
+    if EXACT and ROUNDED != x.dtype:
+        rest = (x - rounded.to(x.dtype)).to(ROUNDED)
+        mixed = tl.dot(band, rest.to(OPERAND), mixed, input_precision=PRECISION,
+                       out_dtype=mixed.dtype)
+    return mixed
+
+
+@triton.jit
+def _band(weight, strides, head, row, step, used, WINDOW: tl.constexpr, MASKED: tl.constexpr):
+    """What `row` mixes of `step` (rows, steps), both counted from the start of a window, and
+    where it counts. A mask along the diagonal makes loads narrow: only with MASKED is it used.
+    """
+    behind = row // WINDOW * WINDOW
+    r = row % WINDOW
+    j = (step + WINDOW)[None, :] - behind[:, None]
+    below = j <= (r + WINDOW)[:, None]
+    at = (head.to(tl.int64) * strides[0] + r.to(tl.int64)[:, None] * strides[1]
+          + j.to(tl.int64) * strides[2])
+    used = used & (j >= 0) & (below if MASKED else j < 2 * WINDOW)
+    return tl.load(weight + at, mask=used, other=0), below
+
+
+@triton.jit
+def _place(runs, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
+           ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The program's place → batch, run, head, first row of the run's windows, channels.
+
+    The last tiles come first. Heads are next to each other: whole rows of x are read at once.
+    """
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    parts: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    channel = index % parts * CHANNELS + tl.arange(0, CHANNELS)
+    index = index // parts
+    head = index % HEADS
+    index = index // HEADS
+    row = index % BLOCKS * ROWS
+    index = index // BLOCKS
+    return index // runs, index % runs, head, row, channel
+
+
+@triton.jit
+def _finish(mixed, outside, strides, outputs, batch, t, stored, head, channel, n, origin,
+            after_rows, HEADS: tl.constexpr, DIM: tl.constexpr, ACTIVATION: tl.constexpr):
+    """From the mixture and its bias to out; given grad, to dres, dmixture and dresidual."""
+    res, residual, grad = outside
+    out, dmixed, dresidual = outputs
+    c: tl.constexpr = HEADS * DIM
+    dense = (n.to(tl.int64) * c, c, 1)
+    stored = stored[:, None] & (channel < DIM)[None, :]
+    if residual is not None:
+        at = _at(strides[1], batch, t, head, channel, DIM)
+        mixed += tl.load(residual + at, mask=stored, other=0).to(mixed.dtype)
+    value, slope = _activate(mixed, ACTIVATION)
+    if ACTIVATION != "none":
+        at = _at(strides[0], batch, t, head, channel, DIM)
+        factor = tl.load(res + at, mask=stored, other=0,
+                         eviction_policy="evict_first").to(mixed.dtype)
+    if grad is None:
+        if ACTIVATION != "none":
+            value *= factor
+        tl.store(out + _at(dense, batch, t, head, channel, DIM), value.to(out.dtype.element_ty),
+                 mask=stored, eviction_policy="evict_first")
+    else:
+        after = tl.load(grad + _at(strides[2], batch, t, head, channel, DIM), mask=stored, other=0,
+                        eviction_policy="evict_first").to(mixed.dtype)
+        at = _at((n.to(tl.int64) * (2 * c), 2 * c, 1), batch, t, head, channel, DIM)
+        tl.store(out + at, (after * value).to(out.dtype.element_ty), mask=stored,
+                 eviction_policy="evict_first")
+        after *= factor * slope
+        at = _at((after_rows.to(tl.int64) * c, c, 1), batch, t - origin, head, channel, DIM)
+        tl.store(dmixed + at, after.to(dmixed.dtype.element_ty), mask=stored)
+        if dresidual is not None:
+            tl.store(dresidual + _at(dense, batch, t, head, channel, DIM),
+                     after.to(dresidual.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["n", "windows", "first", "after_rows", "origin"])
+def _tiles(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides, outside,
+           outside_strides, outputs, n, windows, first, after_rows, origin,
+           HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
+           STEPS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+           ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+           ACTIVATION: tl.constexpr):
+    """Rows of a window of the mixture; windows from `first` on, dmixed from step `origin`."""
+    blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
+    batch, window, head, row, channel = _place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
+    wide: tl.constexpr = norm[0].dtype.element_ty
+    # Slopes of activations would enlarge a rounded mixture's error.
+    exact: tl.constexpr = outside[2] is not None
+    affine = _affine(norm, head, channel, DIM)
+    i = row + tl.arange(0, ROWS)
+    begin = (first + window) * WINDOW
+    start = tl.where(begin == 0, 0, -WINDOW)
+    end = tl.minimum(tl.minimum(row + ROWS, WINDOW), n - begin)
+    mixed = tl.zeros([ROWS, CHANNELS], dtype=wide)
+    for from_step in tl.range(start, end, STEPS, num_stages=STAGES):
+        step = from_step + tl.arange(0, STEPS)
+        band, below = _band(weight, weight_strides, head, i, step, (i < WINDOW)[:, None], WINDOW,
+                            False)
+        band = tl.where(below, band.to(OPERAND), 0.0)
+        x = _normed(gate, gate_strides, norm, affine, batch, begin + step, begin + step < n, head,
+                    channel, n, DIM)
+        mixed = _mix(band, x, mixed, ROUNDED, OPERAND, PRECISION, exact)
+    r = i % WINDOW
+    mixed += tl.load(bias + head * bias_strides[0] + r * bias_strides[1]).to(wide)[:, None]
+    stored = (i < WINDOW) & (begin + i < n)
+    _finish(mixed, outside, outside_strides, outputs, batch, begin + i, stored, head, channel, n,
+            origin, after_rows, HEADS, DIM, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["n", "windows", "first", "after_rows", "origin", "runs", "length"])
+def _walk(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides, outside,
+          outside_strides, outputs, n, windows, first, after_rows, origin, runs, length,
+          HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, PER: tl.constexpr,
+          ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+          ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+          ACTIVATION: tl.constexpr):
+    """The same for windows that fit into a tile, PER of them, a run of tiles after another.
+
+    Weights are read once; a tile's gate also goes into `carry`, the next tile's mixture.
+    """
+    batch, run, head, _, channel = _place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
+    wide: tl.constexpr = norm[0].dtype.element_ty
+    size: tl.constexpr = PER * WINDOW
+    # Slopes of activations would enlarge a rounded mixture's error.
+    exact: tl.constexpr = outside[2] is not None
+    affine = _affine(norm, head, channel, DIM)
+    i = tl.arange(0, ROWS)
+    kept = i < size
+    square = kept[:, None] & kept[None, :]
+    own, _ = _band(weight, weight_strides, head, i, i, square, WINDOW, True)
+    before, _ = _band(weight, weight_strides, head, i, i - size, square, WINDOW, False)
+    own, before = own.to(OPERAND), before.to(OPERAND)
+    r = i % WINDOW
+    added = tl.load(bias + head * bias_strides[0] + r * bias_strides[1]).to(wide)
+    tiles = (windows + PER - 1) // PER
+    begin = run * length
+    t = first * WINDOW + (begin - 1) * size + i
+    x = _normed(gate, gate_strides, norm, affine, batch, t, kept & (t >= 0), head, channel, n, DIM)
+    x = tl.where((t >= 0)[:, None], x, 0)
+    zeros = tl.zeros([ROWS, CHANNELS], dtype=wide)
+    carry = _mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
+    for tile in tl.range(begin, tl.minimum(begin + length, tiles), num_stages=STAGES):
+        t = first * WINDOW + tile * size + i
+        known = kept & (t < n)
+        x = _normed(gate, gate_strides, norm, affine, batch, t, known, head, channel, n, DIM)
+        mixed = _mix(own, x, carry, ROUNDED, OPERAND, PRECISION, exact)
+        carry = _mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
+        stored = known & (t < (first + windows) * WINDOW)
+        _finish(mixed + added[:, None], outside, outside_strides, outputs, batch, t, stored, head,
+                channel, n, origin, after_rows, HEADS, DIM, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["n", "windows", "first", "per_group", "items", "origin"])
+def _weight_backward(gate, gate_strides, norm, dmixed, dmixed_strides, dweight, dbias, n, windows,
+                     first, per_group, items, origin,
+                     HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
+                     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+                     STAGES: tl.constexpr, ROUNDED: tl.constexpr, OPERAND: tl.constexpr,
+                     PRECISION: tl.constexpr):
+    """A group of windows' part of dweight (groups, h, w, 2w) and dbias (groups, h, w), added.
+
+    Windows are counted through the batch.
+    """
+    index = tl.program_id(0)
+    wide: tl.constexpr = norm[0].dtype.element_ty
+    across: tl.constexpr = (2 * WINDOW + COLUMNS - 1) // COLUMNS
+    down: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
+    parts: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    column = index % across * COLUMNS
+    index = index // across
+    row = index % down * ROWS
+    index = index // down
+    head = index % HEADS
+    group = index // HEADS
+    if column > row + ROWS - 1 + WINDOW:
+        return  # above the diagonal
+    r = row + tl.arange(0, ROWS)
+    j = column + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS, ROWS], dtype=wide)
+    sums = tl.zeros([ROWS], dtype=wide)
+    begin = group * per_group
+    end = tl.minimum(begin + per_group, items)
+    for item in tl.range(begin * parts, end * parts, num_stages=STAGES):
+        window = first + item // parts % windows
+        batch = item // parts // windows
+        channel = item % parts * CHANNELS + tl.arange(0, CHANNELS)
+        t = window * WINDOW + r
+        at = _at(dmixed_strides, batch, t - origin, head, channel, DIM)
+        after = tl.load(dmixed + at, other=0,
+                        mask=((r < WINDOW) & (t < n))[:, None] & (channel < DIM)[None, :])
+        t = (window - 1) * WINDOW + j
+        known = (t >= 0) & (t < n) & (j < 2 * WINDOW)
+        x = _normed(gate, gate_strides, norm, _affine(norm, head, channel, DIM), batch, t, known,
+                    head, channel, n, DIM)
+        if norm[3] is not None:
+            x = tl.where(known[:, None], x, 0)
+        total = tl.dot(x.to(ROUNDED).to(OPERAND), tl.trans(after.to(OPERAND)), total,
+                       input_precision=PRECISION, out_dtype=wide)
+        sums += tl.sum(after.to(wide), axis=1)
+    rows = (group * HEADS + head).to(tl.int64) * WINDOW + r
+    at = rows[:, None] * (2 * WINDOW) + j[None, :]
+    used = (r < WINDOW)[:, None] & (j < 2 * WINDOW)[None, :]
+    total = tl.where(j[None, :] <= (r + WINDOW)[:, None], tl.trans(total), 0)
+    tl.store(dweight + at, tl.load(dweight + at, mask=used) + total, mask=used)
+    if column == 0:
+        tl.store(dbias + rows, tl.load(dbias + rows, mask=r < WINDOW) + sums, mask=r < WINDOW)
+
+
+@triton.jit(do_not_specialize=["n", "windows", "first", "origin", "out_origin"])
+def _tiles_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_strides, n, windows,
+                    first, origin, out_origin, HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
+                    ROWS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+                    STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """dnormed, from the mixture's gradient in its own window and the one after it."""
+    blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
+    batch, window, head, row, channel = _place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
+    wide: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
+    i = row + tl.arange(0, ROWS)
+    begin = (first + window) * WINDOW
+    end = tl.minimum(2 * WINDOW, n - begin)
+    dnormed = tl.zeros([ROWS, CHANNELS], dtype=wide)
+    for from_step in tl.range(row, end, STEPS, num_stages=STAGES):
+        step = from_step + tl.arange(0, STEPS)
+        band, below = _band(weight, weight_strides, head, step, i,
+                            (step < end)[:, None] & (i < WINDOW)[None, :], WINDOW, False)
+        band = tl.where(below, band.to(OPERAND), 0.0)
+        at = _at(dmixed_strides, batch, begin + step - origin, head, channel, DIM)
+        after = tl.load(dmixed + at, mask=(step < end)[:, None] & (channel < DIM)[None, :],
+                        other=0).to(OPERAND)
+        dnormed = tl.dot(tl.trans(band), after, dnormed, input_precision=PRECISION,
+                         out_dtype=wide)
+    stored = (i < WINDOW) & (begin + i < n)
+    _store_dnormed(dnormed, out, out_strides, batch, begin + i - out_origin, stored, head,
+                   channel, DIM)
+
+
+@triton.jit
+def _store_dnormed(dnormed, out, strides, batch, t, stored, head, channel, DIM: tl.constexpr):
+    tl.store(out + _at(strides, batch, t, head, channel, DIM), dnormed.to(out.dtype.element_ty),
+             mask=stored[:, None] & (channel < DIM)[None, :])
+
+
+@triton.jit(do_not_specialize=["n", "windows", "first", "origin", "out_origin", "runs", "length"])
+def _walk_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_strides, n, windows,
+                   first, origin, out_origin, runs, length, HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
+                   PER: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+                   STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """The same for windows that fit into a tile, walking back: `carry` goes to the tile before."""
+    batch, run, head, _, channel = _place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
+    wide: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
+    size: tl.constexpr = PER * WINDOW
+    i = tl.arange(0, ROWS)
+    kept = i < size
+    square = kept[:, None] & kept[None, :]
+    own, _ = _band(weight, weight_strides, head, i, i, square, WINDOW, True)
+    before, _ = _band(weight, weight_strides, head, i, i - size, square, WINDOW, False)
+    own, before = tl.trans(own.to(OPERAND)), tl.trans(before.to(OPERAND))
+    tiles = (windows + PER - 1) // PER
+    begin = run * length
+    last = tl.minimum(begin + length, tiles) - 1
+    known_end = tl.minimum(n, (first + windows + 1) * WINDOW)
+    carry = tl.zeros([ROWS, CHANNELS], dtype=wide)
+    for back in tl.range(-1, last - begin + 1, num_stages=STAGES):
+        t = first * WINDOW + (last - back) * size + i
+        at = _at(dmixed_strides, batch, t - origin, head, channel, DIM)
+        after = tl.load(dmixed + at, other=0, mask=(
+            kept & (t < known_end))[:, None] & (channel < DIM)[None, :]).to(OPERAND)
+        dnormed = tl.dot(own, after, carry, input_precision=PRECISION, out_dtype=wide)
+        carry = tl.dot(before, after, tl.zeros([ROWS, CHANNELS], dtype=wide),
+                       input_precision=PRECISION, out_dtype=wide)
+        stored = kept & (t < n) & (t < (first + windows) * WINDOW) & (back >= 0)
+        _store_dnormed(dnormed, out, out_strides, batch, t - out_origin, stored, head, channel,
+                       DIM)
+
+
+@triton.jit(do_not_specialize=["first", "rows", "n", "per_group", "origin"])
+def _norm_backward(gate, strides, norm, dnormed, dnormed_t, dx, dnorm, first, rows, origin, n, c,
+                   per_group, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+    """dnormed → dgate in dx, maybe in its place, for rows from `first` on, and a group of rows'
+    part of dnorm (groups, 2, c), added. dnormed starts at row `origin`."""
+    mean, inverse, scale, _ = norm
+    group = tl.num_programs(0) - 1 - tl.program_id(0)
+    wide: tl.constexpr = mean.dtype.element_ty
+    channel = tl.arange(0, COLUMNS)
+    inside = channel < c
+    if scale is not None:
+        scale = tl.load(scale + channel, mask=inside, other=0).to(wide)
+    if dnorm is not None:
+        by_scale = tl.zeros([ROWS, COLUMNS], dtype=wide)
+        by_shift = tl.zeros([ROWS, COLUMNS], dtype=wide)
+    begin = first + group.to(tl.int64) * per_group
+    end = tl.minimum(begin + per_group, first.to(tl.int64) + rows)
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)
+        known = row < end
+        used = known[:, None] & inside[None, :]
+        at = (row // n * strides[0] + row % n * strides[1])[:, None]
+        at += channel[None, :] * strides[2]
+        x = tl.load(gate + at, mask=used, other=0).to(wide)
+        grad = tl.load(dnormed + (row - origin)[:, None] * dnormed_t + channel[None, :],
+                       mask=used, other=0).to(wide)
+        deviation = tl.load(inverse + row, mask=known, other=0)[:, None]
+        x = tl.where(used, (x - tl.load(mean + row, mask=known, other=0)[:, None]) * deviation, 0)
+        if dnorm is not None:
+            by_scale += grad * x
+            by_shift += grad
+        if scale is not None:
+            grad *= scale[None, :]
+        level = tl.sum(grad, axis=1) / c
+        tilt = tl.sum(grad * x, axis=1) / c
+        grad = deviation * (grad - level[:, None] - x * tilt[:, None])
+        tl.store(dx + row[:, None] * (2 * c) + (c + channel)[None, :],
+                 grad.to(dx.dtype.element_ty), mask=used)
+    if dnorm is not None:
+        at = dnorm + group.to(tl.int64) * (2 * c) + channel
+        tl.store(at, tl.load(at, mask=inside) + tl.sum(by_scale, axis=0), mask=inside)
+        tl.store(at + c, tl.load(at + c, mask=inside) + tl.sum(by_shift, axis=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def _add_groups(parts, out, groups, stride, size, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """parts (groups, size) → their sum, in a fixed order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([GROUPS, BLOCK], dtype=parts.dtype.element_ty)
+    for start in range(0, groups, GROUPS):
+        group = (start + tl.arange(0, GROUPS)).to(tl.int64)
+        total += tl.load(parts + group[:, None] * stride + i[None, :], other=0,
+                         mask=(group < groups)[:, None] & (i < size)[None, :])
+    tl.store(out + i, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=i < size)
+
+
+class _Plan:
+    """Sizes, tiles and types, and the statistics of the gate's rows."""
+
+    def __init__(self, x, weight, bias, norm_weight, norm_bias, eps):
+        b, n, self.c = x.shape[0], x.shape[1], x.shape[2] // 2
+        h, self.w = bias.shape
+        d = self.c // h
+        self.windows = -(-n // self.w)
+        self.wide = torch.promote_types(x.dtype, torch.float32)
+        alike = all(p is None or p.dtype == x.dtype for p in (weight, bias, norm_weight, norm_bias))
+        self.operand = x.dtype if alike else self.wide
+        roomy, stages = _device()
+        self.most, walking, still, self.steps, self.stages = {
+            2: (128, 32, 64 if roomy else 32, 64, stages), 4: (64, 32, 64, 16, 2),
+            8: (32, 16, 32, 16, 1)}[self.operand.itemsize]
+        self.walks = self.w <= (self.most if roomy else 64)
+        self.channels = min(walking if self.walks else still, _power(d))
+        self.parts = h * -(-d // self.channels)
+        self.depth = min(self.steps, _power(d))
+        self.shape = dict(HEADS=h, DIM=d, WINDOW=self.w)
+        self.types = dict(
+            OPERAND=TYPES[self.wide if interpreted() else self.operand],
+            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee")
+        self.rounded = dict(ROUNDED=TYPES[self.operand])
+        columns, size = _power(self.c), self.wide.itemsize
+        self.row = dict(COLUMNS=columns, num_warps=max(4, min(32, columns * size // 2048)))
+        self.rows = max(1, 8192 // size // columns)
+        self.gate = x[..., self.c :], x.stride()
+        mean, inverse = x.new_empty(2, b, n, dtype=self.wide)
+        _statistics[(-(-b * n // self.rows),)](
+            self.gate[0], mean, inverse, b * n, n, self.c, x.stride(), EPS=eps, ROWS=self.rows,
+            **self.row)
+        self.norm = mean, inverse, _dense(norm_weight), _dense(norm_bias)
+
+    def launch(self, tiles, walk, sequences, windows, *args, **types):
+        """One of a pair of kernels, for `windows` of some sequences."""
+        options = dict(self.shape, **self.types, **types)
+        if self.walks:
+            rows = min(self.most, max(self.most // 2, _power(self.w)))
+            per = rows // self.w
+            count = -(-windows // per)
+            length = max(1, count * sequences * self.parts // PROGRAMS)
+            runs = -(-count // length)
+            walk[(sequences * runs * self.parts,)](
+                *args, runs, length, PER=per, ROWS=rows, CHANNELS=self.channels,
+                STAGES=self.stages, num_warps=max(4, rows // 16), **options)
+        else:
+            # Blocks of 128 rows, unless the last one would be half empty.
+            rows = self.most if self.most < 128 or -(-self.w // 64) % 2 == 0 else 64
+            blocks = -(-self.w // rows)
+            tiles[(sequences * windows * blocks * self.parts,)](
+                *args, ROWS=rows, STEPS=self.steps, CHANNELS=self.channels, STAGES=self.stages,
+                num_warps=8 if rows * self.channels >= 4096 else 4, **options)
+
+    def weight_tiles(self):
+        """→ how many tiles dweight has, and its kernel's options."""
+        rows, columns = min(self.most, _power(self.w)), min(self.most, _power(2 * self.w))
+        count = self.shape["HEADS"] * -(-self.w // rows) * -(-2 * self.w // columns)
+        return count, dict(self.shape, ROWS=rows, COLUMNS=columns,
+                           CHANNELS=self.depth, STAGES=self.stages,
+                           num_warps=8 if rows * columns >= 4096 else 4, **self.rounded,
+                           **self.types)
+
+
+def _device():
+    """→ whether the weights of 128 rows fit into shared memory beside two tiles, in tensor cores
+    that read them there; and the stages of pipelined loads."""
+    if interpreted():
+        return True, 2
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
+        return False, 2
+    return target.arch in (90, 100, 101, 103), 3
+
+
+def _power(size):
+    """The power of two a tile needs for `size`."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _dense(parameter):
+    return None if parameter is None else parameter.contiguous()
+
+
+def _strides(*tensors):
+    return tuple((0, 0, 0) if t is None else t.stride() for t in tensors)
+
+
+def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
+    """x (b, n, 2c), weight (h, w, 2w), bias (h, w), gate_residual (b, n, c) → (b, n, c)."""
+    b, n, c = x.shape[0], x.shape[1], x.shape[2] // 2
+    out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    plan = _Plan(x, weight, bias, norm_weight, norm_bias, eps)
+    plan.launch(_tiles, _walk, b, plan.windows, *plan.gate, plan.norm, weight, weight.stride(),
+                bias, bias.stride(), (x, gate_residual, None), _strides(x, gate_residual, None),
+                (out, None, None), n, plan.windows, 0, n, 0, ACTIVATION=activation,
+                **plan.rounded)
+    return out
+
+
+def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
+    """grad (b, n, c) → dx, dweight, dbias, dnorm_weight, dnorm_bias, dgate_residual."""
+    b, n, c = grad.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dresidual = None if gate_residual is None else torch.empty(
+        grad.shape, dtype=x.dtype, device=x.device)
+    if dx.numel() == 0:
+        return (dx, *(None if p is None else torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+                      for p in (weight, bias, norm_weight, norm_bias)), dresidual)
+    plan = _Plan(x, weight, bias, norm_weight, norm_bias, eps)
+    mean, inverse, scale, shift = plan.norm
+    if activation == "none":
+        dx[..., :c] = 0
+        dmixed = grad
+        if dresidual is not None:
+            dresidual.copy_(grad)
+    else:
+        dmixed = dresidual if plan.operand == x.dtype else None
+    stretches = _stretches(b, n, c, plan, whole=dmixed is not None)
+    lo, hi, first, end = stretches[0]
+    own = dict(dtype=plan.operand, device=x.device)
+    if dmixed is None:
+        scratch = torch.empty(hi - lo, min(n, (end - first + 1) * plan.w), c, **own)
+    # Parameters wider than x want gradients from a dnormed that is not rounded.
+    mixed_types = plan.operand != x.dtype
+    if mixed_types:
+        dnormed = torch.empty(hi - lo, min(n, (end - first) * plan.w), c, **own)
+    weight_tiles, weight_options = plan.weight_tiles()
+    groups = max(1, min(PROGRAMS // weight_tiles, b * plan.windows))
+    dweight = torch.zeros(groups, *weight.shape, dtype=plan.wide, device=x.device)
+    dbias = torch.zeros(groups, *bias.shape, dtype=plan.wide, device=x.device)
+    row_groups = min(2 * PROGRAMS, b * n)
+    dnorm = None if scale is None and shift is None else torch.zeros(
+        row_groups, 2, c, dtype=plan.wide, device=x.device)
+    for lo, hi, first, end in stretches:
+        def part(t):
+            return None if t is None else t[lo:hi]
+
+        gate = part(x)[..., c:], x.stride(), (part(mean), part(inverse), scale, shift)
+        after, origin = (scratch, first * plan.w) if dmixed is None else (part(dmixed), 0)
+        if activation != "none":
+            # One window more: its mixture has gates of this stretch in it.
+            windows = min(end + 1, plan.windows) - first
+            plan.launch(
+                _tiles, _walk, hi - lo, windows, *gate, weight, weight.stride(), bias,
+                bias.stride(), (part(x), part(gate_residual), part(grad)),
+                _strides(x, gate_residual, grad),
+                (part(dx), after, None if dmixed is dresidual else part(dresidual)), n, windows,
+                first, after.shape[1], origin, ACTIVATION=activation, **plan.rounded)
+        items = (hi - lo) * (end - first)
+        _weight_backward[(groups * weight_tiles,)](
+            *gate, after, after.stride(), dweight, dbias, n, end - first, first,
+            -(-items // groups), items, origin, **weight_options)
+        out, out_origin = (dnormed, first * plan.w) if mixed_types else (part(dx)[..., c:], 0)
+        plan.launch(_tiles_backward, _walk_backward, hi - lo, end - first, weight, weight.stride(),
+                    after, after.stride(), out, out.stride(), n, end - first, first, origin,
+                    out_origin)
+        row = lo * n + first * plan.w
+        rows = (hi - lo) * n if hi - lo > 1 else min(end * plan.w, n) - first * plan.w
+        out, origin = (dnormed, row) if mixed_types else (dx[..., c:], 0)
+        block = max(1, plan.rows // 2)
+        share = max(block, -(-rows // row_groups))
+        _norm_backward[(-(-rows // share),)](
+            plan.gate[0], x.stride(), plan.norm, out, out.stride(1), dx, dnorm, row, rows, origin,
+            n, c, share, ROWS=block, STAGES=3, **plan.row)
+    return (dx, _total(dweight, weight), _total(dbias, bias),
+            None if scale is None else _total(dnorm[:, 0], norm_weight),
+            None if shift is None else _total(dnorm[:, 1], norm_bias), dresidual)
+
+
+def _stretches(b, n, c, plan, whole):
+    """(first sequence, end, first window, end) of what fits into the scratch; the first is
+    the largest."""
+    steps = SCRATCH // (c * plan.operand.itemsize)
+    if whole or steps >= n:
+        size = b if whole else steps // n
+        return [(i, min(i + size, b), 0, plan.windows) for i in range(0, b, size)]
+    size = max(1, steps // plan.w - 1)
+    return [(i, i + 1, first, min(first + size, plan.windows))
+            for i in range(b) for first in range(0, plan.windows, size)]
+
+
+def _total(parts, like):
+    """parts (groups, …) → their sum in the dtype of `like`."""
+    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    groups = min(256, triton.next_power_of_2(parts.shape[0]))
+    block = min(512, 4096 // groups)
+    _add_groups[(-(-out.numel() // block),)](
+        parts, out, parts.shape[0], parts.stride(0), out.numel(), GROUPS=groups, BLOCK=block)
+    return out

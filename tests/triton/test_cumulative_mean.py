@@ -1,0 +1,107 @@
+"""cumulative_mean's Triton kernels against the definition; interpreted where there is no GPU."""
+
+import pytest
+import torch
+from cases import distance
+
+import fastmix
+from fastmix import ops, reference
+from fastmix._triton import cumulative_mean as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F64 = torch.float64
+
+
+@pytest.fixture(params=["segments", "one walk"])
+def cut(request, monkeypatch):
+    """Tiles of 16 steps, so that short sequences have many; time cut into 3 segments or not."""
+    monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, held: dict(
+        RUNS=4, COLS=16, ROWS=4, num_warps=1))
+    pieces = 3 if request.param == "segments" else 1
+
+    def segments(n, programs, steps):
+        length = -(-n // (pieces * steps)) * steps
+        return -(-n // length), length
+
+    monkeypatch.setattr(kernels, "segments", segments)
+
+
+def both(x, weight):
+    """The output and the gradient, found and defined."""
+    x = x.detach().requires_grad_()
+    with fastmix.force("triton"):
+        found = ops.cumulative_mean(x)
+        (grad,) = torch.autograd.grad((found * weight).sum(), x)
+    defined = reference.cumulative_mean(x)
+    return (found, grad), (defined, *torch.autograd.grad((defined * weight).sum(), x))
+
+
+@pytest.mark.parametrize("n", [1, 4, 17, 65])
+def test_definition(cut, n):
+    x, weight = torch.randn(2, 2, n, 9, dtype=F64, device=DEVICE)
+    for found, expected in zip(*both(x, weight)):
+        assert distance(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(3, 50), (2, 300, 4), (3, 50, 2, 5), (1, 1, 1), (1, 700, 40)])
+def test_any_rank_with_the_real_tiles(shape):
+    x, weight = torch.randn(2, *shape, dtype=F64, device=DEVICE)
+    for found, expected in zip(*both(x, weight)):
+        assert distance(found, expected) < 1e-12
+
+
+def test_strides(cut):
+    x = torch.randn(2, 4, 40, 3, 6, dtype=F64, device=DEVICE)
+    one = torch.ones((), dtype=F64, device=DEVICE)  # its gradient comes back with strides 0
+    for view in (x[0, ..., 1:4], x[1].transpose(0, 2), x[0].permute(3, 1, 0, 2)):
+        assert not view.is_contiguous()
+        for found, expected in zip(*both(view, one)):
+            assert distance(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding(cut, dtype):
+    """At most twice the error of the definition in float32, rounded to the dtype."""
+    ours, plain = torch.zeros(2, 2, dtype=F64)
+    for _ in range(3):
+        x, weight = torch.randn(2, 2, 131, 8, device=DEVICE).to(dtype)
+        found, _ = both(x, weight)
+        (_, p), (_, e) = (both(x.to(wide), weight.to(wide)) for wide in (torch.float32, F64))
+        for i in range(2):
+            ours[i] += (found[i] - e[i]).square().mean().cpu()
+            plain[i] += (p[i].to(dtype) - e[i]).square().mean().cpu()
+    assert (ours <= 4 * plain).all(), (ours / plain).sqrt()
+
+
+def test_nothing_before_an_infinity_changes(cut):
+    x = torch.randn(2, 50, 3, device=DEVICE)
+    with fastmix.force("triton"):
+        expected = ops.cumulative_mean(x)
+        x[0, 30] = torch.inf
+        found = ops.cumulative_mean(x)
+    assert torch.equal(found[:, :30], expected[:, :30]) and torch.equal(found[1], expected[1])
+    assert not found[0, 30:].isfinite().any()
+
+
+def test_long_half_precision_sums_do_not_saturate():
+    x = torch.ones(1, 5_000, 1, dtype=torch.bfloat16, device=DEVICE)
+    with fastmix.force("triton"):
+        assert torch.equal(ops.cumulative_mean(x), x)
+
+
+def test_unwritten_memory_and_empty_batches(cut):
+    x = torch.randn(2, 77, 3, device=DEVICE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for found, expected in zip(*both(x, x)):
+            assert distance(found, expected) < 1e-5
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found, _ = both(x, x)
+    again, _ = both(x, x)
+    assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
+    x = torch.randn(0, 20, 3, device=DEVICE, requires_grad=True)
+    with fastmix.force("triton"):
+        out = ops.cumulative_mean(x)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+    assert out.shape == grad.shape == x.shape

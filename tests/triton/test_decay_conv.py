@@ -1,0 +1,158 @@
+"""decay_conv's Triton kernels against the definition; interpreted where there is no GPU."""
+
+import pytest
+import torch
+from cases import CASES, distance, leaves, weigh
+
+import fastmix
+from fastmix import ops, reference
+from fastmix._triton import decay_conv as kernels
+from fastmix.fallback import decay_conv as fallback
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F64 = torch.float64
+
+
+@pytest.fixture(params=["segments", "one walk"])
+def cut(request, monkeypatch):
+    """Tiles of 16 steps, so that short sequences have many; time cut into 3 segments or not."""
+    monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, held: dict(
+        RUNS=4, COLS=16, ROWS=4, num_warps=1))
+    pieces = 3 if request.param == "segments" else 1
+
+    def segments(n, programs, steps):
+        length = -(-n // (pieces * steps)) * steps
+        return -(-n // length), length
+
+    monkeypatch.setattr(kernels, "segments", segments)
+
+
+def drawn(name, n, dtype=F64, b=2):
+    return {k: t.to(DEVICE) for k, t in CASES[name].make(n, dtype, b).items()}
+
+
+def gradients(run, tensors, weights=None):
+    outputs = run(tensors)
+    weights = weights or [torch.randn_like(o) for o in outputs]
+    return outputs, torch.autograd.grad(weigh(outputs, weights), tensors.values()), weights
+
+
+def check(name, tensors):
+    case = CASES[name]
+    tensors = leaves(tensors)
+    with fastmix.force("triton"):
+        outputs, grads, weights = gradients(case.run, tensors)
+    defined, defined_grads, _ = gradients(case.define, tensors, weights)
+    for found, expected in zip((*outputs, *grads), (*defined, *defined_grads), strict=True):
+        assert distance(found, expected) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["decay_conv", "decay_conv-plain"])
+@pytest.mark.parametrize("n", [1, 4, 17, 65])
+def test_definition(cut, name, n):
+    check(name, drawn(name, n))
+
+
+def test_definition_with_the_real_tiles():
+    check("decay_conv", drawn("decay_conv", 140, b=1))
+
+
+def test_decays_at_and_beyond_the_edge(cut):
+    """0 keeps the present, 1 sums, -1 alternates, 1.01 grows, a denormal does nothing."""
+    decay = torch.tensor([0.0, 1.0, -1.0, 1.01, 5e-324, 0.999], dtype=F64, device=DEVICE,
+                         requires_grad=True)
+    x = torch.randn(2, 150, 6, 3, dtype=F64, device=DEVICE)
+    weight = torch.randn_like(x)
+    with fastmix.force("triton"):
+        out = ops.decay_conv(x, decay)
+        (found,) = torch.autograd.grad((out * weight).sum(), decay)
+    assert torch.equal(out[:, :, 0], x[:, :, 0])
+    expected = reference.decay_conv(x, decay)
+    assert distance(out, expected) < 1e-12
+    (expected,) = torch.autograd.grad((expected * weight).sum(), decay)
+    assert ((found - expected).abs() <= 1e-11 * expected.abs()).all()
+
+
+def test_carries_are_the_fallbacks(cut):
+    t = drawn("decay_conv", 150)
+    args = *t.values(), 64
+    for found, expected in zip(kernels.forward(*args), fallback.forward(*args), strict=True):
+        assert distance(found, expected) < 1e-12
+
+
+def test_strides_and_expanded_gradients(cut):
+    """Heads of a wider projection, transposed axes, a gradient of one number."""
+    t = drawn("decay_conv", 40)
+    b, n, h, d = t["x"].shape
+    wide = torch.randn(b, n, h, 3 * d, dtype=F64, device=DEVICE)
+    wide[..., d : 2 * d] = t["x"]
+    for x in (wide[..., d : 2 * d], t["x"].permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1)):
+        assert not x.is_contiguous()
+        with fastmix.force("triton"):
+            found = ops.decay_conv(**t | {"x": x})
+            x = x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(ops.decay_conv(**t | {"x": x}).sum(), x)
+        assert distance(found, reference.decay_conv(**t)) < 1e-12
+        (expected,) = torch.autograd.grad(reference.decay_conv(**t | {"x": x}).sum(), x)
+        assert distance(grad, expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding(cut, dtype):
+    """At most twice the error of the definition in float32, rounded to the dtype."""
+    ours, plain = torch.zeros(2, 5, dtype=F64)
+    for _ in range(3):
+        t = {k: v.to(dtype if k != "initial_state" else torch.float32)
+             for k, v in drawn("decay_conv", 131, torch.float32).items()}
+        with fastmix.force("triton"):
+            o, g, weights = gradients(CASES["decay_conv"].run, leaves(t))
+        (p, pg), (e, eg) = (
+            gradients(CASES["decay_conv"].define, leaves({k: v.to(wide) for k, v in t.items()}),
+                      [w.to(wide) for w in weights])[:2] for wide in (torch.float32, F64))
+        for i, (a, b, c) in enumerate(zip((*o, *g[:3]), (*p, *pg[:3]), (*e, *eg[:3]))):
+            ours[i] += (a - c).square().mean().cpu()
+            plain[i] += (b.to(a.dtype) - c).square().mean().cpu()
+    assert (ours <= 4 * plain).all(), (ours / plain).sqrt()
+
+
+def test_slow_decay_keeps_its_accuracy():
+    """0.9999 over 1,500 steps in float32: the error of a power used again and again adds up."""
+    decay = torch.tensor([0.9999], device=DEVICE)
+    x = 1 + torch.rand(1, 1500, 1, 1, device=DEVICE)
+    with fastmix.force("triton"):
+        found = ops.decay_conv(x, decay)
+    exact = reference.decay_conv(x.double(), decay.double())
+    plain = reference.decay_conv(x, decay)
+    assert (found - exact).square().mean() <= 4 * (plain - exact).square().mean()
+
+
+def test_nothing_before_an_infinity_changes(cut):
+    t = drawn("decay_conv", 50)
+    with fastmix.force("triton"):
+        expected = ops.decay_conv(**t)
+        t["x"][0, 30] = torch.inf
+        found = ops.decay_conv(**t)
+    assert torch.equal(found[:, :30], expected[:, :30]) and torch.equal(found[1], expected[1])
+    assert not found[0, 30:].isfinite().any()
+
+
+def test_unwritten_memory_never_shows(cut):
+    case, tensors = CASES["decay_conv"], leaves(drawn("decay_conv", 77))
+    with fastmix.force("triton"):
+        outputs, grads, weights = gradients(case.run, tensors)
+        torch.use_deterministic_algorithms(True)
+        try:
+            poisoned, poisoned_grads, _ = gradients(case.run, tensors, weights)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    for p, o in zip((*poisoned, *poisoned_grads), (*outputs, *grads)):
+        assert torch.equal(p, o)
+
+
+def test_empty_batch():
+    tensors = leaves(drawn("decay_conv", 20, b=0))
+    with fastmix.force("triton"):
+        outputs, grads, _ = gradients(CASES["decay_conv"].run, tensors)
+    assert outputs[0].shape == tensors["x"].shape
+    for g, t in zip(grads, tensors.values()):
+        assert g.shape == t.shape and (g == 0).all()

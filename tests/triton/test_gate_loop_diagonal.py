@@ -1,0 +1,136 @@
+"""gate_loop with head dim 1 in Triton: against the definition in float64."""
+
+import importlib
+
+import pytest
+import torch
+from cases import complex_dtype, distance, leaves, random_gates, weigh
+
+import fastmix
+from fastmix import ops, reference
+
+F64 = torch.float64
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(n, dtype=F64, b=1, h=1, logits=True, state=True):
+    made = {name: torch.randn(b, n, h, 1, dtype=F64) for name in "qkv"}
+    if logits:  # not near 0, where the gradient has a pole
+        z = torch.polar(0.3 + 3 * torch.rand(b, n, h, dtype=F64),
+                        6.3 * torch.rand(b, n, h, dtype=F64))
+        made["gate_logits"] = torch.view_as_real(z)
+    else:
+        made["gates"] = random_gates(b, n, h, dtype=F64)
+    if state:
+        made["initial_state"] = torch.randn(b, h, 1, 1, dtype=torch.complex128)
+    return {name: t.to(DEVICE, complex_dtype(dtype) if t.is_complex() else dtype)
+            for name, t in made.items()}
+
+
+def run(tensors):
+    with fastmix.force("triton"):
+        return ops.gate_loop(**tensors, return_state=True)
+
+
+def gradients(function, tensors, weights):
+    outputs = function(tensors)
+    return outputs, torch.autograd.grad(weigh(outputs, weights), tensors.values())
+
+
+def define(tensors):
+    return reference.gate_loop(**tensors, return_state=True)
+
+
+def check(tensors, value=1e-12, gradient=1e-11):
+    tensors = leaves(tensors)
+    exact = leaves({name: t.to(torch.complex128 if t.is_complex() else F64)
+                    for name, t in tensors.items()})
+    weights = [torch.randn_like(o) for o in run(tensors)]
+    wide = [w.to(torch.complex128 if w.is_complex() else F64) for w in weights]
+    outputs, grads = gradients(run, tensors, weights)
+    defined, defined_grads = gradients(define, exact, wide)
+    for o, d in zip(outputs, defined, strict=True):
+        assert distance(o.to(d.dtype), d) < value
+    for name, g, d in zip(tensors, grads, defined_grads, strict=True):
+        assert g.isfinite().all()
+        assert distance(g.to(d.dtype), d) < gradient, name
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 63, 64, 65, 131])
+def test_around_every_edge(n):
+    check(draw(n, logits=n % 2 == 1, state=n != 64))
+
+
+@pytest.mark.parametrize("dtype, value, gradient", [
+    (torch.float32, 3e-6, 3e-6), (torch.bfloat16, 2e-2, 2e-2), (torch.float16, 2e-3, 2e-3)])
+@pytest.mark.parametrize("logits", [True, False])
+def test_dtypes(dtype, value, gradient, logits):
+    check(draw(37, dtype, h=2, logits=logits), value, gradient)
+
+
+def test_more_channels_than_a_tile_holds():
+    check(draw(5, h=17, b=2))
+
+
+def test_slices_of_one_projection_and_split_logits():
+    n, h = 20, 2
+    qkv = torch.randn(1, n, 3 * h, dtype=F64, device=DEVICE)
+    q, k, v = (t.unflatten(-1, (h, 1)) for t in qkv.chunk(3, dim=-1))
+    halves = torch.randn(1, n, 2, h, dtype=F64, device=DEVICE).transpose(2, 3)
+    given = {"q": q, "k": k, "v": v, "gate_logits": halves}
+    for dtype in (F64, torch.float32):
+        cast = {name: t.to(dtype) for name, t in given.items()}
+        assert cast["gate_logits"].stride(-1) != 1
+        dense = {name: t.contiguous() for name, t in cast.items()}
+        for o, e in zip(run(cast), run(dense)):
+            assert torch.equal(o, e)
+
+
+def test_reset_and_unit_gates():
+    """A gate of 0 forgets even what is infinite in later gradients; of size 1, nothing."""
+    tensors = draw(70, logits=False)
+    tensors["gates"] = torch.polar(torch.ones(1, 70, 1, dtype=F64),
+                                   6.3 * torch.rand(1, 70, 1, dtype=F64)).to(DEVICE)
+    check(tensors)
+    tensors["gates"][:, 40] = 0
+    check(tensors)
+    other = {**tensors, "initial_state": tensors["initial_state"] + 5}
+    (a, _), (b, _) = run(tensors), run(other)
+    assert torch.equal(a[:, 40:], b[:, 40:]) and not torch.equal(a[:, :40], b[:, :40])
+
+
+def test_logits_at_zero():
+    tensors = draw(9)
+    tensors["gate_logits"][:, 3:5] = 0
+    check(tensors)
+    asked = leaves(tensors)
+    grad = torch.autograd.grad(run(asked)[0].sum(), asked["gate_logits"])[0]
+    assert (grad[:, 3:5] == 0).all() and (grad[:, 5:] != 0).all()
+
+
+def test_chunks_of_time(monkeypatch):
+    """What one program does in a row, many do at once."""
+    kernels = importlib.import_module("fastmix._triton.gate_loop_diagonal")
+    monkeypatch.setattr(kernels, "_chunks", lambda programs, n: (64, -(-n // 64)))
+    check(draw(131))
+    check(draw(129, logits=False, state=False))
+
+
+def test_expanded_gradient_and_unwritten_memory():
+    tensors = leaves(draw(66))
+    torch.use_deterministic_algorithms(True)
+    try:
+        out, _ = run(tensors)
+        found = torch.autograd.grad(out.sum(), tensors.values())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = torch.autograd.grad(define(tensors)[0].sum(), tensors.values())
+    for f, e in zip(found, expected):
+        assert distance(f, e) < 1e-11
+
+
+def test_empty_batch():
+    tensors = leaves(draw(5, b=0))
+    outputs, grads = gradients(run, tensors, run(tensors))
+    assert [tuple(o.shape) for o in outputs] == [(0, 5, 1, 1), (0, 1, 1, 1)]
+    assert all(g.shape == t.shape for g, t in zip(grads, tensors.values()))

@@ -1,0 +1,125 @@
+"""linear_scan's Triton kernels against the definition; interpreted where there is no GPU."""
+
+import pytest
+import torch
+from cases import CASES, distance, leaves, random_gates, weigh
+
+import fastmix
+from fastmix import ops, reference
+from fastmix._triton import linear_scan as kernels
+from fastmix.fallback import linear_scan as fallback
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F64 = torch.float64
+NAMES = [name for name in CASES if name.startswith("linear_scan")]
+
+
+@pytest.fixture(params=["segments", "one walk"])
+def cut(request, monkeypatch):
+    """Time cut into 3 segments, or not."""
+    pieces = 3 if request.param == "segments" else 1
+
+    def segments(n, programs, steps):
+        length = -(-n // (pieces * steps)) * steps
+        return -(-n // length), length
+
+    monkeypatch.setattr(kernels, "segments", segments)
+
+
+def on_device(tensors):
+    return {k: t.to(DEVICE) for k, t in tensors.items()}
+
+
+def gradients(run, tensors, weights=None):
+    outputs = run(tensors)
+    weights = weights or [torch.randn_like(o) for o in outputs]
+    return outputs, torch.autograd.grad(weigh(outputs, weights), tensors.values()), weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [1, 65, 131])
+def test_definition(cut, name, n):
+    tensors = leaves(on_device(CASES[name].make(n, F64, 1)))
+    with fastmix.force("triton"):
+        outputs, grads, weights = gradients(CASES[name].run, tensors)
+    defined, defined_grads, _ = gradients(CASES[name].define, tensors, weights)
+    for found, expected in zip((*outputs, *grads), (*defined, *defined_grads), strict=True):
+        assert distance(found, expected) < 1e-11
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 40), (1, 40, 2), (1, 40, 2, 1), (1, 40, 1, 4), (1, 40, 2, 4)])
+def test_gates_broadcast_over_trailing_axes(shape, reverse):
+    gates = random_gates(*shape, dtype=F64).to(DEVICE).requires_grad_()
+    inputs = torch.randn(1, 40, 2, 4, dtype=F64, device=DEVICE)
+    full = gates.reshape(*shape, *(1,) * (4 - len(shape))).expand(inputs.shape)
+    with fastmix.force("triton"):
+        found = ops.linear_scan(gates, inputs, reverse=reverse)
+        weight = torch.randn_like(found)
+        (grad,) = torch.autograd.grad(weigh([found], [weight]), gates)
+    expected = reference.linear_scan(full, inputs, reverse=reverse)
+    assert distance(found, expected) < 1e-12
+    (defined,) = torch.autograd.grad(weigh([expected], [weight]), gates)
+    assert distance(grad, defined) < 1e-11
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_carries_are_the_fallbacks(cut, reverse):
+    gates, inputs = torch.rand(2, 1, 150, 3, dtype=F64, device=DEVICE)
+    args = gates, inputs, None, reverse, 64
+    for found, expected in zip(kernels.forward(*args), fallback.forward(*args), strict=True):
+        assert distance(found, expected) < 1e-12
+
+
+def test_resets_unit_gates_and_strides(cut):
+    """Gates 0 and 1, slices of one projection, a gradient of one number."""
+    both = torch.rand(1, 150, 3, 2, dtype=F64, device=DEVICE)
+    both[:, :, 1, 0] = 1
+    both[:, 70, 2, 0] = 0
+    both[:, :70, 2, 1] *= 1e200
+    gates, inputs = (t.detach().requires_grad_() for t in both.unbind(-1))
+    with fastmix.force("triton"):
+        found = ops.linear_scan(gates, inputs)
+        grads = torch.autograd.grad(found[..., :2].sum(), (gates, inputs))
+    expected = reference.linear_scan(gates, inputs)
+    defined = torch.autograd.grad(expected[..., :2].sum(), (gates, inputs))
+    assert distance(found[..., :2], expected[..., :2]) < 1e-12
+    assert distance(found[:, 70:], expected[:, 70:]) < 1e-12
+    for g, d in zip(grads, defined):
+        assert distance(g[..., :2], d[..., :2]) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding(dtype):
+    """At most twice the error of the definition in float32, rounded to the dtype."""
+    ours, plain, case = *torch.zeros(2, 4, dtype=F64), CASES["linear_scan"]
+    for _ in range(3):
+        t = {k: v.to(dtype) for k, v in on_device(case.make(131, torch.float32)).items()}
+        with fastmix.force("triton"):
+            o, g, weights = gradients(case.run, leaves(t))
+        (p, pg), (e, eg) = (
+            gradients(case.define, leaves({k: v.to(wide) for k, v in t.items()}),
+                      [w.to(wide) for w in weights])[:2] for wide in (torch.float32, F64))
+        for i, (a, b, c) in enumerate(zip((*o, *g), (*p, *pg), (*e, *eg))):
+            ours[i] += (a - c).square().mean().cpu()
+            plain[i] += (b.to(a.dtype) - c).square().mean().cpu()
+    assert (ours <= 4 * plain).all(), (ours / plain).sqrt()
+
+
+def test_unwritten_memory_and_empty_batches():
+    case = CASES["linear_scan"]
+    tensors = leaves(on_device(case.make(77, F64, 1)))
+    with fastmix.force("triton"):
+        outputs, grads, weights = gradients(case.run, tensors)
+        torch.use_deterministic_algorithms(True)
+        try:
+            poisoned, poisoned_grads, _ = gradients(case.run, tensors, weights)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for p, o in zip((*poisoned, *poisoned_grads), (*outputs, *grads)):
+            assert torch.equal(p, o)
+        tensors = leaves(on_device(case.make(20, F64, 0)))
+        _, grads, _ = gradients(case.run, tensors)
+    for g, t in zip(grads, tensors.values()):
+        assert g.shape == t.shape and (g == 0).all()
