@@ -8,14 +8,21 @@ import triton.language as tl
 def _polar(re, im):
     """z → |z|, its unit vector, and where it is 0 (there |z| = 1, the unit vector 0).
 
-    The larger part is divided out first: no square overflows or vanishes.
+    z is scaled by a power of two where its square would overflow or vanish. |z| is at least
+    the smallest normal number: gradients are divided by it.
     """
+    wide: tl.constexpr = re.dtype == tl.float64
+    far: tl.constexpr = 2.0 ** (500 if wide else 60)
+    step: tl.constexpr = 2.0 ** (600 if wide else 100)
     largest = tl.maximum(tl.abs(re), tl.abs(im))
     at_zero = largest == 0
-    largest = tl.where(at_zero, 1.0, largest)
-    re, im = re / largest, im / largest
-    size = tl.where(at_zero, 1.0, tl.sqrt(re * re + im * im))
-    return largest * size, re / size, im / size, at_zero
+    scale = tl.where(largest > far, 1 / step, tl.where(largest < 1 / far, step, 1.0))
+    unscale = tl.where(largest > far, step, tl.where(largest < 1 / far, 1 / step, 1.0))
+    re, im = re * scale, im * scale
+    square = tl.where(at_zero, 1.0, re * re + im * im)
+    inverse = tl.rsqrt(square)
+    size = tl.maximum(square * inverse * unscale, 2.0 ** (-1022 if wide else -126))
+    return size, re * inverse, im * inverse, at_zero
 
 
 @triton.jit

@@ -1,18 +1,19 @@
 """windowed_sgu on a GPU: banded products on tensor cores, the gate normalised on its way in.
 
-out = activation(mixture + bias + gate_residual) · res. A tile is some rows of a window, or
-several small windows, by some channels of a head. The steps it mixes are one stretch of time,
-from the start of the window before to the tile's last row, so a tile is one loop of products
-band (rows, steps) · gate (steps, channels); blocks above the diagonal are left out. Rows' means
-and deviations come first, from a kernel of their own, because a head has only some of a row's
-channels.
+out = activation(mixture + bias + gate_residual) · res. Rows' means and deviations come first,
+from a kernel of their own, because a head has only some of a row's channels. The gate is
+normalised on its way into the products, and never stored. Two schedules for the mixture:
+    walk   windows that fit into a tile: weights are read once, then a run of windows, each of
+           whose gates is read once, for its own mixture and the next one's
+    tiles  a block of a larger window's rows, in steps over the window before and its own;
+           blocks above the diagonal are left out
 
 Backward computes the mixture again and keeps its gradient, a bounded stretch of time at once:
     dmixture = grad · res · activation'(mixture)             and dres
     dweight  = dmixture · normedᵀ, dbias its row sums        per group of windows, then summed
-    dnormed  = bandᵀ · dmixture                              into the gate's half of dx
+    dnormed  = weightᵀ · dmixture, walk or tiles             into the gate's half of dx
 and the layer norm's gradient replaces dnormed row by row. Programs run from the end backwards
-where the pass before wrote or read the end last: it is still in cache.
+where the pass before ended there: it is still in cache.
 
 Half precision parameters beside x of the same dtype are multiplied as they are, in tensor
 cores; wider parameters, and their gradients, in float32.
@@ -340,7 +341,8 @@ def _weight_backward(gate, gate_strides, norm, dmixed, dmixed_strides, dweight, 
 
 @triton.jit(do_not_specialize=["n", "windows", "first", "origin", "out_origin"])
 def _tiles_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_strides, n, windows,
-                    first, origin, out_origin, HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
+                    first, origin, out_origin, HEADS: tl.constexpr, DIM: tl.constexpr,
+                    WINDOW: tl.constexpr,
                     ROWS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
                     STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """dnormed, from the mixture's gradient in its own window and the one after it."""
@@ -374,7 +376,8 @@ def _store_dnormed(dnormed, out, strides, batch, t, stored, head, channel, DIM: 
 
 @triton.jit(do_not_specialize=["n", "windows", "first", "origin", "out_origin", "runs", "length"])
 def _walk_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_strides, n, windows,
-                   first, origin, out_origin, runs, length, HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
+                   first, origin, out_origin, runs, length, HEADS: tl.constexpr,
+                   DIM: tl.constexpr, WINDOW: tl.constexpr,
                    PER: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
                    STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """The same for windows that fit into a tile, walking back: `carry` goes to the tile before."""
@@ -476,7 +479,7 @@ class _Plan:
         self.most, walking, still, self.steps, self.stages = {
             2: (128, 32, 64 if roomy else 32, 64, stages), 4: (64, 32, 64, 16, 2),
             8: (32, 16, 32, 16, 1)}[self.operand.itemsize]
-        self.walks = self.w <= (self.most if roomy else 64)
+        self.walks = self.w <= {2: 128 if roomy else 64, 4: 32, 8: 32}[self.operand.itemsize]
         self.channels = min(walking if self.walks else still, _power(d))
         self.parts = h * -(-d // self.channels)
         self.depth = min(self.steps, _power(d))

@@ -62,7 +62,7 @@ def test_strides(cut):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding(cut, dtype):
     """At most twice the error of the definition in float32, rounded to the dtype."""
-    ours, plain = torch.zeros(2, 2, dtype=F64)
+    ours, plain = torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64)
     for _ in range(3):
         x, weight = torch.randn(2, 2, 131, 8, device=DEVICE).to(dtype)
         found, _ = both(x, weight)
