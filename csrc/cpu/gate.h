@@ -94,9 +94,10 @@ struct Range<double> {
 
 template <class C>
 struct Polar {
-  C re, im;  // z / |z|; 0 at z = 0
-  C size;    // |z|
-  C e;       // e^{-|z|}
+  C re, im;   // z in a range where its square is safe
+  C length;   // its length there, 1 at z = 0
+  C size;     // |z|
+  C e;        // e^{-|z|}
   bool zero;
 };
 
@@ -110,9 +111,8 @@ INLINE Polar<C> polar(C re, C im) {
   const bool zero = (re == 0) & (im == 0);
   re *= scale;
   im *= scale;
-  const C scaled = R::root(re * re + im * im), inverse = C(1) / (zero ? C(1) : scaled);
-  const C size = scaled * back;
-  return {re * inverse, im * inverse, size, exp_below_zero(-size), zero};
+  const C length = R::root(re * re + im * im), size = length * back;
+  return {re, im, zero ? C(1) : length, size, exp_below_zero(-size), zero};
 }
 
 // z: count pairs of real and imaginary part → a
@@ -120,9 +120,9 @@ template <class C>
 void activate(const C* __restrict z, C* __restrict re, C* __restrict im, int64_t count) {
   for (int64_t c = 0; c < count; ++c) {
     const Polar<C> p = polar(z[2 * c], z[2 * c + 1]);
-    const C sigmoid = C(1) / (C(1) + p.e);
-    re[c] = p.zero ? C(0.5) : p.re * sigmoid;
-    im[c] = p.im * sigmoid;
+    const C share = C(1) / (p.length * (C(1) + p.e));
+    re[c] = p.zero ? C(0.5) : p.re * share;
+    im[c] = p.im * share;
   }
 }
 
@@ -132,12 +132,13 @@ void activate_backward(const C* __restrict z, const C* __restrict re, const C* _
                        C* __restrict grad, int64_t count) {
   for (int64_t c = 0; c < count; ++c) {
     const Polar<C> p = polar(z[2 * c], z[2 * c + 1]);
-    const C sigmoid = C(1) / (C(1) + p.e);
+    const C sigmoid = C(1) / (C(1) + p.e), inverse = C(1) / p.length;
+    const C unit_re = p.re * inverse, unit_im = p.im * inverse;
     const C size = p.size < Range<C>::least ? Range<C>::least : p.size;
-    const C along = (p.re * re[c] + p.im * im[c]) * (p.e * sigmoid * sigmoid);
-    const C across = (p.re * im[c] - p.im * re[c]) * (sigmoid / size);
-    grad[2 * c] = p.re * along - p.im * across;
-    grad[2 * c + 1] = p.im * along + p.re * across;
+    const C along = (unit_re * re[c] + unit_im * im[c]) * (p.e * sigmoid * sigmoid);
+    const C across = (unit_re * im[c] - unit_im * re[c]) * (sigmoid / size);
+    grad[2 * c] = unit_re * along - unit_im * across;
+    grad[2 * c + 1] = unit_im * along + unit_re * across;
   }
 }
 

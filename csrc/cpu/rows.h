@@ -368,7 +368,7 @@ INLINE void prefetch(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t 
   for (int64_t i = 0; i < count * bytes_of(s.type); i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-constexpr int64_t kAhead = 16;  // steps between asking for a row and reading it
+constexpr int64_t kAhead = 12;  // steps between asking for a row and reading it
 
 // Channels c0 … c0+count-1 of one step: the tensor's own memory where that will do, else
 // a copy in `scratch`.
