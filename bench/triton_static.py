@@ -53,6 +53,7 @@ class Compiled:
 
     name: str
     constants: str
+    arguments: str  # their types
     registers: int
     spills: int
     shared: int
@@ -94,8 +95,9 @@ def examine(function, kernel):
         f"{function.arg_names[key[0]]}={value}" for key, value in sorted(source.constants.items())
         if isinstance(value, (int, bool, str)) and function.arg_names[key[0]].isupper())
     meta = kernel.metadata
-    common = dict(name=function.__name__, constants=constants, shared=meta.shared,
-                  warps=meta.num_warps)
+    types = " ".join(kind for kind in source.signature.values() if kind != "constexpr")
+    common = dict(name=function.__name__, constants=constants, arguments=types,
+                  shared=meta.shared, warps=meta.num_warps)
     if meta.target.backend == "hip":
         text = kernel.asm["amdgcn"]
 
@@ -200,7 +202,7 @@ def measure(targets, progress=lambda text: None):
     return sorted(rows, key=lambda r: tuple(str(r[k]) for k in KEY))
 
 
-KEY = ("operator", "target", "dtype", "shape", "name", "constants")
+KEY = ("operator", "target", "dtype", "shape", "name", "constants", "arguments")
 
 
 def worse(rows, table):

@@ -68,23 +68,13 @@ def load_rows(pointers, stride, left, inside, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _product(a, a_low, b, b_low):
-    """Of numbers in two parts, to twice their precision."""
-    product = a * b
-    return product, tl.fma(a, b, -product) + (a * b_low + a_low * b)
-
-
-@triton.jit
 def power(a, exponent, BITS: tl.constexpr):
-    """a ** exponent, rounded once: the error of a factor used all along the way adds up."""
-    low = tl.zeros(a.shape, a.dtype)
-    found, found_low = tl.full(a.shape, 1, a.dtype), low
+    """a ** exponent, by way of float64: the error of a factor used all along the way adds up."""
+    found, square = tl.full(a.shape, 1, tl.float64), a.to(tl.float64)
     for bit in tl.static_range(BITS):
-        more, more_low = _product(found, found_low, a, low)
-        chosen = (exponent >> bit) % 2 == 1
-        found, found_low = tl.where(chosen, more, found), tl.where(chosen, more_low, found_low)
-        a, low = _product(a, low, a, low)
-    return tl.where(found_low == found_low, found + found_low, found)
+        found = tl.where((exponent >> bit) % 2 == 1, found * square, found)
+        square *= square
+    return found.to(a.dtype)
 
 
 @triton.jit

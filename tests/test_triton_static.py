@@ -1,0 +1,33 @@
+"""What Triton's compiler makes of the kernels is no worse than the committed table says."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+TARGETS = ("sm80", "sm90", "sm100", "gfx942")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None,
+                    reason="Triton is not installed: there are no wheels for it here")
+def test_no_kernel_is_worse_than_the_table():
+    import triton
+
+    table = json.loads((BENCH / "results" / "triton-static.json").read_text())
+    if triton.__version__ != table["triton"]:
+        pytest.skip(f"the table is of Triton {table['triton']}, this is {triton.__version__}")
+    assert {row["target"] for row in table["kernels"]} == set(TARGETS)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    running = [subprocess.Popen(
+        [sys.executable, BENCH / "triton_static.py", "--check", "--targets", target],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for target in TARGETS]
+    for target, process in zip(TARGETS, running):
+        out, err = process.communicate()
+        assert process.returncode == 0, f"{target}: {out}\n{err[-2000:]}"
+        assert "none worse" in out
