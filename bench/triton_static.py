@@ -95,7 +95,7 @@ def examine(function, kernel):
         f"{function.arg_names[key[0]]}={value}" for key, value in sorted(source.constants.items())
         if isinstance(value, (int, bool, str)) and function.arg_names[key[0]].isupper())
     meta = kernel.metadata
-    types = " ".join(kind for kind in source.signature.values() if kind != "constexpr")
+    types = " ".join(str(kind) for kind in source.signature.values() if kind != "constexpr")
     common = dict(name=function.__name__, constants=constants, arguments=types,
                   shared=meta.shared, warps=meta.num_warps)
     if meta.target.backend == "hip":
