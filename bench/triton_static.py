@@ -137,9 +137,11 @@ def examine(function, kernel):
 TABLE = Path(__file__).parent / "results" / "triton-static.json"
 
 
-def _launches():
-    """(operator, shape in words, function that launches its forward and backward)."""
-    dtypes = (torch.bfloat16, torch.float32)
+DTYPES = ("bfloat16", "float32")
+
+
+def _launches(dtypes):
+    """(operator, shape, dtype, function that launches its forward and backward)."""
 
     def empty(*shape, dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -152,7 +154,7 @@ def _launches():
 
         return run
 
-    for dtype in dtypes:
+    for dtype in (getattr(torch, name) for name in dtypes):
         for b, n, h, d in ((8, 8192, 8, 64), (1, 65536, 8, 64), (32, 4096, 16, 256)):
             x, decay = empty(b, n, h, d, dtype=dtype), empty(h, dtype=torch.float32)
             yield ("decay_conv", (b, n, h, d), dtype,
@@ -185,12 +187,12 @@ def _kernels(operator):
     return importlib.import_module(f"fastmix._triton.{operator}")
 
 
-def measure(targets, progress=lambda text: None):
+def measure(targets, dtypes, progress=lambda text: None):
     """One row per compiled kernel and target."""
     rows = []
     for target in targets:
         with recording(target) as found:
-            for operator, shape, dtype, launch in _launches():
+            for operator, shape, dtype, launch in _launches(dtypes):
                 progress(f"{target} {operator} {shape} {dtype}")
                 before = set(found)
                 launch()
@@ -230,8 +232,10 @@ def main():
     parser.add_argument("--check", action="store_true",
                         help="compare with the committed table instead of writing it")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     options = parser.parse_args()
-    rows = measure(options.targets, lambda text: print(text, file=sys.stderr, flush=True))
+    rows = measure(options.targets, options.dtypes,
+                   lambda text: print(text, file=sys.stderr, flush=True))
     if options.check:
         lines = worse(rows, json.loads(TABLE.read_text())["kernels"])
         print("\n".join(lines) or f"{len(rows)} kernels: none worse than the table")
