@@ -135,8 +135,6 @@ def examine(function, kernel):
 # ---- the table: python bench/triton_static.py [--check] [--targets sm90 …]
 
 TABLE = Path(__file__).parent / "results" / "triton-static.json"
-
-
 DTYPES = ("bfloat16", "float32")
 
 
@@ -146,8 +144,9 @@ def _launches(dtypes):
     def empty(*shape, dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def both(operator, kernels, grads, *args):
+    def both(operator, grads, *args):
         def run():
+            kernels = importlib.import_module(f"fastmix._triton.{operator}")
             out = kernels.forward(*args)
             out = out if isinstance(out, tuple) else (out,)
             kernels.backward(*out[:grads], *out[grads:], *args)
@@ -158,33 +157,29 @@ def _launches(dtypes):
         for b, n, h, d in ((8, 8192, 8, 64), (1, 65536, 8, 64), (32, 4096, 16, 256)):
             x, decay = empty(b, n, h, d, dtype=dtype), empty(h, dtype=torch.float32)
             yield ("decay_conv", (b, n, h, d), dtype,
-                   both("decay_conv", _kernels("decay_conv"), 2, x, decay, decay, None, 64))
+                   both("decay_conv", 2, x, decay, decay, None, 64))
         for b, n, c in ((8, 8192, 512), (1, 65536, 512)):
             x = empty(b, n, c, dtype=dtype)
             yield "cumulative_mean", (b, n, c), dtype, both(
-                "cumulative_mean", _kernels("cumulative_mean"), 1, x)
+                "cumulative_mean", 1, x)
         for b, n, c in ((8, 4096, 1024), (1, 65536, 1024)):
             for gates in (dtype, torch.complex64):
                 inputs = empty(b, n, c, dtype=gates)
                 yield "linear_scan", (b, n, c), gates, both(
-                    "linear_scan", _kernels("linear_scan"), 1, inputs, inputs, None, False, 64)
+                    "linear_scan", 1, inputs, inputs, None, False, 64)
         for b, n, h, d in ((8, 4096, 1024, 1), (1, 65536, 1024, 1), (8, 4096, 64, 16),
                            (8, 4096, 16, 64), (8, 4096, 8, 128), (2, 4096, 4, 256)):
             q, logits = empty(b, n, h, d, dtype=dtype), empty(b, n, h, 2, dtype=dtype)
             yield "gate_loop", (b, n, h, d), dtype, both(
-                "gate_loop", _kernels("gate_loop"), 2, q, q, q, None, logits, None, 64)
+                "gate_loop", 2, q, q, q, None, logits, None, 64)
         for w, h in ((16, 4), (128, 4), (128, 1), (512, 4), (1024, 4)):
             b, n, c = 8, 8192, 512
-            x, out = empty(b, n, 2 * c, dtype=dtype), empty(b, n, c, dtype=dtype)
+            x = empty(b, n, 2 * c, dtype=dtype)
             weight, bias = empty(h, w, 2 * w, dtype=dtype), empty(h, w, dtype=dtype)
             norm = empty(c, dtype=dtype)
             yield "windowed_sgu", (b, n, c, h, w), dtype, both(
-                "windowed_sgu", _kernels("windowed_sgu"), 1, x, weight, bias, norm, norm, 1e-5,
+                "windowed_sgu", 1, x, weight, bias, norm, norm, 1e-5,
                 None, "identity")
-
-
-def _kernels(operator):
-    return importlib.import_module(f"fastmix._triton.{operator}")
 
 
 def measure(targets, dtypes, progress=lambda text: None):

@@ -18,3 +18,15 @@ def rounding_as_on_hardware(monkeypatch):
     """The interpreter cuts digits off where GPUs round."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         monkeypatch.setattr("triton.runtime.interpreter._convert_float", convert)
+
+
+@pytest.fixture(params=["segments", "one walk"])
+def cut(request, monkeypatch):
+    """Time cut into 3 segments, or not, by the `kernels` of the test's file."""
+    pieces = 3 if request.param == "segments" else 1
+
+    def segments(n, programs, steps):
+        length = -(-n // (pieces * steps)) * steps
+        return -(-n // length), length
+
+    monkeypatch.setattr(request.module.kernels, "segments", segments)

@@ -12,18 +12,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F64 = torch.float64
 
 
-@pytest.fixture(params=["segments", "one walk"])
-def cut(request, monkeypatch):
-    """Tiles of 16 steps, so that short sequences have many; time cut into 3 segments or not."""
+@pytest.fixture
+def cut(cut, monkeypatch):
+    """Also tiles of 16 steps, so that short sequences have many."""
     monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, held: dict(
         RUNS=4, COLS=16, ROWS=4, num_warps=1))
-    pieces = 3 if request.param == "segments" else 1
-
-    def segments(n, programs, steps):
-        length = -(-n // (pieces * steps)) * steps
-        return -(-n // length), length
-
-    monkeypatch.setattr(kernels, "segments", segments)
 
 
 def both(x, weight):

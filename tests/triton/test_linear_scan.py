@@ -14,18 +14,6 @@ F64 = torch.float64
 NAMES = [name for name in CASES if name.startswith("linear_scan")]
 
 
-@pytest.fixture(params=["segments", "one walk"])
-def cut(request, monkeypatch):
-    """Time cut into 3 segments, or not."""
-    pieces = 3 if request.param == "segments" else 1
-
-    def segments(n, programs, steps):
-        length = -(-n // (pieces * steps)) * steps
-        return -(-n // length), length
-
-    monkeypatch.setattr(kernels, "segments", segments)
-
-
 def on_device(tensors):
     return {k: t.to(DEVICE) for k, t in tensors.items()}
 
