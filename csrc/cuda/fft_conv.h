@@ -1,0 +1,723 @@
+// y_t = Σ_{j ≤ t} kernel_j · x_{t-j} and its gradients: the kernels of fft_conv.cu, written for
+// any Block that has threads, shared memory and barriers. A test runs them on a CPU.
+//
+// A sequence is cut into INTERLEAVED subsequences x_{r s + ρ}, each transformed for itself
+// (fft_stages.h); with z^r = u the values at a point u are polynomials in z of degree r - 1,
+// multiplied modulo z^r = u. A thread reads a few neighbouring channels of its time steps at
+// once, as raw words, and takes them through the transforms one after another: what has been
+// read is replaced by what will be written.
+
+#pragma once
+
+#include "fft_stages.h"
+
+namespace fastmix::cuda {
+
+enum class Type : int { f32, bf16, f16 };
+
+HD constexpr int size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// A tensor (b, n, h, d) with any strides, counted in elements.
+struct View {
+  void* data;
+  Type type;
+  int64_t b, n, h, d;
+
+  HD char* address(int64_t ib, int64_t t, int64_t ih, int64_t c) const {
+    return static_cast<char*>(data) + size_of(type) * (ib * b + t * n + ih * h + c * d);
+  }
+};
+
+struct FftConv {
+  int batch, steps, heads, channels;
+  int lags;           // of the kernel that matter: at most `steps`
+  int kernels;        // batch, or 1: one kernel for all
+  int parts;          // that the channels of a head are cut into, backward
+  View x, grad, out;  // (b, n, h, d); out is of the dtype of x
+  View kernel, grad_kernel;  // (b or 1, m, 1, h): its heads are channels
+  Complex* spectra;   // (kernels, h, 2 INTERLEAVED - 1, M)
+  Complex* sums;      // (b, h, parts, INTERLEAVED, M): of the kernels' gradients
+  Complex* kept;      // (blocks, INTERLEAVED, M): spectra of x, where shared memory is short
+};
+
+// How a sequence of up to `length` steps is worked at by a block.
+template <int points, int interleaved, int groups, int row_words, bool keeps = true>
+struct Shape {
+  using Stages = Transform<points>;
+  static constexpr int M = points, r = interleaved, length = M * r;
+  static constexpr int threads = 256 * groups;
+  // A transform takes `slot` threads. Blocks of short sequences work at several of them; those of
+  // long ones have some for each subsequence, or for every other.
+  static constexpr int slot = Stages::threads, slots = threads / slot;
+  static constexpr int teams = r == 1 ? slots : 1;
+  static constexpr int subsequences = r == 1 ? 1 : r / slots;  // of a thread
+  static constexpr int rows = 16 * subsequences;               // time steps of a thread
+  static constexpr int words = row_words;  // of 32 bits, read from each time step at once
+  static constexpr int buffers = r == 1 ? slots : r;
+  static constexpr bool keeps_shared = keeps;
+  static constexpr int room = buffers * Stages::room;  // of all transforms
+  static constexpr int shared = 8 * (Stages::tables + room);
+  static constexpr int shared_backward = shared + (keeps ? 8 * room : 0);
+
+  static HD int channels_at_once(Type type) { return 4 * words / size_of(type); }
+
+  // The buffer of a thread's i-th subsequence, and that subsequence's index.
+  static HD int buffer(int thread, int i) { return thread / slot + i * slots; }
+  static HD int subsequence(int thread, int i) { return r == 1 ? 0 : buffer(thread, i); }
+  // Its sixteen time steps of that one: the first, and how far they are apart.
+  static HD int first_step(int thread, int i) {
+    return thread % slot * r + subsequence(thread, i);
+  }
+  static constexpr int stride = slot * r;
+};
+
+// What a thread has read: for each time step, channels that wait, then those that are done.
+template <class S>
+struct Queue {
+  uint32_t word[S::rows][S::words];
+};
+
+HD float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+HD uint32_t as_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+HD uint32_t to_bfloat16(float x) {
+  const uint32_t bits = as_bits(x);
+  return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+
+// The first channel of sixteen time steps of a queue.
+template <class Block, class S>
+HD void peek(const Queue<S>& queue, int i, Type type, float* x) {
+  const auto* row = queue.word + 16 * i;
+  if (type == Type::f32)
+    unrolled<16>([&](auto j) { x[j] = as_float(row[j][0]); });
+  else if (type == Type::bf16)
+    unrolled<16>([&](auto j) { x[j] = as_float(row[j][0] << 16); });
+  else
+    unrolled<16>([&](auto j) { x[j] = Block::from_half(row[j][0] & 0xffff); });
+}
+
+// Drops that channel, and queues y at the end.
+template <class Block, class S>
+HD void push(Queue<S>& queue, int i, Type type, const float* y) {
+  unrolled<16>([&](auto j) {
+    uint32_t* word = queue.word[16 * i + j];
+    constexpr int end = S::words - 1;
+    if (type == Type::f32) {
+      unrolled<end>([&](auto k) { word[k] = word[k + 1]; });
+      word[end] = as_bits(y[j]);
+    } else {
+      unrolled<end>([&](auto k) { word[k] = word[k] >> 16 | word[k + 1] << 16; });
+      const uint32_t bits = type == Type::bf16 ? to_bfloat16(y[j]) : Block::to_half(y[j]);
+      word[end] = word[end] >> 16 | bits << 16;
+    }
+  });
+}
+
+// Some neighbouring channels of a head: what a slot of threads reads and writes at once.
+struct Channels {
+  int b, h, c, count;  // count 0: nothing to do
+};
+
+// Whether rows of words can be read and written whole.
+template <class S>
+HD bool has_whole_rows(const View& view, int channels) {
+  const int64_t bytes = 4 * S::words, size = size_of(view.type);
+  return view.d == 1 && channels % S::channels_at_once(view.type) == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && view.b * size % bytes == 0 &&
+         view.n * size % bytes == 0 && view.h * size % bytes == 0;
+}
+
+template <class Block, class S>
+HD void read(Block& block, const View& view, int channels, int steps, Channels at,
+             int thread, Queue<S>& queue) {
+  const bool whole = has_whole_rows<S>(view, channels);
+  if (at.count == 0) steps = 0;
+  const int64_t stride = size_of(view.type) * S::stride * view.n;
+  unrolled<S::subsequences>([&](auto i) {
+    const int t = S::first_step(thread, i);
+    char* const first = view.address(at.b, t, at.h, at.c);
+    unrolled<16>([&](auto j) {
+      uint32_t* word = queue.word[16 * i + j];
+      unrolled<S::words>([&](auto k) { word[k] = 0; });
+      if (t + j * S::stride >= steps) return;
+      const char* from = first + j * stride;
+      if (whole) return block.template load<S::words>(from, word);
+      unrolled<S::words>([&](auto k) {
+        if (view.type == Type::f32) {
+          if (k < at.count) word[k] = block.load32(from + 4 * k * view.d);
+        } else {
+          if (2 * k < at.count) word[k] = block.load16(from + 4 * k * view.d);
+          if (2 * k + 1 < at.count)
+            word[k] |= block.load16(from + (4 * k + 2) * view.d) << 16;
+        }
+      });
+    });
+  });
+}
+
+template <class Block, class S>
+HD void write(Block& block, const View& view, int channels, int steps, Channels at,
+              int thread, const Queue<S>& queue) {
+  const bool whole = has_whole_rows<S>(view, channels);
+  if (at.count == 0) steps = 0;
+  const int64_t stride = size_of(view.type) * S::stride * view.n;
+  unrolled<S::subsequences>([&](auto i) {
+    const int t = S::first_step(thread, i);
+    char* const first = view.address(at.b, t, at.h, at.c);
+    unrolled<16>([&](auto j) {
+      const uint32_t* word = queue.word[16 * i + j];
+      if (t + j * S::stride >= steps) return;
+      char* to = first + j * stride;
+      if (whole) return block.template store<S::words>(to, word);
+      unrolled<S::words>([&](auto k) {
+        if (view.type == Type::f32) {
+          if (k < at.count) block.store32(to + 4 * k * view.d, word[k]);
+        } else {
+          if (2 * k < at.count) block.store16(to + 4 * k * view.d, word[k] & 0xffff);
+          if (2 * k + 1 < at.count)
+            block.store16(to + (4 * k + 2) * view.d, word[k] >> 16);
+        }
+      });
+    });
+  });
+}
+
+// ---- what the kernels have in common
+
+template <class S, class Block>
+struct Work {
+  using Stages = typename S::Stages;
+  using Shared = typename Block::Shared;
+  template <class T>
+  using Own = typename Block::template Own<T>;  // a T of each thread
+
+  Block& block;
+  Shared table, points, kept;
+
+  HD explicit Work(Block& block)
+      : block(block), table(block.shared(0)), points(block.shared(Stages::tables)),
+        kept(block.shared(Stages::tables + S::room)) {}
+
+  HD static Shared of(Shared buffers, int thread, int i) {
+    return buffers.at(S::buffer(thread, i) * Stages::room);
+  }
+
+  HD void tabulate(int thread) {
+    for (int i = thread; i < Stages::tables; i += S::threads) Stages::tabulate(table, i);
+  }
+
+  // Where the j-th pair of a thread's sixteen values lies, r = 1: pairs of all threads together.
+  HD static int pair(int thread, int j) { return 2 * (S::slot * j + thread % S::slot); }
+
+  // Each block's end, for the stretches that follow one another.
+  template <class F>
+  HD void each_subsequence(F f) {
+    block.stretch([&](int thread) { unrolled<S::subsequences>([&](auto i) { f(thread, i); }); });
+  }
+
+  // Transforms the first channel of `queue` up to the last stage.
+  HD void forward(Own<Queue<S>>& queue, Type type) {
+    each_subsequence([&](int thread, int i) {
+      float x[16];
+      peek<Block>(queue.of(thread), i, type, x);
+      Stages::first(x, of(points, thread, i), table, thread % S::slot);
+    });
+    if (Stages::R > 1)
+      each_subsequence([&](int thread, int i) {
+        Stages::second(of(points, thread, i), table, thread % S::slot);
+      });
+  }
+
+  // And back from there, into the end of `queue`.
+  HD void back(Own<Queue<S>>& queue, Type type) {
+    if (Stages::R > 1)
+      each_subsequence([&](int thread, int i) {
+        Stages::second_back(of(points, thread, i), table, thread % S::slot);
+      });
+    // It reads where the same thread's next first stage writes: no barrier is needed.
+    block.own([&](int thread) {
+      unrolled<S::subsequences>([&](auto i) {
+        float y[16];
+        Stages::first_back(y, of(points, thread, i), table, thread % S::slot);
+        push<Block>(queue.of(thread), i, type, y);
+      });
+    });
+  }
+
+  // Drops the first channel of `queue`: nothing takes its place.
+  HD void drop(Own<Queue<S>>& queue, Type type) {
+    block.own([&](int thread) {
+      const float nothing[16] = {};
+      unrolled<S::subsequences>([&](auto i) { push<Block>(queue.of(thread), i, type, nothing); });
+    });
+  }
+
+  // Channels 0 … channels - 1 of a queue went in and out: the first of them moves to the front.
+  HD void settle(Own<Queue<S>>& queue, Type type, int channels) {
+    for (int c = channels; c < S::channels_at_once(type); ++c) drop(queue, type);
+  }
+
+  // The last stage alone, from points to `to`.
+  HD void last(Shared to) {
+    each_subsequence([&](int thread, int i) {
+      Shared buffer = of(to, thread, i);
+      Stages::third_in(of(points, thread, i), thread % S::slot, [&](auto first, Complex* v) {
+        unrolled<Stages::last>(
+            [&](auto j) { buffer.put(17 * (thread % S::slot) + first + j, v[j]); });
+      });
+    });
+  }
+
+  HD void last_back() {
+    each_subsequence([&](int thread, int i) {
+      Shared buffer = of(points, thread, i);
+      Stages::third_back(buffer, thread % S::slot, [&](auto first, Complex* v) {
+        unrolled<Stages::last>(
+            [&](auto j) { v[j] = buffer.get(17 * (thread % S::slot) + first + j); });
+      });
+    });
+  }
+
+  // The last stage of r = 1 with f(i, the i-th and the next value) in it; or on one way only.
+  template <class F>
+  HD void third(int thread, F f) {
+    Stages::third(of(points, thread, 0), thread % S::slot, pairs(f));
+  }
+  template <class F>
+  HD void third_in(int thread, F f) {
+    Stages::third_in(of(points, thread, 0), thread % S::slot, pairs(f));
+  }
+  template <class F>
+  HD void third_back(int thread, F f) {
+    Stages::third_back(of(points, thread, 0), thread % S::slot, pairs(f));
+  }
+  template <class F>
+  HD static auto pairs(F& f) {
+    return [&](auto first, Complex* v) {
+      unrolled<Stages::last / 2>([&](auto j) {
+        f(std::integral_constant<int, first + 2 * j>{}, v + 2 * j);
+      });
+    };
+  }
+
+  // f(place) for every place, by some thread.
+  template <class F>
+  HD void each_leaf(F f) {
+    block.stretch([&](int thread) {
+      for (int place = thread; place < S::M; place += S::threads) f(place);
+    });
+  }
+
+  HD static int leaf(int place, int e) { return e * Stages::room + padded(place); }
+};
+
+// ---- the kernels
+
+// Spectra of kernels, as the others read them: for r = 1 values in pairs of all threads
+// together; else the r values of a point, and the last r - 1 of them times u as well.
+template <class S>
+struct Spectra {
+  static constexpr int shared = S::shared;
+
+  // Blocks: kernels · groups of heads / teams.
+  HD static int units(const FftConv& f) {
+    const int at_once = S::channels_at_once(f.kernel.type);
+    return f.kernels * ((f.heads + at_once - 1) / at_once);
+  }
+
+  template <class Block>
+  HD static void run(Block& block, const FftConv& f) {
+    using W = Work<S, Block>;
+    W work(block);
+    const Type type = f.kernel.type;
+    const int at_once = S::channels_at_once(type), groups = (f.heads + at_once - 1) / at_once;
+    auto at = [&](int thread) -> Channels {
+      const int unit = block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
+      if (unit >= units(f)) return {0, 0, 0, 0};
+      const int c = unit % groups * at_once;
+      return {unit / groups, 0, c, f.heads - c < at_once ? f.heads - c : at_once};
+    };
+    typename W::template Own<Queue<S>> queue(block);
+    block.stretch([&](int thread) {
+      work.tabulate(thread);
+      read<Block, S>(block, f.kernel, f.heads, f.lags, at(thread), thread, queue.of(thread));
+    });
+    for (int c = 0; c < at_once && c < f.heads; ++c) {
+      work.forward(queue, type);
+      if constexpr (S::r == 1) {
+        block.stretch([&](int thread) {
+          const Channels mine = at(thread);
+          Complex* to = f.spectra + int64_t{mine.b * f.heads + mine.c + c} * S::M;
+          work.third_in(thread, [&](auto i, Complex* v) {
+            if (c < mine.count) block.store_pair(to + W::pair(thread, i / 2), v);
+          });
+        });
+      } else {
+        work.last(work.points);
+        const Channels mine = at(0);
+        Complex* to = f.spectra + int64_t{mine.b * f.heads + mine.c + c} * (2 * S::r - 1) * S::M;
+        work.each_leaf([&](int place) {
+          if (c >= mine.count) return;
+          const Complex u = S::Stages::point(place);
+          unrolled<S::r>([&](auto e) {
+            const Complex k = work.points.get(W::leaf(place, e));
+            block.store_complex(to + (S::r - 1 + e) * S::M + place, k);
+            if (e > 0) block.store_complex(to + (e - 1) * S::M + place, u * k);
+          });
+        });
+      }
+      work.drop(queue, type);
+    }
+  }
+};
+
+template <class S>
+struct Forward {
+  static constexpr int shared = S::shared;
+
+  HD static int groups(const FftConv& f) {
+    const int at_once = S::channels_at_once(f.x.type);
+    return (f.channels + at_once - 1) / at_once;
+  }
+
+  HD static int units(const FftConv& f) { return f.batch * f.heads * groups(f); }
+
+  HD static Channels channels(const FftConv& f, int unit) {
+    if (unit >= units(f)) return {0, 0, 0, 0};
+    const int at_once = S::channels_at_once(f.x.type), head = unit / groups(f),
+                  c = unit % groups(f) * at_once;
+    return {head / f.heads, head % f.heads, c,
+            f.channels - c < at_once ? f.channels - c : at_once};
+  }
+
+  template <class Block>
+  HD static void run(Block& block, const FftConv& f) {
+    using W = Work<S, Block>;
+    W work(block);
+    const Type type = f.x.type;
+    auto at = [&](int thread) {
+      return channels(f, block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot));
+    };
+    auto spectrum = [&](int thread) {
+      const Channels mine = at(thread);
+      return f.spectra + int64_t{(f.kernels == 1 ? 0 : mine.b) * f.heads + mine.h} * (2 * S::r - 1) * S::M;
+    };
+    typename W::template Own<Queue<S>> queue(block);
+    block.stretch([&](int thread) {
+      work.tabulate(thread);
+      read<Block, S>(block, f.x, f.channels, f.steps, at(thread), thread, queue.of(thread));
+    });
+    const int count = f.channels < S::channels_at_once(type) ? f.channels : S::channels_at_once(type);
+    for (int c = 0; c < count; ++c) {
+      work.forward(queue, type);
+      if constexpr (S::r == 1) {
+        block.stretch([&](int thread) {
+          const Complex* kernel = spectrum(thread);
+          work.third(thread, [&](auto i, Complex* v) {
+            Complex k[2];
+            block.load_pair(kernel + W::pair(thread, i / 2), k);
+            v[0] = v[0] * k[0];
+            v[1] = v[1] * k[1];
+          });
+        });
+      } else {
+        work.last(work.points);
+        const Complex* kernel = spectrum(0) + (S::r - 1) * S::M;
+        work.each_leaf([&](int place) {
+          Complex a[S::r], k[2 * S::r - 1];
+          unrolled<2 * S::r - 1>([&](auto e) {
+            k[e] = block.load_complex(kernel + (e - (S::r - 1)) * S::M + place);
+          });
+          unrolled<S::r>([&](auto j) { a[j] = work.points.get(W::leaf(place, j)); });
+          unrolled<S::r>([&](auto i) {
+            Complex sum = a[0] * k[i + S::r - 1];
+            unrolled<S::r - 1>([&](auto j) { sum = sum + a[j + 1] * k[i - j - 1 + S::r - 1]; });
+            work.points.put(W::leaf(place, i), sum);
+          });
+        });
+        work.last_back();
+      }
+      work.back(queue, type);
+    }
+    work.settle(queue, type, f.channels);
+    block.own([&](int thread) {
+      write<Block, S>(block, f.out, f.channels, f.steps, at(thread), thread, queue.of(thread));
+    });
+  }
+};
+
+// The gradient of x, from conjugated spectra; and of each kernel the spectrum, summed over
+// a part of the head's channels.
+template <class S>
+struct Backward {
+  static constexpr int shared = S::shared_backward;
+
+  HD static int units(const FftConv& f) { return f.batch * f.heads * f.parts; }
+
+  template <class Block>
+  HD static void run(Block& block, const FftConv& f) {
+    using W = Work<S, Block>;
+    W work(block);
+    const Type type = f.x.type;
+    const int at_once = S::channels_at_once(type),
+                  groups = (f.channels + at_once - 1) / at_once,
+                  share = (groups + f.parts - 1) / f.parts;
+    auto unit = [&](int thread) {
+      const int own = block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
+      return own < units(f) ? own : -1;
+    };
+    auto at = [&](int thread, int group) -> Channels {
+      const int own = unit(thread), c = (own % f.parts * share + group) * at_once;
+      if (own < 0 || c >= f.channels) return {0, 0, 0, 0};
+      const int head = own / f.parts;
+      return {head / f.heads, head % f.heads, c,
+              f.channels - c < at_once ? f.channels - c : at_once};
+    };
+    auto spectrum = [&](int thread) {
+      const int own = unit(thread) < 0 ? 0 : unit(thread), head = own / f.parts;
+      return f.spectra + int64_t{f.kernels == 1 ? head % f.heads : head} * (2 * S::r - 1) * S::M;
+    };
+    auto sums = [&](int thread) { return f.sums + int64_t{unit(thread)} * S::length; };
+    typename W::template Own<Queue<S>> x(block), grad(block);
+    block.stretch([&](int thread) { work.tabulate(thread); });
+    for (int group = 0; group < share; ++group) {
+      block.own([&](int thread) {
+        read<Block, S>(block, f.x, f.channels, f.steps, at(thread, group), thread, x.of(thread));
+        read<Block, S>(block, f.grad, f.channels, f.steps, at(thread, group), thread,
+                       grad.of(thread));
+      });
+      for (int c = 0; c < at_once && c < f.channels; ++c) {
+        const bool fresh = group == 0 && c == 0;
+        work.forward(x, type);
+        work.drop(x, type);
+        if constexpr (S::keeps_shared) {
+          work.last(work.kept);
+        } else {
+          work.last(work.points);
+          work.each_leaf([&](int place) {
+            unrolled<S::r>([&](auto e) {
+              block.store_complex(f.kept + int64_t{block.index() * S::r + e} * S::M + place,
+                                  work.points.get(W::leaf(place, e)));
+            });
+          });
+        }
+        work.forward(grad, type);
+        if constexpr (S::r == 1) {
+          block.stretch([&](int thread) {
+            typename W::Shared kept = W::of(work.kept, thread, 0);
+            const Complex* kernel = spectrum(thread);
+            Complex* to = unit(thread) < 0 ? nullptr : sums(thread);
+            work.third(thread, [&](auto i, Complex* v) {
+              Complex k[2], sum[2] = {};
+              if (to != nullptr && !fresh) block.load_pair(to + W::pair(thread, i / 2), sum);
+              unrolled<2>([&](auto j) {
+                sum[j] = sum[j] + conj(kept.get(17 * (thread % S::slot) + i + j)) * v[j];
+              });
+              if (to != nullptr) block.store_pair(to + W::pair(thread, i / 2), sum);
+              block.load_pair(kernel + W::pair(thread, i / 2), k);
+              v[0] = v[0] * conj(k[0]);
+              v[1] = v[1] * conj(k[1]);
+            });
+          });
+        } else {
+          work.last(work.points);
+          const Complex* kernel = spectrum(0) + (S::r - 1) * S::M;
+          Complex* to = sums(0);
+          work.each_leaf([&](int place) {
+            Complex w[S::r], a[S::r];
+            unrolled<S::r>([&](auto e) {
+              w[e] = work.points.get(W::leaf(place, e));
+              a[e] = S::keeps_shared
+                         ? work.kept.get(W::leaf(place, e))
+                         : block.load_complex(f.kept + int64_t{block.index() * S::r + e} * S::M + place);
+            });
+            // The kernel's e-th value met a_j in w_{j+e}, times u where that passes the end.
+            const Complex u = S::Stages::point(place);
+            unrolled<S::r>([&](auto e) {
+              Complex sum = conj(a[0]) * w[e], wrapped{0, 0};
+              unrolled<S::r - 1>([&](auto j) {
+                const Complex product = conj(a[j + 1]) * w[(e + j + 1) % S::r];
+                if (e + j + 1 < S::r)
+                  sum = sum + product;
+                else
+                  wrapped = wrapped + product;
+              });
+              sum = sum + conj(u) * wrapped;
+              if (!fresh) sum = sum + block.load_complex(to + e * S::M + place);
+              block.store_complex(to + e * S::M + place, sum);
+            });
+            Complex k[2 * S::r - 1];
+            unrolled<2 * S::r - 1>([&](auto e) {
+              k[e] = conj(block.load_complex(kernel + (e - (S::r - 1)) * S::M + place));
+            });
+            unrolled<S::r>([&](auto j) {
+              Complex sum = w[0] * k[S::r - 1 - j];
+              unrolled<S::r - 1>([&](auto i) { sum = sum + w[i + 1] * k[i + 1 - j + S::r - 1]; });
+              work.points.put(W::leaf(place, j), sum);
+            });
+          });
+          work.last_back();
+        }
+        work.back(grad, type);
+      }
+      work.settle(grad, type, f.channels);
+      block.own([&](int thread) {
+        write<Block, S>(block, f.out, f.channels, f.steps, at(thread, group), thread,
+                        grad.of(thread));
+      });
+    }
+  }
+};
+
+// The gradients of kernels from their spectra, summed over parts (and over the batch, where
+// it shares a kernel).
+template <class S>
+struct Lags {
+  static constexpr int shared = S::shared;
+
+  HD static int units(const FftConv& f) {
+    const int at_once = S::channels_at_once(f.grad_kernel.type);
+    return f.kernels * ((f.heads + at_once - 1) / at_once);
+  }
+
+  template <class Block>
+  HD static void run(Block& block, const FftConv& f) {
+    using W = Work<S, Block>;
+    W work(block);
+    const Type type = f.grad_kernel.type;
+    const int at_once = S::channels_at_once(type), groups = (f.heads + at_once - 1) / at_once;
+    auto at = [&](int thread) -> Channels {
+      const int unit = block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
+      if (unit >= units(f)) return {0, 0, 0, 0};
+      const int c = unit % groups * at_once;
+      return {unit / groups, 0, c, f.heads - c < at_once ? f.heads - c : at_once};
+    };
+    typename W::template Own<Queue<S>> queue(block);
+    block.stretch([&](int thread) {
+      work.tabulate(thread);
+      unrolled<S::rows>([&](auto i) {
+        unrolled<S::words>([&](auto k) { queue.of(thread).word[i][k] = 0; });
+      });
+    });
+    for (int c = 0; c < at_once && c < f.heads; ++c) {
+      // f(sums) for each part of each sample whose kernel this is.
+      auto each_part = [&](Channels mine, auto&& add) {
+        const int samples = f.kernels == 1 ? f.batch : 1;
+        for (int b = 0; b < samples; ++b)
+          for (int part = 0; part < f.parts; ++part)
+            add(f.sums +
+                int64_t{((mine.b + b) * f.heads + mine.c + c) * f.parts + part} * S::length);
+      };
+      if constexpr (S::r == 1) {
+        block.stretch([&](int thread) {
+          const Channels mine = at(thread);
+          work.third_back(thread, [&](auto i, Complex* v) {
+            v[0] = v[1] = {0, 0};
+            if (c < mine.count)
+              each_part(mine, [&](const Complex* from) {
+                Complex part[2];
+                block.load_pair(from + W::pair(thread, i / 2), part);
+                v[0] = v[0] + part[0];
+                v[1] = v[1] + part[1];
+              });
+          });
+        });
+      } else {
+        work.each_leaf([&](int place) {
+          Complex v[S::r] = {};
+          if (c < at(0).count)
+            each_part(at(0), [&](const Complex* from) {
+              unrolled<S::r>([&](auto e) {
+                v[e] = v[e] + block.load_complex(from + e * S::M + place);
+              });
+            });
+          unrolled<S::r>([&](auto e) { work.points.put(W::leaf(place, e), v[e]); });
+        });
+        work.last_back();
+      }
+      work.back(queue, type);
+      block.stretch([](int) {});  // the next channel's last stage writes other places
+    }
+    work.settle(queue, type, f.heads);
+    block.own([&](int thread) {
+      write<Block, S>(block, f.grad_kernel, f.heads, f.lags, at(thread), thread,
+                      queue.of(thread));
+    });
+  }
+};
+
+// ---- which shape a sequence takes
+
+enum class Kernel { spectra, forward, backward, lags };
+
+constexpr int kLongest = 16384;
+constexpr int64_t kRoomy = 160 << 10;  // shared bytes of a block that consumer cards have not
+
+// The transform's length for n steps, or 0 if there is none on a device whose blocks may have
+// `shared` bytes.
+inline int length_for(int64_t n, int64_t shared) {
+  int length = 256;
+  while (length < n && length < kLongest) length *= 2;
+  return length < n || (length == kLongest && shared < kRoomy) ? 0 : length;
+}
+
+// f(the Shape for sequences of `length`). Kernels and their gradients are few, and go one by
+// one; backward two sequences are in a block's hands.
+template <Kernel kernel, class F>
+auto with_shape(int length, int64_t shared, F f) {
+  constexpr bool two = kernel == Kernel::backward, wide = kernel == Kernel::forward;
+  constexpr int words = wide ? 4 : two ? 2 : 1;
+  switch (length) {
+    case 256: return f(Shape<256, 1, 1, words>{});
+    case 512: return f(Shape<512, 1, 1, words>{});
+    case 1024: return f(Shape<1024, 1, 1, words>{});
+    case 2048: return f(Shape<2048, 1, 1, words>{});
+    case 4096: return f(Shape<4096, 1, 1, words>{});
+    case 8192:
+      if constexpr (two) {
+        if (shared >= kRoomy) return f(Shape<4096, 2, 2, 2>{});
+        return f(Shape<4096, 2, 1, 1, false>{});
+      } else {
+        return f(Shape<4096, 2, 1, wide ? 2 : 1>{});
+      }
+    default: return f(Shape<4096, 4, 2, wide ? 2 : 1, !two>{});
+  }
+}
+
+// f(the kernel, its shape, how many blocks)
+template <class F>
+void with_kernel(Kernel kernel, int length, int64_t shared, const FftConv& args, F f) {
+  auto call = [&](auto k, auto shape) {
+    f(k, shape, (k.units(args) + shape.teams - 1) / shape.teams);
+  };
+  switch (kernel) {
+    case Kernel::spectra:
+      return with_shape<Kernel::spectra>(length, shared, [&](auto shape) {
+        call(Spectra<decltype(shape)>{}, shape);
+      });
+    case Kernel::forward:
+      return with_shape<Kernel::forward>(length, shared, [&](auto shape) {
+        call(Forward<decltype(shape)>{}, shape);
+      });
+    case Kernel::backward:
+      return with_shape<Kernel::backward>(length, shared, [&](auto shape) {
+        call(Backward<decltype(shape)>{}, shape);
+      });
+    case Kernel::lags:
+      return with_shape<Kernel::lags>(length, shared, [&](auto shape) {
+        call(Lags<decltype(shape)>{}, shape);
+      });
+  }
+}
+
+}  // namespace fastmix::cuda

@@ -1,0 +1,206 @@
+// The kernels of csrc/cuda on a CPU: every stretch between two barriers for every thread in
+// order, from poisoned shared memory. Two threads that meet in a stretch are an error. Counts
+// what a GPU would pay for: shared accesses that wait for a bank, global accesses by their width.
+
+#include "../../csrc/cuda/launch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace fastmix::cuda {
+namespace {
+
+struct Counts {
+  int64_t shared = 0, waits = 0;         // warps' accesses of shared memory; extra turns at a bank
+  int64_t barriers = 0, blocks = 0;
+  std::map<std::string, int64_t> global;  // threads' loads and stores by bytes
+  std::string error;
+} counts;
+
+int64_t pretended_shared = 227 << 10;
+
+struct Block {
+  struct Access {
+    int place;
+    bool written;
+  };
+  struct Shared {
+    Block* block;
+    int from;
+    Complex get(int i) const { return block->visit(from + i, false); }
+    void put(int i, Complex v) const { block->visit(from + i, true) = v; }
+    Shared at(int i) const { return {block, from + i}; }
+  };
+  template <class T>
+  struct Own {
+    std::vector<T> values;
+    explicit Own(Block& block) : values(block.threads) {}
+    T& of(int thread) { return values[thread]; }
+  };
+
+  int number, threads, thread = 0;
+  std::vector<Complex> memory;
+  std::vector<std::vector<Access>> accesses;
+
+  Block(int number, int threads, int bytes)
+      : number(number), threads(threads), memory(bytes / 8, Complex{NAN, NAN}), accesses(threads) {}
+
+  int index() const { return number; }
+  Shared shared(int from) { return {this, from}; }
+
+  Complex& visit(int place, bool written) {
+    if (place < 0 || place >= static_cast<int>(memory.size())) {
+      counts.error = "shared memory ends before " + std::to_string(place);
+      place = 0;
+    }
+    accesses[thread].push_back({place, written});
+    return memory[place];
+  }
+
+  template <class F>
+  void own(F f) {
+    for (thread = 0; thread < threads; ++thread) f(thread);
+  }
+
+  template <class F>
+  void stretch(F f) {
+    own(f);
+    check();
+    ++counts.barriers;
+    for (auto& list : accesses) list.clear();
+  }
+
+  void check() {
+    std::unordered_map<int, int> written;
+    for (int t = 0; t < threads; ++t)
+      for (const Access& a : accesses[t])
+        if (a.written) {
+          auto [found, fresh] = written.emplace(a.place, t);
+          if (!fresh && found->second != t) counts.error = "two threads write one place";
+        }
+    for (int t = 0; t < threads; ++t)
+      for (const Access& a : accesses[t])
+        if (auto found = written.find(a.place); found != written.end() && found->second != t)
+          counts.error = "a thread reads what another writes in the same stretch";
+    // Eight bytes a thread: half a warp at a time, sixteen banks of that width.
+    for (int first = 0; first < threads; first += 16) {
+      const int end = std::min(first + 16, threads);
+      size_t most = 0;
+      for (int t = first; t < end; ++t) most = std::max(most, accesses[t].size());
+      for (size_t k = 0; k < most; ++k) {
+        std::vector<int> places[16];
+        size_t turns = 1;
+        for (int t = first; t < end; ++t) {
+          if (k >= accesses[t].size()) continue;
+          auto& bank = places[accesses[t][k].place % 16];
+          if (std::find(bank.begin(), bank.end(), accesses[t][k].place) == bank.end())
+            bank.push_back(accesses[t][k].place);
+          turns = std::max(turns, bank.size());
+        }
+        ++counts.shared;
+        counts.waits += turns - 1;
+      }
+    }
+  }
+
+  static void count(const char* what, int bytes) { ++counts.global[what + std::to_string(bytes)]; }
+
+  template <int words>
+  void load(const void* from, uint32_t* to) {
+    count("load", 4 * words);
+    if (reinterpret_cast<uintptr_t>(from) % (4 * words)) counts.error = "misaligned load";
+    memcpy(to, from, 4 * words);
+  }
+  template <int words>
+  void store(void* to, const uint32_t* from) {
+    count("store", 4 * words);
+    if (reinterpret_cast<uintptr_t>(to) % (4 * words)) counts.error = "misaligned store";
+    memcpy(to, from, 4 * words);
+  }
+  template <class T>
+  static T read_one(const void* from) {
+    T v;
+    memcpy(&v, from, sizeof v);
+    count("load", sizeof v);
+    return v;
+  }
+  template <class T>
+  static void write_one(void* to, T v) {
+    memcpy(to, &v, sizeof v);
+    count("store", sizeof v);
+  }
+  uint32_t load32(const void* from) { return read_one<uint32_t>(from); }
+  uint32_t load16(const void* from) { return read_one<uint16_t>(from); }
+  void store32(void* to, uint32_t v) { write_one<uint32_t>(to, v); }
+  void store16(void* to, uint32_t v) { write_one<uint16_t>(to, v); }
+  Complex load_complex(const Complex* from) { return read_one<Complex>(from); }
+  void store_complex(Complex* to, Complex v) { write_one(to, v); }
+  struct alignas(16) Pair { Complex of[2]; };
+  void load_pair(const Complex* from, Complex* to) {
+    if (reinterpret_cast<uintptr_t>(from) % 16) counts.error = "misaligned pair";
+    const Pair pair = read_one<Pair>(from);
+    to[0] = pair.of[0], to[1] = pair.of[1];
+  }
+  void store_pair(Complex* to, const Complex* from) {
+    if (reinterpret_cast<uintptr_t>(to) % 16) counts.error = "misaligned pair";
+    write_one(to, Pair{{from[0], from[1]}});
+  }
+
+  static float from_half(uint32_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
+                       : exponent == 0 ? std::ldexp(fraction, -24)
+                                       : std::ldexp(1024 + fraction, exponent - 25);
+    return bits & 0x8000 ? -size : size;
+  }
+  static uint32_t to_half(float x) {
+    const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
+    const float size = std::fabs(x);
+    if (!(size == size)) return sign | 0x7e00;
+    if (size >= 65520) return sign | 0x7c00;
+    int exponent;
+    std::frexp(size, &exponent);
+    const int step = std::max(exponent - 11, -24);  // nearbyint rounds halves to even
+    const int count = std::nearbyint(std::ldexp(size, -step));
+    return sign | (step == -24 ? count : (step + 24 << 10) + count);
+  }
+};
+
+}  // namespace
+
+Device device(int) { return {pretended_shared, 4}; }
+
+const char* launch(Kernel which, int length, const FftConv& args, int, void*) {
+  with_kernel(which, length, pretended_shared, args, [&](auto k, auto shape, int blocks) {
+    for (int i = 0; i < blocks; ++i) {
+      Block block(i, shape.threads, k.shared);
+      k.run(block, args);
+      block.check();  // the last stretch ends without a barrier
+    }
+    counts.blocks += blocks;
+  });
+  return counts.error.empty() ? nullptr : counts.error.c_str();
+}
+
+}  // namespace fastmix::cuda
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void fastmix_host_start(int64_t shared) {
+  fastmix::cuda::counts = {};
+  fastmix::cuda::pretended_shared = shared;
+}
+
+// blocks, barriers, accesses of shared memory by half warps, turns waited
+EXPORTED void fastmix_host_counts(int64_t* to) {
+  const auto& c = fastmix::cuda::counts;
+  to[0] = c.blocks, to[1] = c.barriers, to[2] = c.shared, to[3] = c.waits;
+}
+
+EXPORTED int64_t fastmix_host_global(const char* what) {
+  return fastmix::cuda::counts.global[what];
+}
