@@ -111,11 +111,10 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
   f.grad_kernel = kernel_view(grad_kernel);
   const Tensor spectra = call.spectra(x);
   int64_t kept = 0;
-  with_shape<Kernel::backward>(call.length, call.on.shared, [&](auto shape) {
+  with_shape<Kernel::backward>(f.x.type, call.length, call.on.shared, [&](auto shape) {
     using S = decltype(shape);
     // Parts enough for two blocks on every multiprocessor.
-    const int at_once = S::channels_at_once(f.x.type),
-              groups = (f.channels + at_once - 1) / at_once,
+    const int groups = (f.channels + S::at_once - 1) / S::at_once,
               blocks = std::max(1, f.batch * f.heads / S::teams);
     f.parts = std::min(groups, (2 * call.on.multiprocessors + blocks - 1) / blocks);
     if (!S::keeps_shared) kept = int64_t{f.batch} * f.heads * f.parts * S::length;

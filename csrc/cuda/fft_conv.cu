@@ -33,8 +33,8 @@ struct Block {
     return {reinterpret_cast<Complex*>(memory) + from};
   }
 
-  // Read anew, so that what a stretch derives from it does not stay in registers till the next.
-  __device__ __forceinline__ int thread() const {
+  // The thread's index, read anew: what was derived from it need not stay in registers.
+  __device__ __forceinline__ int again(int) const {
     int index;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
     return index;
@@ -42,11 +42,11 @@ struct Block {
 
   template <class F>
   __device__ __forceinline__ void own(F f) {
-    f(thread());
+    f(again(0));
   }
   template <class F>
   __device__ __forceinline__ void stretch(F f) {
-    f(thread());
+    f(again(0));
     __syncthreads();
   }
 
@@ -71,17 +71,18 @@ struct Block {
     else
       *static_cast<uint32_t*>(to) = from[0];
   }
-  __device__ __forceinline__ uint32_t load32(const void* from) {
-    return __ldg(static_cast<const uint32_t*>(from));
-  }
-  __device__ __forceinline__ uint32_t load16(const void* from) {
+  template <int bytes>
+  __device__ __forceinline__ uint32_t load_one(const void* from) {
+    if constexpr (bytes == 4) return __ldg(static_cast<const uint32_t*>(from));
     return __ldg(static_cast<const uint16_t*>(from));
   }
-  __device__ __forceinline__ void store32(void* to, uint32_t v) { *static_cast<uint32_t*>(to) = v; }
-  __device__ __forceinline__ void store16(void* to, uint32_t v) { *static_cast<uint16_t*>(to) = v; }
-
-  // Loads that come later wait, instead of taking up registers.
-  __device__ __forceinline__ void in_order() { __syncwarp(); }
+  template <int bytes>
+  __device__ __forceinline__ void store_one(void* to, uint32_t bits) {
+    if constexpr (bytes == 4)
+      *static_cast<uint32_t*>(to) = bits;
+    else
+      *static_cast<uint16_t*>(to) = bits;
+  }
 
   // Values that other kernels have written, or this thread itself.
   __device__ __forceinline__ Complex load_complex(const Complex* from) {

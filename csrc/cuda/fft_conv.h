@@ -15,17 +15,12 @@ namespace fastmix::cuda {
 
 enum class Type : int { f32, bf16, f16 };
 
-HD constexpr int size_of(Type type) { return type == Type::f32 ? 4 : 2; }
-
 // A tensor (b, n, h, d) with any strides, counted in elements.
 struct View {
   void* data;
   Type type;
   int64_t b, n, h, d;
 
-  HD char* address(int64_t ib, int64_t t, int64_t ih, int64_t c) const {
-    return static_cast<char*>(data) + size_of(type) * (ib * b + t * n + ih * h + c * d);
-  }
 };
 
 struct FftConv {
@@ -40,8 +35,8 @@ struct FftConv {
   Complex* kept;      // (blocks, INTERLEAVED, M): spectra of x, where shared memory is short
 };
 
-// How a sequence of up to `length` steps is worked at by a block.
-template <int points, int interleaved, int groups, int row_words, bool keeps = true>
+// How a sequence of up to `length` steps, of numbers of so many bytes, is worked at by a block.
+template <int number, int points, int interleaved, int groups, int row_words, bool keeps = true>
 struct Shape {
   using Stages = Transform<points>;
   static constexpr int M = points, r = interleaved, length = M * r;
@@ -52,14 +47,14 @@ struct Shape {
   static constexpr int teams = r == 1 ? slots : 1;
   static constexpr int subsequences = r == 1 ? 1 : r / slots;  // of a thread
   static constexpr int rows = 16 * subsequences;               // time steps of a thread
+  static constexpr int bytes = number;
   static constexpr int words = row_words;  // of 32 bits, read from each time step at once
+  static constexpr int at_once = 4 * words / bytes;  // channels that are in them
   static constexpr int buffers = r == 1 ? slots : r;
   static constexpr bool keeps_shared = keeps;
   static constexpr int room = buffers * Stages::room;  // of all transforms
   static constexpr int shared = 8 * (Stages::tables + room);
   static constexpr int shared_backward = shared + (keeps ? 8 * room : 0);
-
-  static HD int channels_at_once(Type type) { return 4 * words / size_of(type); }
 
   // The buffer of a thread's i-th subsequence, and that subsequence's index.
   static HD int buffer(int thread, int i) { return thread / slot + i * slots; }
@@ -94,32 +89,41 @@ HD uint32_t to_bfloat16(float x) {
   return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
 
-// The first channel of sixteen time steps of a queue.
+// The first channel of a row; what is behind it moves up, with `bits` at the end.
+template <class S>
+HD uint32_t first_of(const uint32_t* row) {
+  return S::bytes == 4 ? row[0] : row[0] & 0xffff;
+}
+
+template <class S>
+HD void queue_up(uint32_t* row, uint32_t bits) {
+  constexpr int end = S::words - 1;
+  if (S::bytes == 4) {
+    unrolled<end>([&](auto k) { row[k] = row[k + 1]; });
+    row[end] = bits;
+  } else {
+    unrolled<end>([&](auto k) { row[k] = row[k] >> 16 | row[k + 1] << 16; });
+    row[end] = row[end] >> 16 | bits << 16;
+  }
+}
+
+// The first channel of sixteen time steps.
 template <class Block, class S>
 HD void peek(const Queue<S>& queue, int i, Type type, float* x) {
-  const auto* row = queue.word + 16 * i;
-  if (type == Type::f32)
-    unrolled<16>([&](auto j) { x[j] = as_float(row[j][0]); });
-  else if (type == Type::bf16)
-    unrolled<16>([&](auto j) { x[j] = as_float(row[j][0] << 16); });
-  else
-    unrolled<16>([&](auto j) { x[j] = Block::from_half(row[j][0] & 0xffff); });
+  unrolled<16>([&](auto j) {
+    const uint32_t bits = first_of<S>(queue.word[16 * i + j]);
+    x[j] = S::bytes == 4         ? as_float(bits)
+           : type == Type::bf16 ? as_float(bits << 16) : Block::from_half(bits);
+  });
 }
 
 // Drops that channel, and queues y at the end.
 template <class Block, class S>
 HD void push(Queue<S>& queue, int i, Type type, const float* y) {
   unrolled<16>([&](auto j) {
-    uint32_t* word = queue.word[16 * i + j];
-    constexpr int end = S::words - 1;
-    if (type == Type::f32) {
-      unrolled<end>([&](auto k) { word[k] = word[k + 1]; });
-      word[end] = as_bits(y[j]);
-    } else {
-      unrolled<end>([&](auto k) { word[k] = word[k] >> 16 | word[k + 1] << 16; });
-      const uint32_t bits = type == Type::bf16 ? to_bfloat16(y[j]) : Block::to_half(y[j]);
-      word[end] = word[end] >> 16 | bits << 16;
-    }
+    queue_up<S>(queue.word[16 * i + j], S::bytes == 4         ? as_bits(y[j])
+                                        : type == Type::bf16 ? to_bfloat16(y[j])
+                                                             : Block::to_half(y[j]));
   });
 }
 
@@ -131,65 +135,61 @@ struct Channels {
 // Whether rows of words can be read and written whole.
 template <class S>
 HD bool has_whole_rows(const View& view, int channels) {
-  const int64_t bytes = 4 * S::words, size = size_of(view.type);
-  return view.d == 1 && channels % S::channels_at_once(view.type) == 0 &&
-         reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && view.b * size % bytes == 0 &&
-         view.n * size % bytes == 0 && view.h * size % bytes == 0;
+  constexpr int bytes = 4 * S::words;
+  return view.d == 1 && channels % S::at_once == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && view.b * S::bytes % bytes == 0 &&
+         view.n * S::bytes % bytes == 0 && view.h * S::bytes % bytes == 0;
 }
 
-template <class Block, class S>
-HD void read(Block& block, const View& view, int channels, int steps, Channels at,
-             int thread, Queue<S>& queue) {
-  const bool whole = has_whole_rows<S>(view, channels);
-  if (at.count == 0) steps = 0;
-  const int64_t stride = size_of(view.type) * S::stride * view.n;
+// f(address, row) for each time step of a thread that there is; `channels` are its head's.
+template <class S, class Rows, class F>
+HD void each_row(const View& view, int steps, Channels at, int thread, Rows& queue, F f) {
+  if (at.count == 0) return;
+  const int64_t stride = S::bytes * S::stride * view.n;
   unrolled<S::subsequences>([&](auto i) {
     const int t = S::first_step(thread, i);
-    char* const first = view.address(at.b, t, at.h, at.c);
+    char* row = static_cast<char*>(view.data) +
+                S::bytes * (at.b * view.b + t * view.n + at.h * view.h + at.c * view.d);
     unrolled<16>([&](auto j) {
-      uint32_t* word = queue.word[16 * i + j];
-      unrolled<S::words>([&](auto k) { word[k] = 0; });
-      if (t + j * S::stride >= steps) return;
-      const char* from = first + j * stride;
-      if (whole) return block.template load<S::words>(from, word);
-      unrolled<S::words>([&](auto k) {
-        if (view.type == Type::f32) {
-          if (k < at.count) word[k] = block.load32(from + 4 * k * view.d);
-        } else {
-          if (2 * k < at.count) word[k] = block.load16(from + 4 * k * view.d);
-          if (2 * k + 1 < at.count)
-            word[k] |= block.load16(from + (4 * k + 2) * view.d) << 16;
-        }
-      });
+      if (t + j * S::stride < steps) f(row, queue.word[16 * i + j]);
+      row += stride;
     });
   });
 }
 
 template <class Block, class S>
-HD void write(Block& block, const View& view, int channels, int steps, Channels at,
-              int thread, const Queue<S>& queue) {
-  const bool whole = has_whole_rows<S>(view, channels);
-  if (at.count == 0) steps = 0;
-  const int64_t stride = size_of(view.type) * S::stride * view.n;
-  unrolled<S::subsequences>([&](auto i) {
-    const int t = S::first_step(thread, i);
-    char* const first = view.address(at.b, t, at.h, at.c);
-    unrolled<16>([&](auto j) {
-      const uint32_t* word = queue.word[16 * i + j];
-      if (t + j * S::stride >= steps) return;
-      char* to = first + j * stride;
-      if (whole) return block.template store<S::words>(to, word);
-      unrolled<S::words>([&](auto k) {
-        if (view.type == Type::f32) {
-          if (k < at.count) block.store32(to + 4 * k * view.d, word[k]);
-        } else {
-          if (2 * k < at.count) block.store16(to + 4 * k * view.d, word[k] & 0xffff);
-          if (2 * k + 1 < at.count)
-            block.store16(to + (4 * k + 2) * view.d, word[k] >> 16);
-        }
-      });
+HD void read(Block& block, const View& view, int channels, int steps, Channels at, int thread,
+             Queue<S>& queue) {
+  unrolled<S::rows>([&](auto i) { unrolled<S::words>([&](auto k) { queue.word[i][k] = 0; }); });
+  if (has_whole_rows<S>(view, channels)) {
+    each_row<S>(view, steps, at, thread, queue, [&](const char* from, uint32_t* row) {
+      block.template load<S::words>(from, row);
     });
-  });
+  } else {
+    ROLLED for (int c = 0; c < S::at_once; ++c)
+      each_row<S>(view, steps, at, block.again(thread), queue, [&](const char* from, uint32_t* row) {
+        queue_up<S>(row, c < at.count ? block.template load_one<S::bytes>(
+                                            from + c * S::bytes * view.d) : 0);
+      });
+  }
+}
+
+template <class Block, class S>
+HD void write(Block& block, const View& view, int channels, int steps, Channels at, int thread,
+              Queue<S>& queue) {
+  if (has_whole_rows<S>(view, channels)) {
+    each_row<S>(view, steps, at, thread, queue, [&](char* to, uint32_t* row) {
+      block.template store<S::words>(to, row);
+    });
+  } else {
+    // Of fewer channels than fit, all are at the end.
+    const int skipped = channels < S::at_once ? S::at_once - channels : 0;
+    ROLLED for (int c = -skipped; c < at.count; ++c)
+      each_row<S>(view, steps, at, block.again(thread), queue, [&](char* to, uint32_t* row) {
+        if (c >= 0) block.template store_one<S::bytes>(to + c * S::bytes * view.d, first_of<S>(row));
+        queue_up<S>(row, 0);
+      });
+  }
 }
 
 // ---- what the kernels have in common
@@ -262,11 +262,6 @@ struct Work {
     });
   }
 
-  // Channels 0 … channels - 1 of a queue went in and out: the first of them moves to the front.
-  HD void settle(Own<Queue<S>>& queue, Type type, int channels) {
-    for (int c = channels; c < S::channels_at_once(type); ++c) drop(queue, type);
-  }
-
   // The last stage alone, from points to `to`.
   HD void last(Shared to) {
     each_subsequence([&](int thread, int i) {
@@ -331,8 +326,7 @@ struct Spectra {
 
   // Blocks: kernels · groups of heads / teams.
   HD static int units(const FftConv& f) {
-    const int at_once = S::channels_at_once(f.kernel.type);
-    return f.kernels * ((f.heads + at_once - 1) / at_once);
+    return f.kernels * ((f.heads + S::at_once - 1) / S::at_once);
   }
 
   template <class Block>
@@ -340,19 +334,19 @@ struct Spectra {
     using W = Work<S, Block>;
     W work(block);
     const Type type = f.kernel.type;
-    const int at_once = S::channels_at_once(type), groups = (f.heads + at_once - 1) / at_once;
+    const int groups = (f.heads + S::at_once - 1) / S::at_once;
     auto at = [&](int thread) -> Channels {
       const int unit = block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
       if (unit >= units(f)) return {0, 0, 0, 0};
-      const int c = unit % groups * at_once;
-      return {unit / groups, 0, c, f.heads - c < at_once ? f.heads - c : at_once};
+      const int c = unit % groups * S::at_once;
+      return {unit / groups, 0, c, f.heads - c < S::at_once ? f.heads - c : S::at_once};
     };
     typename W::template Own<Queue<S>> queue(block);
     block.stretch([&](int thread) {
       work.tabulate(thread);
       read<Block, S>(block, f.kernel, f.heads, f.lags, at(thread), thread, queue.of(thread));
     });
-    for (int c = 0; c < at_once && c < f.heads; ++c) {
+    ROLLED for (int c = 0; c < S::at_once && c < f.heads; ++c) {
       work.forward(queue, type);
       if constexpr (S::r == 1) {
         block.stretch([&](int thread) {
@@ -386,18 +380,17 @@ struct Forward {
   static constexpr int shared = S::shared;
 
   HD static int groups(const FftConv& f) {
-    const int at_once = S::channels_at_once(f.x.type);
-    return (f.channels + at_once - 1) / at_once;
+    return (f.channels + S::at_once - 1) / S::at_once;
   }
 
   HD static int units(const FftConv& f) { return f.batch * f.heads * groups(f); }
 
   HD static Channels channels(const FftConv& f, int unit) {
     if (unit >= units(f)) return {0, 0, 0, 0};
-    const int at_once = S::channels_at_once(f.x.type), head = unit / groups(f),
-                  c = unit % groups(f) * at_once;
+    const int head = unit / groups(f),
+                  c = unit % groups(f) * S::at_once;
     return {head / f.heads, head % f.heads, c,
-            f.channels - c < at_once ? f.channels - c : at_once};
+            f.channels - c < S::at_once ? f.channels - c : S::at_once};
   }
 
   template <class Block>
@@ -417,8 +410,7 @@ struct Forward {
       work.tabulate(thread);
       read<Block, S>(block, f.x, f.channels, f.steps, at(thread), thread, queue.of(thread));
     });
-    const int count = f.channels < S::channels_at_once(type) ? f.channels : S::channels_at_once(type);
-    for (int c = 0; c < count; ++c) {
+    ROLLED for (int c = 0; c < S::at_once && c < f.channels; ++c) {
       work.forward(queue, type);
       if constexpr (S::r == 1) {
         block.stretch([&](int thread) {
@@ -449,7 +441,6 @@ struct Forward {
       }
       work.back(queue, type);
     }
-    work.settle(queue, type, f.channels);
     block.own([&](int thread) {
       write<Block, S>(block, f.out, f.channels, f.steps, at(thread), thread, queue.of(thread));
     });
@@ -469,19 +460,18 @@ struct Backward {
     using W = Work<S, Block>;
     W work(block);
     const Type type = f.x.type;
-    const int at_once = S::channels_at_once(type),
-                  groups = (f.channels + at_once - 1) / at_once,
+    const int groups = (f.channels + S::at_once - 1) / S::at_once,
                   share = (groups + f.parts - 1) / f.parts;
     auto unit = [&](int thread) {
       const int own = block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
       return own < units(f) ? own : -1;
     };
     auto at = [&](int thread, int group) -> Channels {
-      const int own = unit(thread), c = (own % f.parts * share + group) * at_once;
+      const int own = unit(thread), c = (own % f.parts * share + group) * S::at_once;
       if (own < 0 || c >= f.channels) return {0, 0, 0, 0};
       const int head = own / f.parts;
       return {head / f.heads, head % f.heads, c,
-              f.channels - c < at_once ? f.channels - c : at_once};
+              f.channels - c < S::at_once ? f.channels - c : S::at_once};
     };
     auto spectrum = [&](int thread) {
       const int own = unit(thread) < 0 ? 0 : unit(thread), head = own / f.parts;
@@ -490,13 +480,13 @@ struct Backward {
     auto sums = [&](int thread) { return f.sums + int64_t{unit(thread)} * S::length; };
     typename W::template Own<Queue<S>> x(block), grad(block);
     block.stretch([&](int thread) { work.tabulate(thread); });
-    for (int group = 0; group < share; ++group) {
+    ROLLED for (int group = 0; group < share; ++group) {
       block.own([&](int thread) {
         read<Block, S>(block, f.x, f.channels, f.steps, at(thread, group), thread, x.of(thread));
         read<Block, S>(block, f.grad, f.channels, f.steps, at(thread, group), thread,
                        grad.of(thread));
       });
-      for (int c = 0; c < at_once && c < f.channels; ++c) {
+      ROLLED for (int c = 0; c < S::at_once && c < f.channels; ++c) {
         const bool fresh = group == 0 && c == 0;
         work.forward(x, type);
         work.drop(x, type);
@@ -570,8 +560,7 @@ struct Backward {
         }
         work.back(grad, type);
       }
-      work.settle(grad, type, f.channels);
-      block.own([&](int thread) {
+        block.own([&](int thread) {
         write<Block, S>(block, f.out, f.channels, f.steps, at(thread, group), thread,
                         grad.of(thread));
       });
@@ -586,8 +575,7 @@ struct Lags {
   static constexpr int shared = S::shared;
 
   HD static int units(const FftConv& f) {
-    const int at_once = S::channels_at_once(f.grad_kernel.type);
-    return f.kernels * ((f.heads + at_once - 1) / at_once);
+    return f.kernels * ((f.heads + S::at_once - 1) / S::at_once);
   }
 
   template <class Block>
@@ -595,12 +583,12 @@ struct Lags {
     using W = Work<S, Block>;
     W work(block);
     const Type type = f.grad_kernel.type;
-    const int at_once = S::channels_at_once(type), groups = (f.heads + at_once - 1) / at_once;
+    const int groups = (f.heads + S::at_once - 1) / S::at_once;
     auto at = [&](int thread) -> Channels {
       const int unit = block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
       if (unit >= units(f)) return {0, 0, 0, 0};
-      const int c = unit % groups * at_once;
-      return {unit / groups, 0, c, f.heads - c < at_once ? f.heads - c : at_once};
+      const int c = unit % groups * S::at_once;
+      return {unit / groups, 0, c, f.heads - c < S::at_once ? f.heads - c : S::at_once};
     };
     typename W::template Own<Queue<S>> queue(block);
     block.stretch([&](int thread) {
@@ -609,7 +597,7 @@ struct Lags {
         unrolled<S::words>([&](auto k) { queue.of(thread).word[i][k] = 0; });
       });
     });
-    for (int c = 0; c < at_once && c < f.heads; ++c) {
+    ROLLED for (int c = 0; c < S::at_once && c < f.heads; ++c) {
       // f(sums) for each part of each sample whose kernel this is.
       auto each_part = [&](Channels mine, auto&& add) {
         const int samples = f.kernels == 1 ? f.batch : 1;
@@ -648,7 +636,6 @@ struct Lags {
       work.back(queue, type);
       block.stretch([](int) {});  // the next channel's last stage writes other places
     }
-    work.settle(queue, type, f.heads);
     block.own([&](int thread) {
       write<Block, S>(block, f.grad_kernel, f.heads, f.lags, at(thread), thread,
                       queue.of(thread));
@@ -673,25 +660,31 @@ inline int length_for(int64_t n, int64_t shared) {
 
 // f(the Shape for sequences of `length`). Kernels and their gradients are few, and go one by
 // one; backward two sequences are in a block's hands.
-template <Kernel kernel, class F>
+template <Kernel kernel, int bytes, class F>
 auto with_shape(int length, int64_t shared, F f) {
   constexpr bool two = kernel == Kernel::backward, wide = kernel == Kernel::forward;
   constexpr int words = wide ? 4 : two ? 2 : 1;
   switch (length) {
-    case 256: return f(Shape<256, 1, 1, words>{});
-    case 512: return f(Shape<512, 1, 1, words>{});
-    case 1024: return f(Shape<1024, 1, 1, words>{});
-    case 2048: return f(Shape<2048, 1, 1, words>{});
-    case 4096: return f(Shape<4096, 1, 1, words>{});
+    case 256: return f(Shape<bytes, 256, 1, 1, words>{});
+    case 512: return f(Shape<bytes, 512, 1, 1, words>{});
+    case 1024: return f(Shape<bytes, 1024, 1, 1, words>{});
+    case 2048: return f(Shape<bytes, 2048, 1, 1, words>{});
+    case 4096: return f(Shape<bytes, 4096, 1, 1, words>{});
     case 8192:
       if constexpr (two) {
-        if (shared >= kRoomy) return f(Shape<4096, 2, 2, 2>{});
-        return f(Shape<4096, 2, 1, 1, false>{});
+        if (shared >= kRoomy) return f(Shape<bytes, 4096, 2, 2, 2>{});
+        return f(Shape<bytes, 4096, 2, 1, 1, false>{});
       } else {
-        return f(Shape<4096, 2, 1, wide ? 2 : 1>{});
+        return f(Shape<bytes, 4096, 2, 1, wide ? 2 : 1>{});
       }
-    default: return f(Shape<4096, 4, 2, wide ? 2 : 1, !two>{});
+    default: return f(Shape<bytes, 4096, 4, 2, wide ? 2 : 1, !two>{});
   }
+}
+
+template <Kernel kernel, class F>
+auto with_shape(Type type, int length, int64_t shared, F f) {
+  return type == Type::f32 ? with_shape<kernel, 4>(length, shared, f)
+                           : with_shape<kernel, 2>(length, shared, f);
 }
 
 // f(the kernel, its shape, how many blocks)
@@ -702,19 +695,19 @@ void with_kernel(Kernel kernel, int length, int64_t shared, const FftConv& args,
   };
   switch (kernel) {
     case Kernel::spectra:
-      return with_shape<Kernel::spectra>(length, shared, [&](auto shape) {
+      return with_shape<Kernel::spectra>(args.kernel.type, length, shared, [&](auto shape) {
         call(Spectra<decltype(shape)>{}, shape);
       });
     case Kernel::forward:
-      return with_shape<Kernel::forward>(length, shared, [&](auto shape) {
+      return with_shape<Kernel::forward>(args.x.type, length, shared, [&](auto shape) {
         call(Forward<decltype(shape)>{}, shape);
       });
     case Kernel::backward:
-      return with_shape<Kernel::backward>(length, shared, [&](auto shape) {
+      return with_shape<Kernel::backward>(args.x.type, length, shared, [&](auto shape) {
         call(Backward<decltype(shape)>{}, shape);
       });
     case Kernel::lags:
-      return with_shape<Kernel::lags>(length, shared, [&](auto shape) {
+      return with_shape<Kernel::lags>(args.grad_kernel.type, length, shared, [&](auto shape) {
         call(Lags<decltype(shape)>{}, shape);
       });
   }

@@ -19,8 +19,10 @@
 
 #ifdef __CUDACC__
 #define HD __host__ __device__ __forceinline__
+#define ROLLED _Pragma("unroll 1")
 #else
 #define HD inline
+#define ROLLED
 #endif
 
 namespace fastmix::cuda {

@@ -50,6 +50,7 @@ struct Block {
       : number(number), threads(threads), memory(bytes / 8, Complex{NAN, NAN}), accesses(threads) {}
 
   int index() const { return number; }
+  int again(int same) const { return same; }
   Shared shared(int from) { return {this, from}; }
 
   Complex& visit(int place, bool written) {
@@ -133,10 +134,14 @@ struct Block {
     memcpy(to, &v, sizeof v);
     count("store", sizeof v);
   }
-  uint32_t load32(const void* from) { return read_one<uint32_t>(from); }
-  uint32_t load16(const void* from) { return read_one<uint16_t>(from); }
-  void store32(void* to, uint32_t v) { write_one<uint32_t>(to, v); }
-  void store16(void* to, uint32_t v) { write_one<uint16_t>(to, v); }
+  template <int bytes>
+  uint32_t load_one(const void* from) {
+    return read_one<std::conditional_t<bytes == 4, uint32_t, uint16_t>>(from);
+  }
+  template <int bytes>
+  void store_one(void* to, uint32_t bits) {
+    write_one(to, static_cast<std::conditional_t<bytes == 4, uint32_t, uint16_t>>(bits));
+  }
   Complex load_complex(const Complex* from) { return read_one<Complex>(from); }
   void store_complex(Complex* to, Complex v) { write_one(to, v); }
   struct alignas(16) Pair { Complex of[2]; };
