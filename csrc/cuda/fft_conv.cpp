@@ -77,15 +77,16 @@ struct Call {
       aoti_torch_get_current_cuda_stream(index, &stream);
   }
 
-  void run(Kernel kernel) {
-    const char* error = launch(kernel, length, f, index, stream);
+  template <Kernel kernel>
+  void run() {
+    const char* error = launch<kernel>(length, f, index, stream);
     STD_TORCH_CHECK(error == nullptr, "fft_conv on CUDA: ", error);
   }
 
   Tensor spectra(const Tensor& x) {
     Tensor made = scratch(x, int64_t{f.kernels} * f.heads * (2 * r - 1) * (length / r));
     f.spectra = data(made);
-    run(Kernel::spectra);
+    run<Kernel::spectra>();
     return made;
   }
 };
@@ -96,7 +97,7 @@ Tensor fft_conv(Tensor x, Tensor kernel) {
   Call call(x, kernel);
   call.f.out = view(out);
   const Tensor spectra = call.spectra(x);
-  call.run(Kernel::forward);
+  call.run<Kernel::forward>();
   return out;
 }
 
@@ -123,8 +124,8 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
                spectra_of_x = scratch(x, kept);
   f.sums = data(sums);
   f.kept = data(spectra_of_x);
-  call.run(Kernel::backward);
-  call.run(Kernel::lags);
+  call.run<Kernel::backward>();
+  call.run<Kernel::lags>();
   return {grad_x, grad_kernel};
 }
 

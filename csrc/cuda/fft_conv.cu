@@ -117,22 +117,18 @@ __global__ void __launch_bounds__(S::threads, 512 / S::threads) kernel(const __g
 
 }  // namespace
 
-Device device(int index) {
-  int shared = 0, multiprocessors = 0;
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  return {shared, multiprocessors};
-}
-
-const char* launch(Kernel which, int length, const FftConv& args, int index, void* stream) {
+#ifdef FASTMIX_KERNEL  // one of the kernels is compiled at a time, side by side
+template <Kernel which>
+const char* launch(int length, const FftConv& args, int index, void* stream) {
   int before = 0;
   cudaGetDevice(&before);
   if (before != index) cudaSetDevice(index);
   cudaError_t error = cudaSuccess;
-  with_kernel(which, length, device(index).shared, args, [&](auto k, auto shape, int blocks) {
+  with_kernel<which>(length, device(index).shared, args, [&](auto k, auto shape, int blocks) {
     using K = decltype(k);
     using S = decltype(shape);
-    error = cudaFuncSetAttribute(kernel<K, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, K::shared);
+    error = cudaFuncSetAttribute(kernel<K, S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 K::shared);
     if (error != cudaSuccess || blocks == 0) return;
     kernel<K, S><<<blocks, S::threads, K::shared, static_cast<cudaStream_t>(stream)>>>(args);
     error = cudaGetLastError();
@@ -140,5 +136,15 @@ const char* launch(Kernel which, int length, const FftConv& args, int index, voi
   if (before != index) cudaSetDevice(before);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+
+template const char* launch<Kernel::FASTMIX_KERNEL>(int, const FftConv&, int, void*);
+#else
+Device device(int index) {
+  int shared = 0, multiprocessors = 0;
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  return {shared, multiprocessors};
+}
+#endif
 
 }  // namespace fastmix::cuda

@@ -127,6 +127,20 @@ HD void push(Queue<S>& queue, int i, Type type, const float* y) {
   });
 }
 
+// A single number of any type.
+template <class Block>
+HD float number(Block& block, Type type, const char* from) {
+  if (type == Type::f32) return as_float(block.template load_one<4>(from));
+  const uint32_t bits = block.template load_one<2>(from);
+  return type == Type::bf16 ? as_float(bits << 16) : Block::from_half(bits);
+}
+
+template <class Block>
+HD void put_number(Block& block, Type type, char* to, float x) {
+  if (type == Type::f32) return block.template store_one<4>(to, as_bits(x));
+  block.template store_one<2>(to, type == Type::bf16 ? to_bfloat16(x) : Block::to_half(x));
+}
+
 // Some neighbouring channels of a head: what a slot of threads reads and writes at once.
 struct Channels {
   int b, h, c, count;  // count 0: nothing to do
@@ -225,11 +239,12 @@ struct Work {
     block.stretch([&](int thread) { unrolled<S::subsequences>([&](auto i) { f(thread, i); }); });
   }
 
-  // Transforms the first channel of `queue` up to the last stage.
-  HD void forward(Own<Queue<S>>& queue, Type type) {
+  // Transforms what get(thread, i, x) says is in sixteen time steps, up to the last stage.
+  template <class F>
+  HD void forward(F get) {
     each_subsequence([&](int thread, int i) {
       float x[16];
-      peek<Block>(queue.of(thread), i, type, x);
+      get(thread, i, x);
       Stages::first(x, of(points, thread, i), table, thread % S::slot);
     });
     if (Stages::R > 1)
@@ -238,8 +253,9 @@ struct Work {
       });
   }
 
-  // And back from there, into the end of `queue`.
-  HD void back(Own<Queue<S>>& queue, Type type) {
+  // And back from there: put(thread, i, y).
+  template <class F>
+  HD void back(F put) {
     if (Stages::R > 1)
       each_subsequence([&](int thread, int i) {
         Stages::second_back(of(points, thread, i), table, thread % S::slot);
@@ -249,9 +265,17 @@ struct Work {
       unrolled<S::subsequences>([&](auto i) {
         float y[16];
         Stages::first_back(y, of(points, thread, i), table, thread % S::slot);
-        push<Block>(queue.of(thread), i, type, y);
+        put(thread, i, y);
       });
     });
+  }
+
+  // From the front of a queue, and into its end.
+  HD void forward(Own<Queue<S>>& queue, Type type) {
+    forward([&](int thread, int i, float* x) { peek<Block>(queue.of(thread), i, type, x); });
+  }
+  HD void back(Own<Queue<S>>& queue, Type type) {
+    back([&](int thread, int i, const float* y) { push<Block>(queue.of(thread), i, type, y); });
   }
 
   // Drops the first channel of `queue`: nothing takes its place.
@@ -318,59 +342,60 @@ struct Work {
 
 // ---- the kernels
 
+// The kernel that a slot of threads transforms: the index-th of all heads of all kernels.
+template <class S>
+HD int kernel_of(const FftConv& f, int block, int thread) {
+  const int unit = block * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
+  return unit < f.kernels * f.heads ? unit : -1;
+}
+
+// Where lag t of it lies.
+HD char* lag(const View& view, int heads, int kernel, int t) {
+  return static_cast<char*>(view.data) +
+         (view.type == Type::f32 ? 4 : 2) *
+             (kernel / heads * view.b + t * view.n + kernel % heads * view.d);
+}
+
 // Spectra of kernels, as the others read them: for r = 1 values in pairs of all threads
 // together; else the r values of a point, and the last r - 1 of them times u as well.
 template <class S>
 struct Spectra {
   static constexpr int shared = S::shared;
 
-  // Blocks: kernels · groups of heads / teams.
-  HD static int units(const FftConv& f) {
-    return f.kernels * ((f.heads + S::at_once - 1) / S::at_once);
-  }
+  HD static int units(const FftConv& f) { return f.kernels * f.heads; }
 
   template <class Block>
   HD static void run(Block& block, const FftConv& f) {
     using W = Work<S, Block>;
     W work(block);
-    const Type type = f.kernel.type;
-    const int groups = (f.heads + S::at_once - 1) / S::at_once;
-    auto at = [&](int thread) -> Channels {
-      const int unit = block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
-      if (unit >= units(f)) return {0, 0, 0, 0};
-      const int c = unit % groups * S::at_once;
-      return {unit / groups, 0, c, f.heads - c < S::at_once ? f.heads - c : S::at_once};
-    };
-    typename W::template Own<Queue<S>> queue(block);
-    block.stretch([&](int thread) {
-      work.tabulate(thread);
-      read<Block, S>(block, f.kernel, f.heads, f.lags, at(thread), thread, queue.of(thread));
+    block.stretch([&](int thread) { work.tabulate(thread); });
+    work.forward([&](int thread, int i, float* x) {
+      const int kernel = kernel_of<S>(f, block.index(), thread);
+      const int steps = kernel < 0 ? 0 : f.lags, first = S::first_step(thread, i);
+      unrolled<16>([&](auto j) {
+        const int t = first + j * S::stride;
+        x[j] = t < steps ? number<Block>(block, f.kernel.type, lag(f.kernel, f.heads, kernel, t)) : 0;
+      });
     });
-    ROLLED for (int c = 0; c < S::at_once && c < f.heads; ++c) {
-      work.forward(queue, type);
-      if constexpr (S::r == 1) {
-        block.stretch([&](int thread) {
-          const Channels mine = at(thread);
-          Complex* to = f.spectra + int64_t{mine.b * f.heads + mine.c + c} * S::M;
-          work.third_in(thread, [&](auto i, Complex* v) {
-            if (c < mine.count) block.store_pair(to + W::pair(thread, i / 2), v);
-          });
+    if constexpr (S::r == 1) {
+      block.stretch([&](int thread) {
+        const int kernel = kernel_of<S>(f, block.index(), thread);
+        Complex* to = f.spectra + int64_t{kernel} * S::M;
+        work.third_in(thread, [&](auto i, Complex* v) {
+          if (kernel >= 0) block.store_pair(to + W::pair(thread, i / 2), v);
         });
-      } else {
-        work.last(work.points);
-        const Channels mine = at(0);
-        Complex* to = f.spectra + int64_t{mine.b * f.heads + mine.c + c} * (2 * S::r - 1) * S::M;
-        work.each_leaf([&](int place) {
-          if (c >= mine.count) return;
-          const Complex u = S::Stages::point(place);
-          unrolled<S::r>([&](auto e) {
-            const Complex k = work.points.get(W::leaf(place, e));
-            block.store_complex(to + (S::r - 1 + e) * S::M + place, k);
-            if (e > 0) block.store_complex(to + (e - 1) * S::M + place, u * k);
-          });
+      });
+    } else {
+      work.last(work.points);
+      Complex* to = f.spectra + int64_t{block.index()} * (2 * S::r - 1) * S::M;
+      work.each_leaf([&](int place) {
+        const Complex u = S::Stages::point(place);
+        unrolled<S::r>([&](auto e) {
+          const Complex k = work.points.get(W::leaf(place, e));
+          block.store_complex(to + (S::r - 1 + e) * S::M + place, k);
+          if (e > 0) block.store_complex(to + (e - 1) * S::M + place, u * k);
         });
-      }
-      work.drop(queue, type);
+      });
     }
   }
 };
@@ -574,71 +599,53 @@ template <class S>
 struct Lags {
   static constexpr int shared = S::shared;
 
-  HD static int units(const FftConv& f) {
-    return f.kernels * ((f.heads + S::at_once - 1) / S::at_once);
-  }
+  HD static int units(const FftConv& f) { return f.kernels * f.heads; }
 
   template <class Block>
   HD static void run(Block& block, const FftConv& f) {
     using W = Work<S, Block>;
     W work(block);
-    const Type type = f.grad_kernel.type;
-    const int groups = (f.heads + S::at_once - 1) / S::at_once;
-    auto at = [&](int thread) -> Channels {
-      const int unit = block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
-      if (unit >= units(f)) return {0, 0, 0, 0};
-      const int c = unit % groups * S::at_once;
-      return {unit / groups, 0, c, f.heads - c < S::at_once ? f.heads - c : S::at_once};
+    block.stretch([&](int thread) { work.tabulate(thread); });
+    // add(sums) for each part of each sample whose kernel this is.
+    auto each_part = [&](int kernel, auto&& add) {
+      const int samples = kernel < 0 ? 0 : f.kernels == 1 ? f.batch : 1;
+      for (int b = 0; b < samples; ++b)
+        for (int part = 0; part < f.parts; ++part)
+          add(f.sums + int64_t{(b * f.heads + kernel) * f.parts + part} * S::length);
     };
-    typename W::template Own<Queue<S>> queue(block);
-    block.stretch([&](int thread) {
-      work.tabulate(thread);
-      unrolled<S::rows>([&](auto i) {
-        unrolled<S::words>([&](auto k) { queue.of(thread).word[i][k] = 0; });
-      });
-    });
-    ROLLED for (int c = 0; c < S::at_once && c < f.heads; ++c) {
-      // f(sums) for each part of each sample whose kernel this is.
-      auto each_part = [&](Channels mine, auto&& add) {
-        const int samples = f.kernels == 1 ? f.batch : 1;
-        for (int b = 0; b < samples; ++b)
-          for (int part = 0; part < f.parts; ++part)
-            add(f.sums +
-                int64_t{((mine.b + b) * f.heads + mine.c + c) * f.parts + part} * S::length);
-      };
-      if constexpr (S::r == 1) {
-        block.stretch([&](int thread) {
-          const Channels mine = at(thread);
-          work.third_back(thread, [&](auto i, Complex* v) {
-            v[0] = v[1] = {0, 0};
-            if (c < mine.count)
-              each_part(mine, [&](const Complex* from) {
-                Complex part[2];
-                block.load_pair(from + W::pair(thread, i / 2), part);
-                v[0] = v[0] + part[0];
-                v[1] = v[1] + part[1];
-              });
+    if constexpr (S::r == 1) {
+      block.stretch([&](int thread) {
+        const int kernel = kernel_of<S>(f, block.index(), thread);
+        work.third_back(thread, [&](auto i, Complex* v) {
+          v[0] = v[1] = {0, 0};
+          each_part(kernel, [&](const Complex* from) {
+            Complex part[2];
+            block.load_pair(from + W::pair(thread, i / 2), part);
+            v[0] = v[0] + part[0];
+            v[1] = v[1] + part[1];
           });
         });
-      } else {
-        work.each_leaf([&](int place) {
-          Complex v[S::r] = {};
-          if (c < at(0).count)
-            each_part(at(0), [&](const Complex* from) {
-              unrolled<S::r>([&](auto e) {
-                v[e] = v[e] + block.load_complex(from + e * S::M + place);
-              });
-            });
-          unrolled<S::r>([&](auto e) { work.points.put(W::leaf(place, e), v[e]); });
+      });
+    } else {
+      work.each_leaf([&](int place) {
+        Complex v[S::r] = {};
+        each_part(block.index(), [&](const Complex* from) {
+          unrolled<S::r>([&](auto e) {
+            v[e] = v[e] + block.load_complex(from + e * S::M + place);
+          });
         });
-        work.last_back();
-      }
-      work.back(queue, type);
-      block.stretch([](int) {});  // the next channel's last stage writes other places
+        unrolled<S::r>([&](auto e) { work.points.put(W::leaf(place, e), v[e]); });
+      });
+      work.last_back();
     }
-    block.own([&](int thread) {
-      write<Block, S>(block, f.grad_kernel, f.heads, f.lags, at(thread), thread,
-                      queue.of(thread));
+    work.back([&](int thread, int i, const float* y) {
+      const int kernel = kernel_of<S>(f, block.index(), thread);
+      const int steps = kernel < 0 ? 0 : f.lags, first = S::first_step(thread, i);
+      unrolled<16>([&](auto j) {
+        const int t = first + j * S::stride;
+        if (t < steps)
+          put_number<Block>(block, f.grad_kernel.type, lag(f.grad_kernel, f.heads, kernel, t), y[j]);
+      });
     });
   }
 };
@@ -659,7 +666,7 @@ inline int length_for(int64_t n, int64_t shared) {
 }
 
 // f(the Shape for sequences of `length`). Kernels and their gradients are few, and go one by
-// one; backward two sequences are in a block's hands.
+// one, as float32; backward two sequences are in a block's hands.
 template <Kernel kernel, int bytes, class F>
 auto with_shape(int length, int64_t shared, F f) {
   constexpr bool two = kernel == Kernel::backward, wide = kernel == Kernel::forward;
@@ -683,34 +690,26 @@ auto with_shape(int length, int64_t shared, F f) {
 
 template <Kernel kernel, class F>
 auto with_shape(Type type, int length, int64_t shared, F f) {
-  return type == Type::f32 ? with_shape<kernel, 4>(length, shared, f)
-                           : with_shape<kernel, 2>(length, shared, f);
+  constexpr bool one = kernel == Kernel::spectra || kernel == Kernel::lags;
+  if constexpr (one)
+    return with_shape<kernel, 4>(length, shared, f);
+  else if (type == Type::f32)
+    return with_shape<kernel, 4>(length, shared, f);
+  else
+    return with_shape<kernel, 2>(length, shared, f);
 }
 
 // f(the kernel, its shape, how many blocks)
-template <class F>
-void with_kernel(Kernel kernel, int length, int64_t shared, const FftConv& args, F f) {
-  auto call = [&](auto k, auto shape) {
-    f(k, shape, (k.units(args) + shape.teams - 1) / shape.teams);
-  };
-  switch (kernel) {
-    case Kernel::spectra:
-      return with_shape<Kernel::spectra>(args.kernel.type, length, shared, [&](auto shape) {
-        call(Spectra<decltype(shape)>{}, shape);
-      });
-    case Kernel::forward:
-      return with_shape<Kernel::forward>(args.x.type, length, shared, [&](auto shape) {
-        call(Forward<decltype(shape)>{}, shape);
-      });
-    case Kernel::backward:
-      return with_shape<Kernel::backward>(args.x.type, length, shared, [&](auto shape) {
-        call(Backward<decltype(shape)>{}, shape);
-      });
-    case Kernel::lags:
-      return with_shape<Kernel::lags>(args.grad_kernel.type, length, shared, [&](auto shape) {
-        call(Lags<decltype(shape)>{}, shape);
-      });
-  }
+template <Kernel kernel, class F>
+void with_kernel(int length, int64_t shared, const FftConv& args, F f) {
+  with_shape<kernel>(args.x.type, length, shared, [&](auto shape) {
+    using S = decltype(shape);
+    auto call = [&](auto k) { f(k, shape, (k.units(args) + S::teams - 1) / S::teams); };
+    if constexpr (kernel == Kernel::spectra) call(Spectra<S>{});
+    if constexpr (kernel == Kernel::forward) call(Forward<S>{});
+    if constexpr (kernel == Kernel::backward) call(Backward<S>{});
+    if constexpr (kernel == Kernel::lags) call(Lags<S>{});
+  });
 }
 
 }  // namespace fastmix::cuda

@@ -14,6 +14,7 @@ struct Device {
 Device device(int index);
 
 // Queues a kernel; what went wrong, or nullptr.
-const char* launch(Kernel kernel, int length, const FftConv& args, int device, void* stream);
+template <Kernel kernel>
+const char* launch(int length, const FftConv& args, int device, void* stream);
 
 }  // namespace fastmix::cuda

@@ -179,8 +179,9 @@ struct Block {
 
 Device device(int) { return {pretended_shared, 4}; }
 
-const char* launch(Kernel which, int length, const FftConv& args, int, void*) {
-  with_kernel(which, length, pretended_shared, args, [&](auto k, auto shape, int blocks) {
+template <Kernel which>
+const char* launch(int length, const FftConv& args, int, void*) {
+  with_kernel<which>(length, pretended_shared, args, [&](auto k, auto shape, int blocks) {
     for (int i = 0; i < blocks; ++i) {
       Block block(i, shape.threads, k.shared);
       k.run(block, args);
@@ -190,6 +191,11 @@ const char* launch(Kernel which, int length, const FftConv& args, int, void*) {
   });
   return counts.error.empty() ? nullptr : counts.error.c_str();
 }
+
+template const char* launch<Kernel::spectra>(int, const FftConv&, int, void*);
+template const char* launch<Kernel::forward>(int, const FftConv&, int, void*);
+template const char* launch<Kernel::backward>(int, const FftConv&, int, void*);
+template const char* launch<Kernel::lags>(int, const FftConv&, int, void*);
 
 }  // namespace fastmix::cuda
 
