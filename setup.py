@@ -21,8 +21,11 @@ class BuildWithLibrary(build_py):
     def run(self):
         super().run()
         if ahead and not self.editable_mode:  # a checkout's sources may still change
-            target = Path(self.build_lib) / "fastmix" / f"_native-{build['fingerprint']()}.so"
-            build["build"](target, Path(torch.origin).parent, build["show_progress"])
+            folder = Path(torch.origin).parent
+            cuda = build["torch_has_cuda"](folder) and build["cuda_compiler"]() is not None
+            name = f"_native{'-cuda' if cuda else ''}-{build['fingerprint']()}.so"
+            build["build"](Path(self.build_lib) / "fastmix" / name, folder, build["show_progress"],
+                           cuda=build["cuda_code"]() if cuda else ())
 
 
 class Platform(Distribution):

@@ -19,6 +19,11 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
 # LibTorch's stable ABI as of 2.10: the library runs on every later torch.
 REGISTRATION = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 KERNELS = ["-fno-exceptions"]
+# The CUDA half: these machines' own code, and PTX for those to come.
+CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden",
+              "-diag-suppress=177"]
+CUDA_TARGETS = ("80", "86", "89", "90", "100")
+CUDA_PARTS = ("spectra", "forward", "backward", "lags", "device")  # compiled side by side
 # One build of the kernels for each; the best one that the machine has is chosen at run time.
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -34,6 +39,23 @@ def compiler():
     return shutil.which(named) if named else shutil.which("c++") or shutil.which("g++")
 
 
+def cuda_compiler():
+    """nvcc's command, or None."""
+    named = os.environ.get("CUDACXX")
+    beside = shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return shutil.which(named) if named else shutil.which("nvcc") or beside
+
+
+def cuda_code(targets=CUDA_TARGETS, ptx=True):
+    """nvcc's flags for machine code of compute capabilities, and PTX for those to come."""
+    code = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
+    return code + [f"-gencode=arch=compute_{t},code=compute_{t}" for t in targets[-1:] if ptx]
+
+
+def torch_has_cuda(torch_folder):
+    return any((Path(torch_folder) / "lib").glob("*torch_cuda.*"))
+
+
 def sources():
     """csrc/: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
@@ -44,50 +66,66 @@ def sources():
 @functools.cache
 def fingerprint():
     """A hash of all that the library is made from, torch's headers aside: they are stable."""
-    seen = hashlib.sha256(repr((FLAGS, REGISTRATION, KERNELS, INSTRUCTION_SETS)).encode())
-    for file in sorted(sources().glob("cpu/*")):
+    seen = hashlib.sha256(repr((FLAGS, REGISTRATION, KERNELS, INSTRUCTION_SETS, CUDA_FLAGS,
+                                CUDA_TARGETS)).encode())
+    for file in sorted(sources().glob("c*/*")):
         seen.update(file.name.encode() + b"\0" + file.read_bytes())
     return seen.hexdigest()[:16]
 
 
-def compiled_name():
-    """A library's file name in a cache: of these sources and, if there is one, this compiler."""
+def compiled_name(part="cpu", cuda=()):
+    """A library's file name in a cache: of these sources, of `cuda` (see build) and, if there
+    is one, this compiler."""
     found = compiler()
     if found is None:
-        return f"native-{fingerprint()}-*.so"
-    seen = os.stat(os.path.realpath(found))
-    identity = repr((os.path.realpath(found), seen.st_size, seen.st_mtime_ns))
-    return f"native-{fingerprint()}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.so"
+        return f"{part}-{fingerprint()}-*.so"
+    identity = [*cuda]
+    for tool in map(os.path.realpath, filter(None, (found, cuda and cuda_compiler()))):
+        seen = os.stat(tool)
+        identity.append((tool, seen.st_size, seen.st_mtime_ns))
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()
+    return f"{part}-{fingerprint()}-{digest[:8]}.so"
 
 
-def build(target, torch_folder, progress=lambda done, of: None, more_flags=()):
-    """Compiles everything and puts the library at `target`, whole or not at all.
+def build(target, torch_folder, progress=lambda done, of: None, more_flags=(), cpu=True, cuda=()):
+    """Compiles the kernels for CPUs, for GPUs if there are flags for them in `cuda` (of
+    cuda_code), or both, and puts the library at `target`, whole or not at all.
 
     Raises RuntimeError with what the compiler said.
     """
-    command = compiler()
+    command, nvcc = compiler(), cuda_compiler()
     if command is None:
         raise RuntimeError("no C++ compiler was found (c++, g++ or $CXX)")
-    include = ["-isystem", str(Path(torch_folder) / "include")]
+    if cuda and nvcc is None:
+        raise RuntimeError("no nvcc was found (PATH, /usr/local/cuda or $CUDACXX)")
+    registration = [*REGISTRATION, "-isystem", str(Path(torch_folder) / "include")]
+    jobs = {}  # object file: command
+    for file in sorted(sources().glob("cuda/*")) if cuda else []:
+        if file.suffix == ".cpp":
+            jobs[f"{file.stem}.cuda.o"] = [command, *FLAGS, *registration, "-c", str(file)]
+        for part in CUDA_PARTS if file.suffix == ".cu" else ():
+            which = [] if part == "device" else [f"-DFASTMIX_KERNEL={part}"]
+            jobs[f"{file.stem}.{part}.o"] = [nvcc, *CUDA_FLAGS, "-ccbin", command, *cuda, *which,
+                                             "-c", str(file)]
+    for file in sorted(sources().glob("cpu/*.cpp")) if cpu else []:
+        parts = {"registration": registration}
+        if "FASTMIX_CPU" in file.read_text():
+            parts |= {name: [*KERNELS, *flags, f"-DFASTMIX_CPU={name}"]
+                      for name, flags in INSTRUCTION_SETS.items()}
+        for part, flags in parts.items():
+            jobs[f"{file.stem}.{part}.o"] = [command, *FLAGS, *flags, *more_flags, "-c", str(file)]
+    link = ([nvcc, "-ccbin", command, "-cudart=static", "-Xlinker=--no-as-needed"] if cuda
+            else [command, *more_flags, "-Wl,--no-as-needed"])
     with tempfile.TemporaryDirectory(dir=Path(target).parent, prefix=".building-") as folder:
-        jobs = []
-        for file in sorted(sources().glob("cpu/*.cpp")):
-            parts = {"registration": [*REGISTRATION, *include]}
-            if "FASTMIX_CPU" in file.read_text():
-                parts |= {name: [*KERNELS, *flags, f"-DFASTMIX_CPU={name}"]
-                          for name, flags in INSTRUCTION_SETS.items()}
-            for part, flags in parts.items():
-                made = Path(folder) / f"{file.stem}.{part}.o"
-                jobs.append((made, [command, *FLAGS, *flags, *more_flags, "-c", str(file)]))
         library = Path(folder) / "library"
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            running = [pool.submit(_run, [*line, "-o", str(o)]) for o, line in jobs]
+            running = [pool.submit(_run, [*line, "-o", str(Path(folder) / made)])
+                       for made, line in jobs.items()]
             for done, job in enumerate(concurrent.futures.as_completed(running), 1):
                 job.result()
                 progress(done, len(jobs))
-        _run([command, *more_flags, "-shared", "-o", str(library), *(str(o) for o, _ in jobs),
-              "-L", str(Path(torch_folder) / "lib"), "-Wl,--no-as-needed", "-ltorch",
-              "-ltorch_cpu"])
+        _run([*link, "-shared", "-o", str(library), *(str(Path(folder) / made) for made in jobs),
+              "-L", str(Path(torch_folder) / "lib"), "-ltorch", "-ltorch_cpu"])
         os.replace(library, target)
 
 
@@ -100,7 +138,7 @@ def _run(command):
 def show_progress(done, of):
     """On a terminal one line that counts; elsewhere its first and last state."""
     if sys.stderr.isatty():
-        print(f"\rfastmix: compiling its CPU kernels, {done} of {of}",
+        print(f"\rfastmix: compiling its kernels, {done} of {of}",
               end="\n" if done == of else "", file=sys.stderr, flush=True)
     elif done in (1, of):
-        print(f"fastmix: compiling its CPU kernels, {done} of {of}", file=sys.stderr, flush=True)
+        print(f"fastmix: compiling its kernels, {done} of {of}", file=sys.stderr, flush=True)

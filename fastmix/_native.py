@@ -1,10 +1,11 @@
-"""The C++ kernels: the library that setup.py built, or one compiled here on first use.
+"""The C++ and CUDA kernels: the library that setup.py built, or ones compiled on first use.
 
-A compiled library lies in a cache directory of the user's own, named by a hash of its
-sources; what others could have written there is not loaded.
+A compiled library, for CPUs or for GPUs, lies in a cache directory of the user's own, named by
+a hash of its sources; what others could have written there is not loaded.
 """
 
 import ctypes
+import functools
 import os
 import stat
 import threading
@@ -15,18 +16,20 @@ import torch
 
 from fastmix import _build
 from fastmix.ops import _register
-from fastmix.ops._register import OPERATORS
+from fastmix.ops._register import LIBRARY, OPERATORS
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
 _lock = threading.Lock()
-_library = None  # the loaded library's path
-_failure = None  # why there will be none in this process
+_loaded = {}    # part, "cpu" or "cuda": the library's path
+_failures = {}  # part: why there will be none in this process
 
 
-def built_ahead():
-    """Where setup.py puts the library for these very sources."""
-    return Path(__file__).parent / f"_native-{_build.fingerprint()}.so"
+def built_ahead(part="cpu"):
+    """The library that setup.py made of these very sources, or None."""
+    names = ["_native-cuda"] if part == "cuda" else ["_native", "_native-cuda"]
+    paths = (Path(__file__).parent / f"{name}-{_build.fingerprint()}.so" for name in names)
+    return next(filter(Path.exists, paths), None)
 
 
 def cache_folder():
@@ -46,11 +49,18 @@ def _distrusted(path):
     return None
 
 
-def _cached():
+def _gpu_code():
+    """nvcc's flags for the GPUs that are here."""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return _build.cuda_code(sorted(f"{major}{minor}" for major, minor in found if major >= 8),
+                            ptx=False)
+
+
+def _cached(part):
     """The library's place in the cache, there or not. RuntimeError if it is not safe."""
     folder = cache_folder()
     # Without a compiler: whatever one has compiled these sources before.
-    name = _build.compiled_name()
+    name = _build.compiled_name(part, _gpu_code() if part == "cuda" else ())
     path = next(iter(sorted(folder.glob(name))), folder / name)
     for part in (folder, path):
         reason = _distrusted(part) if part.exists() else None
@@ -59,13 +69,15 @@ def _cached():
     return path
 
 
-def why_not():
+def why_not(part="cpu"):
     """Why this machine can have no library, or None. Builds nothing."""
     try:
-        if _found() is not None:
+        if part in _loaded or _found(part) is not None:
             return None
     except RuntimeError as error:
         return str(error)
+    if part == "cuda" and _build.cuda_compiler() is None:
+        return "no nvcc was found (PATH, /usr/local/cuda or $CUDACXX) to build it with"
     if _build.compiler() is None:
         return "no C++ compiler was found (c++, g++ or $CXX) to build it with"
     folder = cache_folder()
@@ -75,62 +87,119 @@ def why_not():
     return None
 
 
-def status():
+def status(part="cpu"):
     """Where the library is, or will be, in a line."""
-    if _library is not None:
-        return f"{_library}, {INSTRUCTION_SETS[best_instruction_set()]} kernels"
-    reason = _failure or why_not()
-    return reason or f"to be compiled at the first call, with {_build.compiler()}"
+    if part == "cuda" and _no_gpu() is not None:
+        return _no_gpu()
+    if part in _loaded:
+        return f"{_loaded[part]}" + (
+            f", {INSTRUCTION_SETS[best_instruction_set()]} kernels" if part == "cpu" else "")
+    compiler = _build.compiler() if part == "cpu" else _build.cuda_compiler()
+    return _failures.get(part) or why_not(part) or (
+        f"to be compiled at the first call, with {compiler}")
 
 
 def unavailable(operator, device_type):
     """None if the kernels of `operator` run on such tensors here, else the reason."""
-    if device_type != "cpu":
-        return f"the C++ kernels are for cpu, not for {device_type}"
-    if operator not in KERNELS:
-        return f"{operator} has no C++ kernel"
-    return _failure or why_not()
+    if device_type not in KERNELS:
+        return f"the C++ kernels are for cpu and cuda, not for {device_type}"
+    if operator not in KERNELS[device_type]:
+        return f"{operator} has no {'CUDA ' if device_type == 'cuda' else ''}C++ kernel"
+    no_gpu = _no_gpu() if device_type == "cuda" else None
+    return no_gpu or _failures.get(device_type) or why_not(device_type)
 
 
-def library():
+def _no_gpu():
+    """Why no GPU can run the kernels, or None."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "torch finds no CUDA device here"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
+    return None
+
+
+def library(part="cpu"):
     """The library's path, loaded; compiled before if need be. RuntimeError where it cannot."""
-    global _library, _failure
     with _lock:
-        if _library is None:
-            if _failure is not None:
-                raise RuntimeError(_failure)
+        if part not in _loaded:
+            if part in _failures:
+                raise RuntimeError(_failures[part])
             try:
-                _library = _load(_found() or _compiled())
+                _load(_found(part) or _compiled(part), part)
             except (RuntimeError, OSError) as error:
-                _failure = f"the C++ kernels could not be built or loaded: {error}"
-                raise RuntimeError(_failure) from error
-    return _library
+                _failures[part] = f"the C++ kernels could not be built or loaded: {error}"
+                raise RuntimeError(_failures[part]) from error
+    return _loaded[part]
 
 
-def _found():
+def _found(part):
     """A library that is there already, or None."""
-    if built_ahead().exists():
-        return built_ahead()
-    path = _cached()
+    if built_ahead(part) is not None:
+        return built_ahead(part)
+    path = _cached(part)
     return path if path.exists() else None
 
 
-def _compiled():
-    path = _cached()
+def _compiled(part):
+    path = _cached(part)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _build.build(path, Path(torch.__file__).parent, _build.show_progress)
+    code = _gpu_code() if part == "cuda" else ()
+    _build.build(path, Path(torch.__file__).parent, _build.show_progress, cpu=part == "cpu", cuda=code)
     path.chmod(0o700)
     return path
 
 
-def _load(path):
-    torch.ops.load_library(str(path))
-    _register.late_kernels = None
-    return path
+def _load(path, part):
+    if path not in _loaded.values():
+        torch.ops.load_library(str(path))
+    _loaded[part] = path
+    if part == "cpu":
+        _register.late_kernels = None
 
 
 def forced(operator, device_type):
-    """Nothing is ever registered over the C++ kernels."""
+    """(forward, backward) for GPUs; nothing is ever registered over the kernels for CPUs."""
+    if device_type == "cpu":
+        return None
+    return tuple(functools.partial(_run_on_cuda, f"{operator}{suffix}", True)
+                 for suffix in ("", "_backward"))
+
+
+def _run_on_cuda(name, forced, *args):
+    """A kernel; or the fallback, for what the kernels do not take."""
+    operator = name.removesuffix("_backward")
+    reason = _cuda_unusable() or _refusal(args[-2])
+    if reason is None:
+        return getattr(torch.ops.fastmix_cuda, name)(*args)
+    if forced:
+        raise RuntimeError(f"{operator} was asked to run on 'native', which cannot: {reason}")
+    fallback = OPERATORS[operator]
+    run = fallback.run_fallback if name == operator else fallback.run_fallback_backward
+    return run(*args)
+
+
+@functools.cache
+def _cuda_unusable():
+    """Loads the library for GPUs. Why there is none, also said in a warning, or None."""
+    reason = _no_gpu()
+    try:
+        reason or library("cuda")
+    except RuntimeError as error:
+        reason = str(error)
+    if reason is not None:
+        warnings.warn(f"fastmix runs its pure PyTorch fallback on the GPU: {reason}",
+                      RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def _refusal(x):
+    """Why the CUDA kernels of fft_conv cannot take x (b, n, h, d), or None."""
+    if x.dtype == torch.float64:
+        return "it computes in float32, and float64 is wanted"
+    if x.shape[1] > LONGEST:
+        return f"it is for up to {LONGEST} steps, here are {x.shape[1]}"
+    return None
 
 
 def best_instruction_set():
@@ -152,7 +221,7 @@ def choose_instruction_set(name=None):
 
 def _first_use(operator, device_type):
     """Compiles the library. True if torch now has kernels of it for the operator."""
-    if device_type != "cpu" or operator not in KERNELS:
+    if device_type != "cpu" or operator not in KERNELS["cpu"]:
         return False
     try:
         library()
@@ -165,9 +234,13 @@ def _first_use(operator, device_type):
 
 
 def register():
-    """Registers the library's kernels if it is there already; else they come on first use."""
+    """Registers the kernels that are there already; others come on first use."""
+    if torch.backends.cuda.is_built():  # without a look at the devices: that is for first use
+        for operator in KERNELS["cuda"]:
+            for name in (operator, f"{operator}_backward"):
+                LIBRARY.impl(name, functools.partial(_run_on_cuda, name, False), "CUDA")
     try:
-        if _found() is not None:
+        if _found("cpu") is not None:
             library()
             return
     except RuntimeError:
@@ -175,6 +248,9 @@ def register():
     _register.late_kernels = _first_use
 
 
-KERNELS = tuple(sorted(
-    file.stem for file in _build.sources().glob("cpu/*.cpp") if file.stem in OPERATORS))
+# By device: the operators that have a file of their name.
+KERNELS = {device: tuple(sorted({file.stem for file in _build.sources().glob(f"{device}/*.cpp")}
+                                & set(OPERATORS)))
+           for device in ("cpu", "cuda")}
+LONGEST = 1 << 20  # steps, on GPUs
 register()

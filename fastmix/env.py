@@ -3,7 +3,6 @@
 import importlib.metadata
 import importlib.util
 import platform
-import shutil
 import subprocess
 
 import torch
@@ -50,7 +49,8 @@ def report():
         lines.append(f"{package:<24}{_version(package)}")
     lines.append(f"{'C++ compiler':<24}{compiler()}")
     lines.append(f"{'C++ kernels':<24}{_native.status()}")
-    lines.append(f"{'nvcc':<24}{shutil.which('nvcc') or 'none found'}")
+    lines.append(f"{'nvcc':<24}{_build.cuda_compiler() or 'none found'}")
+    lines.append(f"{'CUDA kernels':<24}{_native.status('cuda')}")
     for device, description in devices():
         lines += ["", f"{device}: {description}"]
         missing = {}

@@ -112,7 +112,7 @@ def run(operator, tensors, options, weights):
 
 
 def draw():
-    operator = random.choice(list(_native.KERNELS))
+    operator = random.choice(list(_native.KERNELS["cpu"]))
     dtype = random.choice(DTYPES)
     b, n = random.choice([0, 1, 1, 2, 3]), size(200)
     tensors, options = ARGUMENTS[operator](b, n, dtype)

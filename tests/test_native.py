@@ -19,7 +19,7 @@ import fastmix
 from fastmix import _build, _native, ops
 
 ROOT = Path(__file__).parent.parent
-NATIVE = {name: case for name, case in CASES.items() if case.operator in _native.KERNELS}
+NATIVE = {name: case for name, case in CASES.items() if case.operator in _native.KERNELS["cpu"]}
 every_case = pytest.mark.parametrize("case", NATIVE.values(), ids=NATIVE)
 
 pytestmark = pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler")
@@ -42,13 +42,13 @@ def python(*code, environment=None):
 
 def test_the_library_serves_cpu_tensors():
     x = torch.randn(2, 9, 4)
-    assert set(_native.KERNELS) <= set(fastmix.ops.__all__)
+    assert set(_native.KERNELS["cpu"]) <= set(fastmix.ops.__all__)
     with fastmix.force("native"):
         ops.cumulative_mean(x)
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fastmix::cumulative_mean", "CPU")
     for operator in fastmix.ops.__all__:
         found = fastmix.implementations(operator, "cpu")
-        assert (found["native"] is None) == (operator in _native.KERNELS)
+        assert (found["native"] is None) == (operator in _native.KERNELS["cpu"])
         assert fastmix.implementations(operator, "cuda")["native"] is not None
 
 
@@ -98,7 +98,7 @@ def wide(operator, dtype):
     return {"x": randn(1, 3000, 335, dtype=dtype)}
 
 
-@pytest.mark.parametrize("operator", _native.KERNELS)
+@pytest.mark.parametrize("operator", _native.KERNELS["cpu"])
 def test_the_same_bits_for_any_number_of_threads(operator):
     def run(tensors):
         out = getattr(ops, operator)(**tensors)
@@ -117,7 +117,7 @@ def test_the_same_bits_for_any_number_of_threads(operator):
             assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
 
 
-@pytest.mark.parametrize("operator", _native.KERNELS)
+@pytest.mark.parametrize("operator", _native.KERNELS["cpu"])
 def test_units_of_work_meet(operator):
     """Arguments that are cut into units, against the fallback."""
     def run(tensors):
@@ -227,10 +227,10 @@ def test_heads_that_start_within_a_vector_of_a_large_output():
 
 
 def test_eight_callers_at_once():
-    tensors = [{name: wide(name, torch.float32) for name in _native.KERNELS} for _ in range(8)]
+    tensors = [{name: wide(name, torch.float32) for name in _native.KERNELS["cpu"]} for _ in range(8)]
 
     def run(drawn):
-        return [o for name in _native.KERNELS
+        return [o for name in _native.KERNELS["cpu"]
                 for o in [getattr(ops, name)(**drawn[name])] if isinstance(o, torch.Tensor)]
 
     expected = [run(drawn) for drawn in tensors]
@@ -342,14 +342,14 @@ with warnings.catch_warnings(record=True) as caught:
         out = fastmix.ops.cumulative_mean(torch.tensor([[1.0, 3.0]]))
 assert out.tolist() == [[1.0, 2.0]]
 print(len(caught), *(str(w.message) for w in caught))
-print(_native._library)
+print(_native._loaded.get("cpu"))
 """
 
 
 def test_first_use_compiles_and_the_next_process_finds_it(quick):
     first = python("-c", CALL, environment=quick)
     assert first.returncode == 0, first.stderr
-    assert "fastmix: compiling its CPU kernels, 1 of" in first.stderr
+    assert "fastmix: compiling its kernels, 1 of" in first.stderr
     (library,) = Path(quick["FASTMIX_CACHE"]).iterdir()
     assert first.stdout.splitlines() == ["0", str(library)] and library.stat().st_mode & 0o77 == 0
     second = python("-c", CALL, environment=quick)
@@ -414,15 +414,15 @@ def test_threads_that_come_at_once_compile_once(monkeypatch):
     """The lock around the first use."""
     built = []
 
-    def slow_build():
+    def slow_build(part):
         built.append(threading.get_ident())
         time.sleep(0.2)
         return loaded
 
     loaded = _native.library()
-    monkeypatch.setattr(_native, "_library", None)
+    monkeypatch.setattr(_native, "_loaded", {})
     monkeypatch.setattr(_native, "_found", slow_build)
-    monkeypatch.setattr(_native, "_load", lambda path: path)
+    monkeypatch.setattr(_native, "_load", lambda path, part: _native._loaded.setdefault(part, path))
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda _: _native.library(), range(8))) == {loaded}
     assert len(built) == 1
