@@ -1,6 +1,6 @@
 // fft_conv on CUDA tensors, for torch: fresh outputs and scratch, and kernels queued in order.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
