@@ -2,8 +2,8 @@
 
 Triton has silently made wrong code of gated chunk kernels before (3.4 to 3.7.0, on Hopper).
 So each configuration (device, direction, dtypes, head dims, optional tensors) first runs on
-a small input and is held against the fallback in float64. If one fails, the operator's
-kernels are not used on such devices in this process. bench/self_check.py is stricter, and
+a small input and is held against the fallback in float64. If one is wrong or does not
+compile, the operator's kernels are not used on such devices in this process. bench/self_check.py is stricter, and
 tries every operator.
 """
 
@@ -21,14 +21,15 @@ failures = {}  # (operator, device type) → why its kernels are not used
 
 
 def failure(operator, direction, kernels, q, k, v, gates, gate_logits, initial_state, *_):
-    """Why the kernels are not used, or None."""
+    """Why the kernels for these arguments are not used, or None."""
     place = operator, q.device.type
     if place not in failures and (q.shape[-1], v.shape[-1]) != (1, 1) and _possible(q.device):
         logits = None if gate_logits is None else gate_logits.dtype
         wrong = _wrong(operator, direction, kernels, q.device, q.dtype, q.shape[-1], v.shape[-1],
                        logits, initial_state is not None)
         if wrong is not None:
-            failures[place] = wrong
+            import triton  # with the kernels, not before
+            failures[place] = wrong = f"{wrong} (Triton {triton.__version__})"
             warnings.warn(f"{operator} does not run on its Triton kernels: {wrong}",
                           RuntimeWarning, stacklevel=2)
     return failures.get(place)
@@ -65,11 +66,16 @@ def _wrong(operator, direction, kernels, device, dtype, dk, dv, logits, initial)
     exact = run(*(None if t is None else
                   t.to(torch.complex128 if t.is_complex() else torch.float64) for t in args),
                 CARRY_EVERY)
-    for ours, truth in zip(getattr(kernels, direction)(*args, CARRY_EVERY), exact):
-        if ours is not None:
+    which = f"its {direction} kernels for heads of {dk} and {dv} in {str(dtype)[6:]}"
+    try:
+        found = getattr(kernels, direction)(*args, CARRY_EVERY)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the compiler or a launch may raise
+        return f"{which} fail: {type(error).__name__}: {str(error).strip()[:200]}"
+    for ours, truth in zip(found, exact):
+        if truth.numel():  # else there is no gradient
             off = ((ours - truth).abs().square().mean() / truth.abs().square().mean()).sqrt()
             if not off <= TOLERANCE:  # NaN is wrong
-                import triton
-                return (f"Triton {triton.__version__} makes wrong {direction} kernels of it, off "
-                        f"by {off:.0%} in {str(dtype)[6:]} with heads of {dk} and {dv}")
+                return f"{which} are wrong, off by {off:.0%}"
     return None

@@ -53,7 +53,7 @@ def test_wrong_kernels_are_not_used(monkeypatch, direction, factor):
         return factor * first, *others
 
     monkeypatch.setattr(gate_loop, direction, wrong)
-    message = f"wrong {direction} kernels of it, off by .* in float32 with heads of 5 and 5"
+    message = f"its {direction} kernels for heads of 5 and 5 in float32 are wrong, off by"
     args = arguments(5)
     with fastmix.force("triton"), pytest.warns(RuntimeWarning, match=message), \
             pytest.raises(RuntimeError, match=message):
@@ -68,6 +68,18 @@ def test_wrong_kernels_are_not_used(monkeypatch, direction, factor):
     out, *_ = _triton._run("gate_loop", "forward", False, *args, 0)
     expected = reference.gate_loop(*(t.double() for t in args[:3]), gate_logits=args[4].double())
     assert (out - expected).abs().max() < 1e-4
+
+
+def test_kernels_that_do_not_compile_are_not_used(monkeypatch):
+    def fail(*args):
+        raise ValueError("no registers left")
+
+    monkeypatch.setattr(gate_loop, "forward", fail)
+    args = arguments(5)
+    with pytest.warns(RuntimeWarning, match="does not run on its Triton kernels"):
+        out, *_ = _triton._run("gate_loop", "forward", False, *args, 0)
+    assert out.isfinite().all()
+    assert "ValueError: no registers" in fastmix.implementations("gate_loop", DEVICE)["triton"]
 
 
 def test_one_channel_heads_need_no_trial():
