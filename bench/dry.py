@@ -6,7 +6,8 @@
 
 Nothing runs on a device. Operators are called on tensors without memory; of every kernel that
 they launch a few programs run in Triton's interpreter, which counts what they load, store and
-multiply, and stand for all. Loads give zeros: where a kernel goes never depends on data.
+multiply, and stand for all: a few percent off where tiles are not whole. Loads give zeros:
+where a kernel goes never depends on data.
 """
 
 import argparse
@@ -89,7 +90,7 @@ class Count(TorchDispatchMode):
             return Address(arg.dtype, len(sizes) * REGION)
 
         def touch(kind, pointers, mask):
-            at = np.unique(pointers.data[mask.data])
+            at = np.unique(pointers.data[mask.data.astype(bool)])
             if at.size:
                 tensor = (int(at[0]) + REGION // 2) // REGION - 1
                 width = pointers.get_element_ty().primitive_bitwidth // 8
