@@ -105,8 +105,8 @@ def examine(function, kernel):
             return sum(map(int, re.findall(rf"\.{key}:\s+(\d+)", text)))
 
         return Compiled(**common, registers=number("vgpr_count"),
-                        spills=number("vgpr_spill_count"), stack=number("private_segment_fixed_size"),
-                        loads={}, stores={}, matrix=len(re.findall(r"\bv_mfma", text)), text=text)
+                        spills=number("vgpr_spill_count"),
+                        stack=number("private_segment_fixed_size"), loads={}, stores={}, matrix=len(re.findall(r"\bv_mfma", text)), text=text)
     cubin = Path(kernel.metadata_group[f"{function.__name__}.cubin"])
     usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", cubin],
                            capture_output=True, text=True, check=True).stdout
@@ -243,7 +243,8 @@ def main():
         lines = worse(rows, json.loads(table_path().read_text())["kernels"])
         print("\n".join(lines) or f"{len(rows)} kernels: none worse than the table")
         return bool(lines)
-    table_path().write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=0) + "\n")
+    table = {"triton": triton.__version__, "kernels": rows}
+    table_path().write_text(json.dumps(table, indent=0) + "\n")
     for row in rows:
         print(row)
     return 0

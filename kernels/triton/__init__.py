@@ -36,7 +36,8 @@ def unavailable(operator, device_type):
         return "Triton is not installed: pip install triton"
     if device_type == "cpu":
         if not interpreted():
-            return "Triton kernels run on GPUs; on the CPU only to be tested, with TRITON_INTERPRET=1"
+            return ("Triton kernels run on GPUs; on the CPU only to be tested, with "
+                    "TRITON_INTERPRET=1")
     elif device_type not in DEVICES:
         return f"the Triton kernels are for {' and '.join(DEVICES)}, not for {device_type}"
     elif not getattr(torch, device_type).is_available():

@@ -3,8 +3,8 @@
 Triton has silently made wrong code of gated chunk kernels before (3.4 to 3.7.0, on Hopper).
 So each configuration (device, direction, dtypes, head dims, optional tensors) first runs on
 a small input and is held against the fallback in float64. If one is wrong or does not
-compile, the operator's kernels are not used on such devices in this process. bench/self_check.py is stricter, and
-tries every operator.
+compile, the operator's kernels are not used on such devices in this process.
+bench/self_check.py is stricter, and tries every operator.
 """
 
 import functools
