@@ -106,7 +106,8 @@ def examine(function, kernel):
 
         return Compiled(**common, registers=number("vgpr_count"),
                         spills=number("vgpr_spill_count"),
-                        stack=number("private_segment_fixed_size"), loads={}, stores={}, matrix=len(re.findall(r"\bv_mfma", text)), text=text)
+                        stack=number("private_segment_fixed_size"), loads={}, stores={},
+                        matrix=len(re.findall(r"\bv_mfma", text)), text=text)
     cubin = Path(kernel.metadata_group[f"{function.__name__}.cubin"])
     usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", cubin],
                            capture_output=True, text=True, check=True).stdout
