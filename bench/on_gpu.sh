@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # bench/on_gpu.sh OUT          all that a GPU can say about this checkout, into the folder OUT:
-#                              tests, then the report at the shapes of the README. Nine minutes.
+#                              tests, then the report at the shapes of the README, and other
+#                              packages' kernels where they are installed. Ten minutes.
 # bench/on_gpu.sh --rehearse OUT   the same steps with tiny shapes and interpreted kernels, on
 #                              a machine without a GPU.
 # A step that fails does not stop the others; the last lines and the exit status tell.
@@ -8,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 rehearse=
 [ "${1:-}" = --rehearse ] && { rehearse=1; shift; }
-[ $# = 1 ] || { sed -n '2,6s/^# //p' "$0"; exit 2; }
+[ $# = 1 ] || { sed -n '2,7s/^# //p' "$0"; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 failed=()
@@ -16,11 +17,11 @@ export PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 
 if [ "$rehearse" ]; then
     export TRITON_INTERPRET=1
-    device=cpu reach=
+    device=cpu reach= shape="--batch 1 --seq 40 --dim 16 --heads 4"
 else
     python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
         echo "torch finds no GPU here; --rehearse tries the steps without one" >&2; exit 2; }
-    device=cuda reach="--long"
+    device=cuda reach="--long" shape="--batch 8 --seq 4096 --dim 1024 --heads 16"
 fi
 
 step() {  # name, seconds it may take, command …
@@ -67,6 +68,7 @@ fi
 report scans       60 8 4096  1024 16 gate_loop linear_scan
 report scans-long  60 1 65536 1024 16 gate_loop
 report mixers      60 8 8192  512  8  decay_conv windowed_sgu cumulative_mean
+step peers 120 python bench/peers.py --device "$device" $shape --json "$out/peers.json"
 
 if [ ${#failed[@]} = 0 ]; then
     echo "all steps passed; results are in $out"

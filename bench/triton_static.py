@@ -105,8 +105,9 @@ def examine(function, kernel):
             return sum(map(int, re.findall(rf"\.{key}:\s+(\d+)", text)))
 
         return Compiled(**common, registers=number("vgpr_count"),
-                        spills=number("vgpr_spill_count"), stack=number("private_segment_fixed_size"),
-                        loads={}, stores={}, matrix=len(re.findall(r"\bv_mfma", text)), text=text)
+                        spills=number("vgpr_spill_count"),
+                        stack=number("private_segment_fixed_size"), loads={}, stores={},
+                        matrix=len(re.findall(r"\bv_mfma", text)), text=text)
     cubin = Path(kernel.metadata_group[f"{function.__name__}.cubin"])
     usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", cubin],
                            capture_output=True, text=True, check=True).stdout
@@ -134,8 +135,16 @@ def examine(function, kernel):
 
 # ---- the table: python bench/triton_static.py [--check] [--targets sm90 …]
 
-TABLE = Path(__file__).parent / "results" / "triton-static.json"
+RESULTS = Path(__file__).parent / "results"
 DTYPES = ("bfloat16", "float32")
+
+
+def table_path():
+    """The table of this version of Triton, there or not yet."""
+    for path in RESULTS.glob("triton-static*.json"):
+        if json.loads(path.read_text())["triton"] == triton.__version__:
+            return path
+    return RESULTS / f"triton-static-{triton.__version__}.json"
 
 
 def _launches(dtypes):
@@ -232,10 +241,11 @@ def main():
     rows = measure(options.targets, options.dtypes,
                    lambda text: print(text, file=sys.stderr, flush=True))
     if options.check:
-        lines = worse(rows, json.loads(TABLE.read_text())["kernels"])
+        lines = worse(rows, json.loads(table_path().read_text())["kernels"])
         print("\n".join(lines) or f"{len(rows)} kernels: none worse than the table")
         return bool(lines)
-    TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=0) + "\n")
+    table = {"triton": triton.__version__, "kernels": rows}
+    table_path().write_text(json.dumps(table, indent=0) + "\n")
     for row in rows:
         print(row)
     return 0

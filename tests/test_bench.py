@@ -1,10 +1,12 @@
 """bench/run.py end to end, at sizes where it takes seconds."""
 
 import csv
+import importlib.util
 import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,42 @@ def test_nothing_starts_after_its_time(run):
     assert any("MetaformerGPT" in what for what in report["left_out"])
 
 
+def test_peers(monkeypatch, tmp_path, capsys):
+    """Stand-ins for the packages, with their arguments and layouts, on the CPU."""
+    monkeypatch.syspath_prepend(BENCH)
+    import peers
+    from fastmix import reference
+
+    def install(name, **functions):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**functions))
+
+    def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None):
+        assert scale == 1
+        return reference.gate_loop(q, k, v, g.exp().to(torch.complex64)), None
+
+    install("accelerated_scan.scalar", scan=lambda forget, inputs: reference.linear_scan(
+        forget.mT, inputs.mT).mT)
+    install("fla.ops.hgrn", chunk_hgrn=lambda x, g, initial_state=None: (
+        reference.linear_scan(g.exp(), x), None))
+    install("fla.ops.simple_gla", chunk_simple_gla=chunk_simple_gla)
+    install("fla.ops.retention", chunk_retention=lambda q, k, v, scale=None: (q + k + v, None))
+    monkeypatch.setitem(sys.modules, "accelerated_scan.complex", None)
+    monkeypatch.setattr(peers, "SECONDS", 0.01)
+    path = tmp_path / "peers.json"
+    peers.main(["--batch", "2", "--seq", "40", "--dim", "32", "--heads", "2", "--dtype", "float32",
+                "--device", "cpu", "--json", str(path)])
+    *rows, retention = json.loads(path.read_text())["rows"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "not installed", "ok", "ok", "ok"]
+    for row in rows:
+        if row["status"] == "ok":
+            assert row["off"] < 1e-4, row
+            assert row["ratio"]["forward"] == pytest.approx(
+                row["peer_forward_ms"]["median"] / row["forward_ms"]["median"])
+    assert retention["status"] == "disagrees" and "forward_ms" not in retention
+    printed = capsys.readouterr().out
+    assert "not installed" in printed and "disagrees: differs by" in printed
+
+
 def test_turns_and_peak(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     import contextlib
@@ -218,6 +256,26 @@ def test_turns_and_peak(monkeypatch):
         del a
         return b + 1
     assert timing.peak_bytes(two_then_one, torch.device("cpu")) // (4 << 20) == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None,
+                    reason="Triton is not installed: there are no wheels for it here")
+def test_kernels_move_no_more_than_the_table_says():
+    done = subprocess.run([sys.executable, BENCH / "dry.py", "--check"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "none moves" in done.stdout
+
+
+def test_bytes_that_kernels_move():
+    """Bytes an element in bfloat16, where channels fill the GPU."""
+    rows = json.loads((BENCH / "results" / "triton-dry.json").read_text())["rows"]
+    moved = {(row["row"], row["mode"]): row["moved"] / row["elements"] for row in rows
+             if row["batch"] == 8 and row["n"] >= 4096}
+    forward, both = (moved["gate_loop 1024×1", mode] for mode in MODES)
+    assert forward < 12.1 and both - forward < 24
+    assert moved["decay_conv", "forward"] < 4.1
+    assert moved["cumulative_mean", "forward_backward"] < 8.1
 
 
 @pytest.mark.parametrize("flags, message", [

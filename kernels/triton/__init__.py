@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fastmix._triton import trial
 from fastmix.ops._register import LIBRARY, OPERATORS
 
 KERNELS = tuple(sorted(
@@ -34,17 +35,18 @@ def unavailable(operator, device_type):
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if device_type == "cpu":
-        return None if interpreted() else (
-            "Triton kernels run on GPUs; on the CPU only to be tested, with TRITON_INTERPRET=1")
-    if device_type not in DEVICES:
+        if not interpreted():
+            return ("Triton kernels run on GPUs; on the CPU only to be tested, with "
+                    "TRITON_INTERPRET=1")
+    elif device_type not in DEVICES:
         return f"the Triton kernels are for {' and '.join(DEVICES)}, not for {device_type}"
-    if not getattr(torch, device_type).is_available():
+    elif not getattr(torch, device_type).is_available():
         return f"torch finds no {device_type} device here"
-    if device_type == "cuda" and torch.version.hip is None:
+    elif device_type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability()
         if major < 8:
             return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
-    return None
+    return trial.failures.get((operator, device_type))
 
 
 def library():
@@ -59,15 +61,19 @@ def forced(operator, device_type):
 
 def _run(operator, direction, forced, *args):
     kernels = importlib.import_module(f"{__name__}.{operator}")
-    count = len(args) - len(OPERATORS[operator].forward._schema.arguments)
-    reason = kernels.refuses(*args[count:]) if hasattr(kernels, "refuses") else None
-    if reason is not None:
-        if forced:
-            raise RuntimeError(f"{operator} was asked to run on 'triton', which cannot: {reason}")
-        found = OPERATORS[operator]
-        return (found.run_fallback if direction == "forward" else found.run_fallback_backward)(*args)
+    given = args[len(args) - len(OPERATORS[operator].forward._schema.arguments):]
     with _current(args[0].device):
-        out = getattr(kernels, direction)(*args)
+        reason = kernels.refuses(*given) if hasattr(kernels, "refuses") else None
+        if reason is None and operator == "gate_loop":
+            reason = trial.failure(operator, direction, kernels, *given)
+        if reason is None:
+            out = getattr(kernels, direction)(*args)
+        elif forced:
+            raise RuntimeError(f"{operator} was asked to run on 'triton', which cannot: {reason}")
+        else:
+            found = OPERATORS[operator]
+            return (found.run_fallback if direction == "forward"
+                    else found.run_fallback_backward)(*args)
     if not isinstance(out, tuple):
         return out
     # A schema returns tensors only: nothing stands for no gradient.

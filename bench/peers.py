@@ -1,0 +1,204 @@
+"""Other packages' kernels for the same functions, timed beside fastmix on a GPU.
+
+    python bench/peers.py --batch 8 --seq 4096 --dim 1024 --heads 16 --dtype bfloat16
+
+accelerated-scan has the scan, with time innermost; flash-linear-attention has scans and
+chunks with gates that are real and given as logarithms. Each gets its inputs in its own
+layout, made beforehand. What is not installed, fails, or gives another result is printed as
+such and has no time.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timing  # before torch: it quiets torch's profiler
+import torch
+
+import table
+from fastmix import ops
+from rows import MODES, Step, ratios, reason
+
+SECONDS = 1.5
+# Largest difference / largest value: some keep what they sum in the data's precision.
+AGREE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+@dataclass
+class Peer:
+    function: str      # module.name
+    operator: str      # what it stands beside, as the table calls it
+    draw: Callable     # draw(b, n, dim, heads) → fastmix's inputs
+    call: Callable     # call(*inputs)
+    convert: Callable  # convert(*inputs) → the peer's, the last of them the same thing
+    run: Callable      # run(function, *converted) → its result
+    back: Callable = lambda t: t  # its result, or its last input, in fastmix's layout
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def real_scan(b, n, dim, heads):
+    return torch.empty(b, n, dim, dtype=torch.float64).uniform_(0.9, 1), normal(b, n, dim)
+
+
+def complex_scan(b, n, dim, heads):
+    size, x = real_scan(b, n, dim, heads)
+    angle = torch.empty_like(size).uniform_(-math.pi, math.pi)
+    return torch.polar(size, angle), torch.complex(x, normal(b, n, dim))
+
+
+def convolution(b, n, dim, heads):
+    """Decays that all dtypes have."""
+    decay = (1 - torch.logspace(-0.5, -2, heads)).bfloat16()
+    return decay.double(), normal(b, n, heads, dim // heads)
+
+
+def attention(b, n, dim, heads):
+    """Real gates: logits with positive real and no imaginary part."""
+    logits = torch.stack([1 + 3 * torch.rand(b, n, heads, dtype=torch.float64),
+                          torch.zeros(b, n, heads, dtype=torch.float64)], -1)
+    return logits, *(normal(b, n, heads, dim // heads) for _ in range(3))
+
+
+def retention(b, n, dim, heads):
+    """The gates that chunk_retention has built in."""
+    gates = 1 - 2.0 ** (-5 - torch.arange(heads, dtype=torch.float64))
+    return gates.to(torch.complex128).expand(b, n, heads).clone(), *attention(b, n, dim, heads)[1:]
+
+
+def innermost(*tensors):
+    return [t.mT.contiguous() for t in tensors]
+
+
+def repeated(decay, x):
+    """A gate for every element, (b, n, h·d)."""
+    return decay[:, None].expand(x.shape).flatten(2).to(x.dtype), x.flatten(2)
+
+
+def scan(gates, x):
+    return ops.linear_scan(gates, x)
+
+
+def gate_loop(logits, q, k, v):
+    return ops.gate_loop(q, k, v, gate_logits=logits)
+
+
+def plainly(function, *inputs):
+    return function(*inputs)
+
+
+def swapped(function, log_gates, x):
+    return function(x, log_gates)[0]
+
+
+SCALAR, HGRN = "accelerated_scan.scalar.scan", "fla.ops.hgrn.chunk_hgrn"
+PEERS = [
+    Peer(SCALAR, "linear_scan real", real_scan, scan, innermost, plainly, lambda y: y.mT),
+    Peer(HGRN, "linear_scan real", real_scan, scan, lambda gates, x: (gates.log(), x), swapped),
+    Peer("accelerated_scan.complex.scan", "linear_scan complex", complex_scan, scan, innermost,
+         plainly, lambda y: y.mT),
+    Peer(SCALAR, "decay_conv", convolution, lambda decay, x: ops.decay_conv(x, decay),
+         lambda decay, x: innermost(*repeated(decay, x)), plainly, lambda y: y.mT),
+    Peer(HGRN, "decay_conv", convolution, lambda decay, x: ops.decay_conv(x, decay),
+         lambda decay, x: repeated(decay.double().log(), x),
+         swapped),
+    Peer("fla.ops.simple_gla.chunk_simple_gla", "gate_loop, real gates", attention, gate_loop,
+         lambda logits, q, k, v: (torch.nn.functional.logsigmoid(logits[..., 0]), q, k, v),
+         lambda function, g, q, k, v: function(q, k, v, g=g, scale=1.0)[0]),
+    Peer("fla.ops.retention.chunk_retention", "gate_loop, constant gates", retention,
+         lambda gates, q, k, v: ops.gate_loop(q, k, v, gates),
+         lambda gates, q, k, v: (q, k, v),
+         lambda function, q, k, v: function(q, k, v, scale=1.0)[0]),
+]
+
+
+def step(function, tensors, device, incoming=None):
+    leaves = [t.detach().to(device).requires_grad_() for t in tensors]
+    if incoming is None:
+        with torch.no_grad():
+            incoming = torch.randn_like(function(*leaves))
+    return Step(function, leaves, leaves, incoming)
+
+
+def found_by(peer, batch, n, dim, heads, dtype, device, seconds):
+    """The row of one peer."""
+    row = {"row": peer.operator, "n": n, "implementation": peer.function, "status": "failed",
+           "reason": None}
+    module, _, name = peer.function.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        return row | {"status": "not installed", "reason": str(error)}
+    torch.manual_seed(n)
+    inputs = [t.to(torch.complex64 if t.is_complex() else dtype)
+              for t in peer.draw(batch, n, dim, heads)]
+    ours = step(peer.call, inputs, device)
+    incoming = ours.incoming
+    try:
+        converted = peer.convert(*inputs)
+        shape = peer.back(converted[-1]).shape
+        theirs = step(lambda *leaves: peer.run(function, *leaves), converted, device,
+                      peer.back(incoming.reshape(shape)).contiguous())
+        row["off"] = off(ours, theirs, peer, shape)
+    except Exception as error:  # whatever a foreign kernel may raise
+        return row | {"reason": f"{type(error).__name__}: {reason(error)}"}
+    if not row["off"] <= AGREE[dtype]:
+        return row | {"status": "disagrees", "reason": f"differs by {row['off']:.1e}"}
+    for mode in MODES if seconds else ():
+        times = timing.side_by_side(
+            {who: (one.surroundings, getattr(one, mode))
+             for who, one in (("ours", ours), ("theirs", theirs))}, seconds, device)
+        row[f"{mode}_ms"], row[f"peer_{mode}_ms"] = times["ours"], times["theirs"]
+    if seconds:
+        row["ratio"] = ratios({f"{mode}_ms": row[f"peer_{mode}_ms"] for mode in MODES}, row)
+    return row | {"status": "ok"}
+
+
+def off(ours, theirs, peer, shape):
+    """How far results and the gradients of the last input are apart."""
+    (out, grads), (other, other_grads) = (one.run(one.incoming) for one in (ours, theirs))
+    return max(((mine.reshape(shape) - peer.back(t)).abs().max() / mine.abs().max()).item()
+               for mine, t in ((out, other), (grads[-1], other_grads[-1])))
+
+
+def verdict(row, notes):
+    return row["status"] + (f": {row['reason']}" if row["reason"] else "")
+
+
+def medians(prefix):
+    return lambda row, notes: table.number(
+        {mode: row[f"{prefix}{mode}_ms"]["median"] for mode in MODES}) if "ratio" in row else "–"
+
+
+COLUMNS = [("operator", table.name), ("beside", lambda row, notes: row["implementation"]),
+           ("fastmix ms", medians("")), ("its ms", medians("peer_")),
+           ("× as fast", table.rate("ratio")), ("result", verdict)]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, default in (("--batch", 8), ("--seq", 4096), ("--dim", 1024), ("--heads", 16)):
+        parser.add_argument(flag, type=int, default=default)
+    parser.add_argument("--dtype", default="bfloat16", choices=[str(d)[6:] for d in AGREE])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", metavar="PATH")
+    options = parser.parse_args(argv)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    found = [found_by(peer, options.batch, options.seq, options.dim, options.heads, dtype, device,
+                      SECONDS) for peer in PEERS]
+    print(table.grid(found, COLUMNS, None, False))
+    print("\nForward / forward and backward.")
+    if options.json:
+        table.write_json({"settings": vars(options), "rows": found}, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

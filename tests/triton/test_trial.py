@@ -1,0 +1,87 @@
+"""Kernels that the compiler has made wrong code of are found at their first use, and not used."""
+
+import pytest
+import torch
+
+import fastmix
+from cases import random_gates
+from fastmix import _triton, env, reference
+from fastmix._triton import gate_loop, trial
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def first_use(monkeypatch):
+    monkeypatch.setattr(trial, "_possible", lambda device: True)
+    monkeypatch.setattr(trial, "failures", {})
+    trial._wrong.cache_clear()
+    yield
+    trial._wrong.cache_clear()
+
+
+def arguments(d, dtype=torch.float32, logits=True, initial=False):
+    q, k, v = torch.randn(3, 2, 5, 3, d, dtype=dtype, device=DEVICE)
+    state = torch.randn(2, 3, d, d, dtype=torch.complex64, device=DEVICE) if initial else None
+    if logits:
+        return q, k, v, None, torch.randn(2, 5, 3, 2, dtype=dtype, device=DEVICE), state
+    return q, k, v, random_gates(2, 5, 3, dtype=dtype).to(DEVICE), None, state
+
+
+def gradients(args):
+    args = [t if t is None else t.clone().requires_grad_() for t in args]
+    out = fastmix.ops.gate_loop(args[0], args[1], args[2], args[3], gate_logits=args[4])
+    return torch.autograd.grad(out.square().sum(), args[:3])
+
+
+@pytest.mark.parametrize("d, dtype, logits, initial", [
+    (16, torch.float32, True, False), (5, torch.bfloat16, True, False),
+    (3, torch.float16, False, True)])
+def test_right_kernels_pass(d, dtype, logits, initial):
+    args = arguments(d, dtype, logits, initial)
+    for direction in "forward", "backward":
+        assert trial.failure("gate_loop", direction, gate_loop, *args) is None
+    assert trial._wrong.cache_info().currsize == 2
+
+
+@pytest.mark.parametrize("direction, factor", [("forward", torch.nan), ("backward", 1.1)])
+def test_wrong_kernels_are_not_used(monkeypatch, direction, factor):
+    right = getattr(gate_loop, direction)
+
+    def wrong(*args):
+        first, *others = right(*args)
+        return factor * first, *others
+
+    monkeypatch.setattr(gate_loop, direction, wrong)
+    message = f"its {direction} kernels for heads of 5 and 5 in float32 are wrong, off by"
+    args = arguments(5)
+    with fastmix.force("triton"), pytest.warns(RuntimeWarning, match=message), \
+            pytest.raises(RuntimeError, match=message):
+        gradients(args)
+    found = fastmix.implementations("gate_loop", DEVICE)
+    assert "wrong" in found["triton"] and found["fallback"] is None
+    assert any("wrong" in line and "(gate_loop)" in line for line in env.report())
+    with fastmix.force("triton"), pytest.raises(RuntimeError, match=message):
+        fastmix.ops.gate_loop(*args[:3], gate_logits=args[4])
+
+    # Not forced, the fallback runs.
+    out, *_ = _triton._run("gate_loop", "forward", False, *args, 0)
+    expected = reference.gate_loop(*(t.double() for t in args[:3]), gate_logits=args[4].double())
+    assert (out - expected).abs().max() < 1e-4
+
+
+def test_kernels_that_do_not_compile_are_not_used(monkeypatch):
+    def fail(*args):
+        raise ValueError("no registers left")
+
+    monkeypatch.setattr(gate_loop, "forward", fail)
+    args = arguments(5)
+    with pytest.warns(RuntimeWarning, match="does not run on its Triton kernels"):
+        out, *_ = _triton._run("gate_loop", "forward", False, *args, 0)
+    assert out.isfinite().all()
+    assert "ValueError: no registers" in fastmix.implementations("gate_loop", DEVICE)["triton"]
+
+
+def test_one_channel_heads_need_no_trial():
+    assert trial.failure("gate_loop", "forward", gate_loop, *arguments(1)) is None
+    assert trial._wrong.cache_info().currsize == 0
