@@ -222,3 +222,36 @@ def test_tensors_without_kernels_are_told_why():
     assert "float64 is wanted" in _native._refusal(torch.empty(1, 2, 3, 4, dtype=torch.float64))
     assert "steps" in _native._refusal(torch.empty(1, 1, 1, 1).expand(1, _native.LONGEST + 1, 1, 1))
     assert _native._refusal(torch.empty(1, 2, 3, 4)) is None
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [*LENGTHS, 16384, 16385, 65536, 1 << 20])
+def test_values_and_gradients_on_a_gpu(n, dtype):
+    b, h, d = (2, 4, 16) if n <= 65536 else (1, 1, 2)
+    x, grad = torch.randn(2, b, n, h, d, device="cuda").to(dtype)
+    for kernel in (torch.randn(b, n, h, device="cuda").to(dtype), torch.randn(n, h, device="cuda")):
+        leaves = x.clone().requires_grad_(), kernel.clone().requires_grad_()
+        with fastmix.force("native"):
+            y = fastmix.ops.fft_conv(*leaves)
+            found = y, *torch.autograd.grad(y, leaves, grad)
+            again = fastmix.ops.fft_conv(*leaves)
+        for f, e in zip(found, defined(x, kernel, grad), strict=True):
+            limit = 1e-6 + (0 if f.dtype == torch.float32 else torch.finfo(f.dtype).eps / 2)
+            assert (f - e).abs().max() <= limit * e.abs().max()
+        assert torch.equal(y, again)
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph():
+    x, kernel = torch.randn(2, 3000, 2, 8, device="cuda"), torch.randn(3000, 2, device="cuda")
+    with fastmix.force("native"):
+        expected = fastmix.ops.fft_conv(x, kernel)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = fastmix.ops.fft_conv(x, kernel)
+        graph.replay()
+    assert torch.equal(y, expected)
