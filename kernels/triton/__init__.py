@@ -38,15 +38,23 @@ def unavailable(operator, device_type):
         if not interpreted():
             return ("Triton kernels run on GPUs; on the CPU only to be tested, with "
                     "TRITON_INTERPRET=1")
-    elif device_type not in DEVICES:
+    elif _no_device(device_type) is not None:
+        return _no_device(device_type)
+    return trial.failures.get((operator, device_type))
+
+
+@functools.cache
+def _no_device(device_type):
+    """Why no device of that type can run the kernels here, or None."""
+    if device_type not in DEVICES:
         return f"the Triton kernels are for {' and '.join(DEVICES)}, not for {device_type}"
-    elif not getattr(torch, device_type).is_available():
+    if not getattr(torch, device_type).is_available():
         return f"torch finds no {device_type} device here"
-    elif device_type == "cuda" and torch.version.hip is None:
+    if device_type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability()
         if major < 8:
             return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
-    return trial.failures.get((operator, device_type))
+    return None
 
 
 def library():
@@ -62,8 +70,11 @@ def forced(operator, device_type):
 def _run(operator, direction, forced, *args):
     kernels = importlib.import_module(f"{__name__}.{operator}")
     given = args[len(args) - len(OPERATORS[operator].forward._schema.arguments):]
+    kind = args[0].device.type
     with _current(args[0].device):
-        reason = kernels.refuses(*given) if hasattr(kernels, "refuses") else None
+        reason = None if kind == "cpu" else _no_device(kind)
+        if reason is None and hasattr(kernels, "refuses"):
+            reason = kernels.refuses(*given)
         if reason is None and operator == "gate_loop":
             reason = trial.failure(operator, direction, kernels, *given)
         if reason is None:
@@ -88,12 +99,14 @@ def _current(device):
 
 
 def register():
-    for device, key in DEVICES.items():
+    """For the devices that there may be: looking for them would initialise CUDA at import."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    for key in DEVICES.values():
         for operator in KERNELS:
-            if unavailable(operator, device) is None:
-                for suffix, direction in (("", "forward"), ("_backward", "backward")):
-                    LIBRARY.impl(f"{operator}{suffix}",
-                                 functools.partial(_run, operator, direction, False), key)
+            for suffix, direction in (("", "forward"), ("_backward", "backward")):
+                LIBRARY.impl(f"{operator}{suffix}",
+                             functools.partial(_run, operator, direction, False), key)
 
 
 register()
