@@ -1,4 +1,4 @@
-// The kernels of fft_conv.h, for CUDA.
+// The kernels of fft_conv.h and fft_long.h, for CUDA.
 
 #include <cuda_fp16.h>
 
@@ -109,8 +109,9 @@ struct Block {
 };
 
 // Two blocks of 256 threads, or one of 512, to a multiprocessor: 128 registers.
-template <class K, class S>
-__global__ void __launch_bounds__(S::threads, 512 / S::threads) kernel(const __grid_constant__ FftConv args) {
+template <class K, class S, class Args>
+__global__ void __launch_bounds__(S::threads, 512 / S::threads)
+    kernel(const __grid_constant__ Args args) {
   Block block;
   K::run(block, args);
 }
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(S::threads, 512 / S::threads) kernel(const __g
 
 #ifdef FASTMIX_KERNEL  // one of the kernels is compiled at a time, side by side
 template <Kernel which>
-const char* launch(int length, const FftConv& args, int index, void* stream) {
+const char* launch(int length, const Args<which>& args, int index, void* stream) {
   int before = 0;
   cudaGetDevice(&before);
   if (before != index) cudaSetDevice(index);
@@ -127,23 +128,24 @@ const char* launch(int length, const FftConv& args, int index, void* stream) {
   with_kernel<which>(length, device(index).shared, args, [&](auto k, auto shape, int blocks) {
     using K = decltype(k);
     using S = decltype(shape);
-    error = cudaFuncSetAttribute(kernel<K, S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 K::shared);
+    constexpr auto run = kernel<K, S, Args<which>>;
+    error = cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, K::shared);
     if (error != cudaSuccess || blocks == 0) return;
-    kernel<K, S><<<blocks, S::threads, K::shared, static_cast<cudaStream_t>(stream)>>>(args);
+    run<<<blocks, S::threads, K::shared, static_cast<cudaStream_t>(stream)>>>(args);
     error = cudaGetLastError();
   });
   if (before != index) cudaSetDevice(before);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template const char* launch<Kernel::FASTMIX_KERNEL>(int, const FftConv&, int, void*);
+template const char* launch<Kernel::FASTMIX_KERNEL>(int, const Args<Kernel::FASTMIX_KERNEL>&, int,
+                                                   void*);
 #else
 Device device(int index) {
   int shared = 0, multiprocessors = 0;
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  return {shared, multiprocessors};
+  return {shared, multiprocessors, 32 << 20};
 }
 #endif
 
