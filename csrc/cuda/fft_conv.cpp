@@ -246,6 +246,7 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
     const int groups = (f.channels + S::at_once - 1) / S::at_once,
               blocks = std::max(1, f.batch * f.heads / S::teams);
     f.parts = std::min(groups, (2 * call.on.multiprocessors + blocks - 1) / blocks);
+    f.share = (groups + f.parts - 1) / f.parts;
     if (!S::keeps_shared) kept = int64_t{f.batch} * f.heads * f.parts * S::length;
   });
   const Tensor sums = scratch(x, int64_t{f.batch} * f.heads * f.parts * call.length),

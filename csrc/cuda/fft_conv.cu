@@ -84,6 +84,9 @@ struct Block {
       *static_cast<uint16_t*>(to) = bits;
   }
 
+  // Loads that come later wait, instead of taking up registers.
+  __device__ __forceinline__ void in_order() { __syncwarp(); }
+
   // Values that other kernels have written, or this thread itself.
   __device__ __forceinline__ Complex load_complex(const Complex* from) {
     const float2 v = *reinterpret_cast<const float2*>(from);

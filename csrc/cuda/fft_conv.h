@@ -27,7 +27,7 @@ struct FftConv {
   int batch, steps, heads, channels;
   int lags;           // of the kernel that matter: at most `steps`
   int kernels;        // batch, or 1: one kernel for all
-  int parts;          // that the channels of a head are cut into, backward
+  int parts, share;   // that a head's channels are cut into, backward; what one takes at once, each
   View x, grad, out;  // (b, n, h, d); out is of the dtype of x
   View kernel, grad_kernel;  // (b or 1, m, 1, h): its heads are channels
   Complex* spectra;   // (kernels, h, 2 INTERLEAVED - 1, M)
@@ -198,10 +198,15 @@ HD void write(Block& block, const View& view, int channels, int steps, Channels 
   } else {
     // Of fewer channels than fit, all are at the end.
     const int skipped = channels < S::at_once ? S::at_once - channels : 0;
-    ROLLED for (int c = -skipped; c < at.count; ++c)
+    ROLLED for (int k = 0; k < S::words; ++k)
       each_row<S>(view, steps, at, block.again(thread), queue, [&](char* to, uint32_t* row) {
-        if (c >= 0) block.template store_one<S::bytes>(to + c * S::bytes * view.d, first_of<S>(row));
-        queue_up<S>(row, 0);
+        uint32_t word = row[0];
+        unrolled<S::words>([&](auto i) { word = i == k ? row[i] : word; });
+        unrolled<4 / S::bytes>([&](auto half) {
+          const int c = k * 4 / S::bytes + half - skipped;
+          if (c >= 0 && c < at.count)
+            block.template store_one<S::bytes>(to + c * S::bytes * view.d, word >> 16 * half);
+        });
       });
   }
 }
@@ -445,6 +450,7 @@ struct Forward {
             block.load_pair(kernel + W::pair(thread, i / 2), k);
             v[0] = v[0] * k[0];
             v[1] = v[1] * k[1];
+            if (i % 8 == 6) block.in_order();
           });
         });
       } else {
@@ -485,14 +491,12 @@ struct Backward {
     using W = Work<S, Block>;
     W work(block);
     const Type type = f.x.type;
-    const int groups = (f.channels + S::at_once - 1) / S::at_once,
-                  share = (groups + f.parts - 1) / f.parts;
     auto unit = [&](int thread) {
       const int own = block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
       return own < units(f) ? own : -1;
     };
     auto at = [&](int thread, int group) -> Channels {
-      const int own = unit(thread), c = (own % f.parts * share + group) * S::at_once;
+      const int own = unit(thread), c = (own % f.parts * f.share + group) * S::at_once;
       if (own < 0 || c >= f.channels) return {0, 0, 0, 0};
       const int head = own / f.parts;
       return {head / f.heads, head % f.heads, c,
@@ -505,14 +509,13 @@ struct Backward {
     auto sums = [&](int thread) { return f.sums + int64_t{unit(thread)} * S::length; };
     typename W::template Own<Queue<S>> x(block), grad(block);
     block.stretch([&](int thread) { work.tabulate(thread); });
-    ROLLED for (int group = 0; group < share; ++group) {
+    ROLLED for (int group = 0; group < f.share; ++group) {
       block.own([&](int thread) {
         read<Block, S>(block, f.x, f.channels, f.steps, at(thread, group), thread, x.of(thread));
         read<Block, S>(block, f.grad, f.channels, f.steps, at(thread, group), thread,
                        grad.of(thread));
       });
       ROLLED for (int c = 0; c < S::at_once && c < f.channels; ++c) {
-        const bool fresh = group == 0 && c == 0;
         work.forward(x, type);
         work.drop(x, type);
         if constexpr (S::keeps_shared) {
@@ -534,7 +537,7 @@ struct Backward {
             Complex* to = unit(thread) < 0 ? nullptr : sums(thread);
             work.third(thread, [&](auto i, Complex* v) {
               Complex k[2], sum[2] = {};
-              if (to != nullptr && !fresh) block.load_pair(to + W::pair(thread, i / 2), sum);
+              if (to != nullptr && group + c > 0) block.load_pair(to + W::pair(thread, i / 2), sum);
               unrolled<2>([&](auto j) {
                 sum[j] = sum[j] + conj(kept.get(17 * (thread % S::slot) + i + j)) * v[j];
               });
@@ -542,6 +545,7 @@ struct Backward {
               block.load_pair(kernel + W::pair(thread, i / 2), k);
               v[0] = v[0] * conj(k[0]);
               v[1] = v[1] * conj(k[1]);
+              block.in_order();
             });
           });
         } else {
@@ -568,7 +572,7 @@ struct Backward {
                   wrapped = wrapped + product;
               });
               sum = sum + conj(u) * wrapped;
-              if (!fresh) sum = sum + block.load_complex(to + e * S::M + place);
+              if (group + c > 0) sum = sum + block.load_complex(to + e * S::M + place);
               block.store_complex(to + e * S::M + place, sum);
             });
             Complex k[2 * S::r - 1];
