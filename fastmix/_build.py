@@ -23,7 +23,8 @@ KERNELS = ["-fno-exceptions"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden",
               "-diag-suppress=177"]
 CUDA_TARGETS = ("80", "86", "89", "90", "100")
-CUDA_PARTS = ("spectra", "forward", "backward", "lags", "device")  # compiled side by side
+CUDA_PARTS = ("backward", "forward", "columns_in", "columns_out", "row_backward", "row_forward",
+              "row_spectra", "row_lags", "spectra", "lags", "device")  # compiled side by side
 # One build of the kernels for each; the best one that the machine has is chosen at run time.
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -52,35 +52,44 @@ Tensor scratch(const Tensor& x, int64_t count) {
 
 Complex* data(const Tensor& scratch) { return static_cast<Complex*>(scratch.mutable_data_ptr()); }
 
-struct Call {
-  FftConv f{};
-  int index, length, r;
+// The device of x, where kernels are queued.
+struct Launcher {
+  int index;
   Device on;
   void* stream = nullptr;
 
-  Call(const Tensor& x, const Tensor& kernel) {
-    const int64_t most = std::numeric_limits<int>::max();
-    STD_TORCH_CHECK(x.size(0) * x.size(2) * x.size(3) <= most,
+  explicit Launcher(const Tensor& x) : index(x.get_device_index()), on(device(index)) {
+    STD_TORCH_CHECK(x.size(0) * x.size(2) * x.size(3) <= std::numeric_limits<int>::max(),
                     "fft_conv: too many channels for the CUDA kernel");
-    f.batch = x.size(0), f.heads = x.size(2), f.channels = x.size(3);
-    f.steps = std::min(most, x.size(1));
-    f.lags = std::min<int64_t>(f.steps, kernel.size(-2));
-    f.kernels = kernel.dim() == 3 ? f.batch : 1;
-    f.x = view(x);
-    f.kernel = kernel_view(kernel);
-    index = x.get_device_index();
-    on = device(index);
-    length = length_for(f.steps, on.shared);
-    STD_TORCH_CHECK(length != 0, "fft_conv: ", f.steps, " steps are too many for the CUDA kernel");
-    r = std::max(1, length / 4096);
     if (aoti_torch_get_current_cuda_stream != nullptr)
       aoti_torch_get_current_cuda_stream(index, &stream);
   }
 
   template <Kernel kernel>
-  void run() {
-    const char* error = launch<kernel>(length, f, index, stream);
+  void run(int length, const Args<kernel>& args) {
+    const char* error = launch<kernel>(length, args, index, stream);
     STD_TORCH_CHECK(error == nullptr, "fft_conv on CUDA: ", error);
+  }
+};
+
+struct Call : Launcher {
+  FftConv f{};
+  int length, r;
+
+  Call(const Tensor& x, const Tensor& kernel) : Launcher(x) {
+    f.batch = x.size(0), f.heads = x.size(2), f.channels = x.size(3);
+    f.steps = x.size(1);
+    f.lags = std::min(x.size(1), kernel.size(-2));
+    f.kernels = kernel.dim() == 3 ? f.batch : 1;
+    f.x = view(x);
+    f.kernel = kernel_view(kernel);
+    length = length_for(f.steps, on.shared);
+    r = std::max(1, length / 4096);
+  }
+
+  template <Kernel kernel>
+  void run() {
+    Launcher::run<kernel>(length, f);
   }
 
   Tensor spectra(const Tensor& x) {
@@ -91,9 +100,124 @@ struct Call {
   }
 };
 
+// Sequences that no block can hold: slabs of channels, one after another through the same scratch.
+struct LongCall : Launcher {
+  LongConv f{}, k{};  // of x; of kernels, as (b or 1, m, h, 1)
+  int64_t steps, lags;
+  int all_kernels, kernels, units;  // of kernels all; of a slab at most
+  Tensor spectra;
+
+  // `buffers` of scratch are in use at once.
+  LongCall(const Tensor& x, const Tensor& kernel, int buffers)
+      : Launcher(x), steps(x.size(1)), lags(std::min(steps, kernel.size(-2))) {
+    f.length = long_length_for(steps);
+    STD_TORCH_CHECK(f.length != 0, "fft_conv: ", steps, " steps are too many for the CUDA kernel");
+    f.heads = x.size(2), f.channels = x.size(3);
+    f.samples = kernel.dim() == 3 ? 1 : x.size(0);
+    with_columns(type_of(x), f.length,
+                 [&](auto shape) { f.width = std::min<int>(shape.at_once, f.channels); });
+    all_kernels = x.size(0) / f.samples * f.heads;
+    units = std::max<int64_t>(1, on.scratch / 8 / buffers / f.width / f.length);
+    kernels = std::clamp(units / f.units_of_kernel(), 1, all_kernels);
+    units = std::min(units, kernels * f.units_of_kernel());
+    spectra = scratch(x, int64_t{kernels} * f.length);
+    f.spectra = data(spectra);
+    k.length = f.length, k.heads = f.heads;
+    k.channels = k.samples = k.width = 1;
+  }
+
+  template <Kernel kernel>
+  void run() {
+    Launcher::run<kernel>(f.length, f);
+  }
+
+  template <Kernel kernel>
+  void columns(LongConv args, const View& tensor, int64_t most, Complex* numbers) {
+    args.view = tensor, args.steps = most, args.columns = numbers;
+    Launcher::run<kernel>(args.length, args);
+  }
+
+  template <Kernel kernel>
+  void columns_of_kernels(View tensor) {
+    tensor.h = tensor.d, tensor.d = 0;
+    columns<kernel>(k, tensor, lags, f.spectra);
+  }
+
+  // slab() for each slab of channels, done() when those of some kernels are through.
+  template <class Slab, class Done>
+  void each_slab(const View& kernel, Slab slab, Done done) {
+    for (int first = 0; first < all_kernels; first += kernels) {
+      f.first_kernel = k.first_kernel = first;
+      f.kernels = k.kernels = k.units = std::min(kernels, all_kernels - first);
+      columns_of_kernels<Kernel::columns_in>(kernel);
+      run<Kernel::row_spectra>();
+      const int all = f.kernels * f.units_of_kernel();
+      for (f.first_unit = 0; f.first_unit < all; f.first_unit += units) {
+        f.units = std::min(units, all - f.first_unit);
+        slab();
+      }
+      done();
+    }
+  }
+
+  Tensor numbers(const Tensor& x) { return scratch(x, int64_t{units} * f.width * f.length); }
+};
+
+bool is_long(const Tensor& x) {
+  return length_for(x.size(1), device(x.get_device_index()).shared) == 0;
+}
+
+void long_forward(const Tensor& x, const Tensor& kernel, const Tensor& out) {
+  LongCall call(x, kernel, 1);
+  const Tensor numbers = call.numbers(x);
+  LongConv& f = call.f;
+  f.columns = data(numbers);
+  call.each_slab(
+      kernel_view(kernel),
+      [&] {
+        call.columns<Kernel::columns_in>(f, view(x), call.steps, f.columns);
+        call.run<Kernel::row_forward>();
+        call.columns<Kernel::columns_out>(f, view(out), call.steps, f.columns);
+      },
+      [] {});
+}
+
+void long_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel,
+                   const Tensor& grad_x, const Tensor& grad_kernel) {
+  LongCall call(x, kernel, 2);
+  const Tensor numbers = call.numbers(x), numbers_of_grad = call.numbers(x);
+  LongConv& f = call.f;
+  f.columns = data(numbers);
+  f.grad_columns = data(numbers_of_grad);
+  // Parts enough for two blocks on every multiprocessor.
+  const int own = std::min(call.units, f.units_of_kernel()),
+            blocks = call.kernels * (f.length / 4096);
+  f.parts = std::min(own, (2 * call.on.multiprocessors + blocks - 1) / blocks);
+  f.share = (own + f.parts - 1) / f.parts;
+  f.parts = (own + f.share - 1) / f.share;
+  const Tensor sums = scratch(x, int64_t{call.kernels} * f.parts * f.length);
+  f.sums = data(sums);
+  call.each_slab(
+      kernel_view(kernel),
+      [&] {
+        call.columns<Kernel::columns_in>(f, view(x), call.steps, f.columns);
+        call.columns<Kernel::columns_in>(f, view(grad), call.steps, f.grad_columns);
+        call.run<Kernel::row_backward>();
+        call.columns<Kernel::columns_out>(f, view(grad_x), call.steps, f.grad_columns);
+      },
+      [&] {
+        call.run<Kernel::row_lags>();
+        call.columns_of_kernels<Kernel::columns_out>(kernel_view(grad_kernel));
+      });
+}
+
 Tensor fft_conv(Tensor x, Tensor kernel) {
   Tensor out = like(x);
   if (x.numel() == 0) return out;
+  if (is_long(x)) {
+    long_forward(x, kernel, out);
+    return out;
+  }
   Call call(x, kernel);
   call.f.out = view(out);
   const Tensor spectra = call.spectra(x);
@@ -105,6 +229,10 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
   Tensor grad_x = like(x), grad_kernel = like(kernel);
   if (x.numel() == 0 || kernel.size(-2) > x.size(1)) torch::stable::zero_(grad_kernel);
   if (x.numel() == 0) return {grad_x, grad_kernel};
+  if (is_long(x)) {
+    long_backward(grad, x, kernel, grad_x, grad_kernel);
+    return {grad_x, grad_kernel};
+  }
   Call call(x, kernel);
   FftConv& f = call.f;
   f.grad = view(grad);

@@ -1,4 +1,4 @@
-// The kernels of fft_conv.h, for CUDA.
+// The kernels of fft_conv.h and fft_long.h, for CUDA.
 
 #include <cuda_fp16.h>
 
@@ -111,21 +111,27 @@ struct Block {
   }
 };
 
+// Whether a shape is a makeshift for blocks with less shared memory.
+template <class S>
+constexpr bool makeshift = false;
+template <int bytes, int points, int words>
+constexpr bool makeshift<Shape<bytes, points, 2, 1, words, false>> = true;
+
 // What blocks of a machine may have is known when it is compiled for: shapes that it never
 // takes are left out. PTX, of the newest, is for all that come.
 template <class K, class S>
 __device__ constexpr bool is_taken() {
 #ifdef __CUDA_ARCH__
   if (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890) return K::shared <= 99 << 10;
-  if (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900) return S::r != 2 || S::keeps_shared;
+  if (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900) return !makeshift<S>;
 #endif
   return true;
 }
 
 // Two blocks of 256 threads, or one of 512, to a multiprocessor: 128 registers.
-template <class K, class S>
+template <class K, class S, class Args>
 __global__ void __launch_bounds__(S::threads, 512 / S::threads)
-kernel(const __grid_constant__ FftConv args) {
+kernel(const __grid_constant__ Args args) {
   if constexpr (is_taken<K, S>()) {
     Block block;
     K::run(block, args);
@@ -136,7 +142,7 @@ kernel(const __grid_constant__ FftConv args) {
 
 #ifdef FASTMIX_KERNEL  // one of the kernels is compiled at a time, side by side
 template <Kernel which>
-const char* launch(int length, const FftConv& args, int index, void* stream) {
+const char* launch(int length, const Args<which>& args, int index, void* stream) {
   int before = 0;
   cudaGetDevice(&before);
   if (before != index) cudaSetDevice(index);
@@ -144,23 +150,24 @@ const char* launch(int length, const FftConv& args, int index, void* stream) {
   with_kernel<which>(length, device(index).shared, args, [&](auto k, auto shape, int blocks) {
     using K = decltype(k);
     using S = decltype(shape);
-    error = cudaFuncSetAttribute(kernel<K, S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 K::shared);
+    constexpr auto run = kernel<K, S, Args<which>>;
+    error = cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, K::shared);
     if (error != cudaSuccess || blocks == 0) return;
-    kernel<K, S><<<blocks, S::threads, K::shared, static_cast<cudaStream_t>(stream)>>>(args);
+    run<<<blocks, S::threads, K::shared, static_cast<cudaStream_t>(stream)>>>(args);
     error = cudaGetLastError();
   });
   if (before != index) cudaSetDevice(before);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template const char* launch<Kernel::FASTMIX_KERNEL>(int, const FftConv&, int, void*);
+template const char* launch<Kernel::FASTMIX_KERNEL>(int, const Args<Kernel::FASTMIX_KERNEL>&, int,
+                                                   void*);
 #else
 Device device(int index) {
   int shared = 0, multiprocessors = 0;
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  return {shared, multiprocessors};
+  return {shared, multiprocessors, 32 << 20};
 }
 #endif
 

@@ -656,7 +656,10 @@ struct Lags {
 
 // ---- which shape a sequence takes
 
-enum class Kernel { spectra, forward, backward, lags };
+enum class Kernel {
+  spectra, forward, backward, lags,
+  columns_in, columns_out, row_spectra, row_forward, row_backward, row_lags,  // of fft_long.h
+};
 
 constexpr int kLongest = 16384;
 constexpr int64_t kRoomy = 160 << 10;  // shared bytes of a block that consumer cards have not

@@ -232,6 +232,27 @@ struct Transform {
     });
   }
 
+  // The same without the quarter, of complex numbers.
+  template <int sign, class Shared>
+  static HD void turn_plain(Complex* v, Shared table, int thread) {
+    times_powers<sign>(v, table.get(threads + thread), table.get(2 * threads + thread),
+                       table.get(3 * threads + thread), table.get(4 * threads + thread));
+  }
+
+  template <class Shared>
+  static HD void first_plain(Complex* v, Shared points, Shared table, int thread) {
+    transform<16, -1>(v);
+    turn_plain<-1>(v, table, thread);
+    unrolled<16>([&](auto k) { points.put(padded(thread) + k * padded(threads), v[k]); });
+  }
+
+  template <class Shared>
+  static HD void first_plain_back(Complex* v, Shared points, Shared table, int thread) {
+    unrolled<16>([&](auto k) { v[k] = points.get(padded(thread) + k * padded(threads)); });
+    turn_plain<1>(v, table, thread);
+    transform<16, 1>(v);
+  }
+
   static HD int second_place(int thread) { return thread / R * padded(16 * R) + thread % R; }
   // A step of the second stage crosses a gap every 16 / R of them.
   static HD constexpr int second_step(int j) { return padded(j * R); }

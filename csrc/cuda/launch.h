@@ -2,19 +2,20 @@
 
 #pragma once
 
-#include "fft_conv.h"
+#include "fft_long.h"
 
 namespace fastmix::cuda {
 
 struct Device {
   int64_t shared;  // bytes that a block may have
   int multiprocessors;
+  int64_t scratch;  // bytes that a slab of long sequences may take
 };
 
 Device device(int index);
 
 // Queues a kernel; what went wrong, or nullptr.
 template <Kernel kernel>
-const char* launch(int length, const FftConv& args, int device, void* stream);
+const char* launch(int length, const Args<kernel>& args, int device, void* stream);
 
 }  // namespace fastmix::cuda

@@ -21,7 +21,7 @@ struct Counts {
   std::string error;
 } counts;
 
-int64_t pretended_shared = 227 << 10;
+int64_t pretended_shared = 227 << 10, pretended_scratch = 32 << 20;
 
 struct Block {
   struct Access {
@@ -178,10 +178,10 @@ struct Block {
 
 }  // namespace
 
-Device device(int) { return {pretended_shared, 4}; }
+Device device(int) { return {pretended_shared, 4, pretended_scratch}; }
 
 template <Kernel which>
-const char* launch(int length, const FftConv& args, int, void*) {
+const char* launch(int length, const Args<which>& args, int, void*) {
   with_kernel<which>(length, pretended_shared, args, [&](auto k, auto shape, int blocks) {
     for (int i = 0; i < blocks; ++i) {
       Block block(i, shape.threads, k.shared);
@@ -197,6 +197,12 @@ template const char* launch<Kernel::spectra>(int, const FftConv&, int, void*);
 template const char* launch<Kernel::forward>(int, const FftConv&, int, void*);
 template const char* launch<Kernel::backward>(int, const FftConv&, int, void*);
 template const char* launch<Kernel::lags>(int, const FftConv&, int, void*);
+template const char* launch<Kernel::columns_in>(int, const LongConv&, int, void*);
+template const char* launch<Kernel::columns_out>(int, const LongConv&, int, void*);
+template const char* launch<Kernel::row_spectra>(int, const LongConv&, int, void*);
+template const char* launch<Kernel::row_forward>(int, const LongConv&, int, void*);
+template const char* launch<Kernel::row_backward>(int, const LongConv&, int, void*);
+template const char* launch<Kernel::row_lags>(int, const LongConv&, int, void*);
 
 }  // namespace fastmix::cuda
 
@@ -206,6 +212,8 @@ EXPORTED void fastmix_host_start(int64_t shared) {
   fastmix::cuda::counts = {};
   fastmix::cuda::pretended_shared = shared;
 }
+
+EXPORTED void fastmix_host_scratch(int64_t bytes) { fastmix::cuda::pretended_scratch = bytes; }
 
 // blocks, barriers, accesses of shared memory by half warps, turns waited
 EXPORTED void fastmix_host_counts(int64_t* to) {
