@@ -242,11 +242,12 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
   int64_t kept = 0;
   with_shape<Kernel::backward>(f.x.type, call.length, call.on.shared, [&](auto shape) {
     using S = decltype(shape);
-    // Parts enough for two blocks on every multiprocessor.
+    // Parts enough for blocks everywhere at once, 512 threads to a multiprocessor.
     const int groups = (f.channels + S::at_once - 1) / S::at_once,
-              blocks = std::max(1, f.batch * f.heads / S::teams);
-    f.parts = std::min(groups, (2 * call.on.multiprocessors + blocks - 1) / blocks);
-    f.share = (groups + f.parts - 1) / f.parts;
+              heads = std::max(1, f.batch * f.heads / S::teams),
+              blocks = call.on.multiprocessors * 512 / S::threads;
+    f.share = (groups + std::max(1, blocks / heads) - 1) / std::max(1, blocks / heads);
+    f.parts = (groups + f.share - 1) / f.share;
     if (!S::keeps_shared) kept = int64_t{f.batch} * f.heads * f.parts * S::length;
   });
   const Tensor sums = scratch(x, int64_t{f.batch} * f.heads * f.parts * call.length),
