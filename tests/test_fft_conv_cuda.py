@@ -25,6 +25,7 @@ class Host:
     """The kernels as operators on CPU tensors, and what the last calls would cost a GPU."""
 
     def __init__(self, path):
+        self.path = path
         torch.ops.load_library(str(path))
         self.library = ctypes.CDLL(str(path))
         self.library.fastmix_host_start.argtypes = [ctypes.c_int64]
@@ -184,6 +185,18 @@ def test_rows_are_read_and_written_whole(host, n, row, capsys):
                   for what in ("load", "store") for by in (2, 4, 8, 16)}
         with capsys.disabled():
             print(f"\nn={n} {dtype}: {host.counts()}, {widths}", end=" ")
+
+
+def test_the_shapes_fit_the_devices(host):
+    """Two blocks of 256 threads or one of 512 on a multiprocessor, with 1 KB more for each."""
+    for shared, longest in ((HOPPER, 16384), (163 << 10, 16384), (CONSUMER, 8192)):
+        shapes = _native.fft_conv_shapes(shared, host.path)
+        assert max(row[0] for row in shapes) == longest
+        for length, size, direction, threads, used, channels in shapes:
+            assert used <= shared and threads in (256, 512)
+            assert channels * size in (4, 8, 16)
+            if shared == HOPPER:
+                assert (used + 1024) * 512 // threads <= 228 << 10, (length, size, direction)
 
 
 def test_the_same_bits_twice(host):

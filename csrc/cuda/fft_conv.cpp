@@ -276,3 +276,24 @@ STABLE_TORCH_LIBRARY_IMPL(fastmix_cuda, FASTMIX_CUDA_KEY, m) {
 }
 
 }  // namespace fastmix::cuda
+
+// What a block takes of a sequence of n steps, of numbers of so many bytes, on such a device:
+// its threads, bytes of shared memory, and channels at once. The transform's length, or 0 where
+// sequences go through scratch.
+extern "C" __attribute__((visibility("default"))) int fastmix_fft_conv_shape(
+    int64_t n, int64_t shared, int bytes, int backward, int* found) {
+  using namespace fastmix::cuda;
+  const int length = length_for(n, shared);
+  if (length == 0) return 0;
+  const Type type = bytes == 4 ? Type::f32 : Type::bf16;
+  auto tell = [&](auto kernel, auto shape) {
+    found[0] = shape.threads, found[1] = kernel.shared, found[2] = shape.at_once;
+  };
+  if (backward)
+    with_shape<Kernel::backward>(type, length, shared,
+                                 [&](auto shape) { tell(Backward<decltype(shape)>{}, shape); });
+  else
+    with_shape<Kernel::forward>(type, length, shared,
+                                [&](auto shape) { tell(Forward<decltype(shape)>{}, shape); });
+  return length;
+}
