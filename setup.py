@@ -6,6 +6,7 @@ sources on first use. pyproject.toml has everything else.
 
 import importlib.util
 import runpy
+import sys
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -22,10 +23,16 @@ class BuildWithLibrary(build_py):
         super().run()
         if ahead and not self.editable_mode:  # a checkout's sources may still change
             folder = Path(torch.origin).parent
-            cuda = build["torch_has_cuda"](folder) and build["cuda_compiler"]() is not None
-            name = f"_native{'-cuda' if cuda else ''}-{build['fingerprint']()}.so"
-            build["build"](Path(self.build_lib) / "fastmix" / name, folder, build["show_progress"],
-                           cuda=build["cuda_code"]() if cuda else ())
+            if build["torch_has_cuda"](folder) and build["cuda_compiler"]() is not None:
+                try:
+                    return self.make("_native-cuda", folder, build["cuda_code"]())
+                except RuntimeError as error:
+                    print(f"fastmix: the kernels for CUDA are left out: {error}", file=sys.stderr)
+            self.make("_native", folder, ())
+
+    def make(self, name, torch_folder, cuda):
+        target = Path(self.build_lib) / "fastmix" / f"{name}-{build['fingerprint']()}.so"
+        build["build"](target, torch_folder, build["show_progress"], cuda=cuda)
 
 
 class Platform(Distribution):

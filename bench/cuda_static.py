@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 import triton
 
-from fastmix import _build
+from fastmix import _build, _native
 
 TABLE = Path(__file__).parent / "results" / "cuda-static.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+DEVICES = (227 << 10, 163 << 10, 99 << 10)  # what a block may have: Hopper, A100, consumer cards
 KEY = ("target", "kernel", "shape")
 
 
@@ -51,7 +52,8 @@ def measure(library):
 def worse(rows, table):
     """Lines that say where `rows` are worse than the committed table."""
     known = {tuple(row[k] for k in KEY): row for row in table}
-    lines = []
+    lines = [f"{' '.join(key)}: is in the table, but not in the library"
+             for key in known.keys() - {tuple(row[k] for k in KEY) for row in rows}]
     for row in rows:
         name = " ".join(row[k] for k in KEY)
         before = known.get(tuple(row[k] for k in KEY))
@@ -75,14 +77,17 @@ def main():
             _build.build(library, Path(torch.__file__).parent, _build.show_progress, cpu=False,
                          cuda=_build.cuda_code())
         rows = measure(library)
+        blocks = {shared >> 10: _native.fft_conv_shapes(shared, library) for shared in DEVICES}
     if options.check is None:
-        TABLE.write_text(json.dumps({"nvcc": compiler(), "kernels": rows}, indent=0) + "\n")
+        TABLE.write_text(json.dumps(
+            {"nvcc": compiler(), "fft_conv blocks by KB of shared memory": blocks,
+             "kernels": rows}, indent=0) + "\n")
         for row in rows:
             print(row)
         return 0
     table = json.loads(TABLE.read_text())
     if table["nvcc"] != compiler():
-        print(f"none worse can be told: the table is of nvcc {table['nvcc']}, this is {compiler()}")
+        print(f"what is worse cannot be told: the table is of nvcc {table['nvcc']}, this is {compiler()}")
         return 0
     lines = worse(rows, table["kernels"])
     print("\n".join(lines) or f"{len(rows)} kernels: none worse than the table")

@@ -20,8 +20,8 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
 REGISTRATION = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 KERNELS = ["-fno-exceptions"]
 # The CUDA half: these machines' own code, and PTX for those to come.
-CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden",
-              "-diag-suppress=177"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr",
+              "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
 CUDA_TARGETS = ("80", "86", "89", "90", "100")
 CUDA_PARTS = ("backward", "forward", "columns_in", "columns_out", "row_backward", "row_forward",
               "row_spectra", "row_lags", "spectra", "lags", "device")  # compiled side by side
@@ -47,8 +47,12 @@ def cuda_compiler():
     return shutil.which(named) if named else shutil.which("nvcc") or beside
 
 
-def cuda_code(targets=CUDA_TARGETS, ptx=True):
-    """nvcc's flags for machine code of compute capabilities, and PTX for those to come."""
+def cuda_code(targets=None, ptx=True):
+    """nvcc's flags for machine code of compute capabilities (by default of all in CUDA_TARGETS
+    that it knows), and PTX for those to come."""
+    if targets is None:
+        known = subprocess.run([cuda_compiler(), "--list-gpu-arch"], capture_output=True, text=True)
+        targets = [t for t in CUDA_TARGETS if f"compute_{t}" in known.stdout.split()]
     code = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
     return code + [f"-gencode=arch=compute_{t},code=compute_{t}" for t in targets[-1:] if ptx]
 
@@ -68,24 +72,24 @@ def sources():
 def fingerprint():
     """A hash of all that the library is made from, torch's headers aside: they are stable."""
     seen = hashlib.sha256(repr((FLAGS, REGISTRATION, KERNELS, INSTRUCTION_SETS, CUDA_FLAGS,
-                                CUDA_TARGETS)).encode())
+                                CUDA_TARGETS, CUDA_PARTS)).encode())
     for file in sorted(sources().glob("c*/*")):
         seen.update(file.name.encode() + b"\0" + file.read_bytes())
     return seen.hexdigest()[:16]
 
 
 def compiled_name(part="cpu", cuda=()):
-    """A library's file name in a cache: of these sources, of `cuda` (see build) and, if there
-    is one, this compiler."""
-    found = compiler()
-    if found is None:
-        return f"{part}-{fingerprint()}-*.so"
-    identity = [*cuda]
-    for tool in map(os.path.realpath, filter(None, (found, cuda and cuda_compiler()))):
+    """A library's file name in a cache: of these sources, of `cuda` (see build) and of the
+    compilers; without those, a pattern for what they may have made."""
+    tools = [compiler(), cuda_compiler()] if cuda else [compiler()]
+    name = "-".join([part, fingerprint(), *(flag.rpartition("_")[2] for flag in cuda)])
+    if None in tools:
+        return f"{name}-*.so"
+    identity = []
+    for tool in map(os.path.realpath, tools):
         seen = os.stat(tool)
         identity.append((tool, seen.st_size, seen.st_mtime_ns))
-    digest = hashlib.sha256(repr(identity).encode()).hexdigest()
-    return f"{part}-{fingerprint()}-{digest[:8]}.so"
+    return f"{name}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:8]}.so"
 
 
 def build(target, torch_folder, progress=lambda done, of: None, more_flags=(), cpu=True, cuda=()):
@@ -127,6 +131,7 @@ def build(target, torch_folder, progress=lambda done, of: None, more_flags=(), c
                 progress(done, len(jobs))
         _run([*link, "-shared", "-o", str(library), *(str(Path(folder) / made) for made in jobs),
               "-L", str(Path(torch_folder) / "lib"), "-ltorch", "-ltorch_cpu"])
+        library.chmod(0o755)  # whatever the umask: others must not be able to write to it
         os.replace(library, target)
 
 

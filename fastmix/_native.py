@@ -62,8 +62,8 @@ def _cached(part):
     # Without a compiler: whatever one has compiled these sources before.
     name = _build.compiled_name(part, _gpu_code() if part == "cuda" else ())
     path = next(iter(sorted(folder.glob(name))), folder / name)
-    for part in (folder, path):
-        reason = _distrusted(part) if part.exists() else None
+    for place in (folder, path):
+        reason = _distrusted(place) if place.exists() else None
         if reason is not None:
             raise RuntimeError(reason)
     return path
@@ -101,7 +101,10 @@ def status(part="cpu"):
 
 def ready(part):
     """Whether there is a library already: nothing has to be compiled."""
-    return (_no_gpu() if part == "cuda" else None) is None and _found(part) is not None
+    try:
+        return (part == "cpu" or _no_gpu() is None) and _found(part) is not None
+    except RuntimeError:
+        return False
 
 
 def unavailable(operator, device_type):
@@ -114,13 +117,19 @@ def unavailable(operator, device_type):
     return no_gpu or _failures.get(device_type) or why_not(device_type)
 
 
+@functools.cache
 def _no_gpu():
     """Why no GPU can run the kernels, or None."""
-    if not torch.cuda.is_available() or torch.version.hip:
+    if torch.version.hip:
+        return "the CUDA kernels are not for ROCm"
+    if not torch.cuda.is_available():
         return "torch finds no CUDA device here"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
+    try:
+        found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # in a process that was forked when CUDA was in use
+        return f"CUDA cannot be used: {error}"
+    if max(found) < (8, 0):
+        return "the kernels need compute capability 8.0, here is {}.{}".format(*max(found))
     return None
 
 
@@ -150,7 +159,8 @@ def _compiled(part):
     path = _cached(part)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     code = _gpu_code() if part == "cuda" else ()
-    _build.build(path, Path(torch.__file__).parent, _build.show_progress, cpu=part == "cpu", cuda=code)
+    _build.build(path, Path(torch.__file__).parent, _build.show_progress, cpu=part == "cpu",
+                 cuda=code)
     path.chmod(0o700)
     return path
 
@@ -174,28 +184,39 @@ def forced(operator, device_type):
 def _run_on_cuda(name, forced, *args):
     """A kernel; or the fallback, for what the kernels do not take."""
     operator = name.removesuffix("_backward")
-    reason = _cuda_unusable() or _refusal(args[-2])
+    x = args[-2]
+    unusable = _cuda_unusable(x.device)
+    reason = unusable or _refusal(x)
     if reason is None:
         return getattr(torch.ops.fastmix_cuda, name)(*args)
     if forced:
         raise RuntimeError(f"{operator} was asked to run on 'native', which cannot: {reason}")
+    if unusable is not None:
+        warnings.warn(f"fastmix runs its pure PyTorch fallback on {x.device}: {unusable}",
+                      RuntimeWarning, stacklevel=2)
     fallback = OPERATORS[operator]
     run = fallback.run_fallback if name == operator else fallback.run_fallback_backward
     return run(*args)
 
 
 @functools.cache
-def _cuda_unusable():
-    """Loads the library for GPUs. Why there is none, also said in a warning, or None."""
-    reason = _no_gpu()
+def _cuda_unusable(device):
+    """Loads the library and tries it. Why it cannot be used on that device, or None."""
+    if _no_gpu() is not None:
+        return _no_gpu()
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0"
     try:
-        reason or library("cuda")
+        library("cuda")
+        x = torch.ones(1, 2, 1, 1, device=device)
+        found = torch.ops.fastmix_cuda.fft_conv(x, x[..., 0])
+        if torch.cuda.is_current_stream_capturing():
+            return None  # nothing can be read now
+        if (found.flatten().cpu() - torch.tensor([1.0, 2.0])).abs().max() > 1e-5:
+            return f"1 * 1 came out as {found.flatten().tolist()}"
     except RuntimeError as error:
-        reason = str(error)
-    if reason is not None:
-        warnings.warn(f"fastmix runs its pure PyTorch fallback on the GPU: {reason}",
-                      RuntimeWarning, stacklevel=2)
-    return reason
+        return str(error)
+    return None
 
 
 def _refusal(x):
@@ -204,6 +225,8 @@ def _refusal(x):
         return "it computes in float32, and float64 is wanted"
     if x.shape[1] > LONGEST:
         return f"it is for up to {LONGEST} steps, here are {x.shape[1]}"
+    if x.shape[0] * x.shape[2] * x.shape[3] > 1 << 30:
+        return "it is for up to 2^30 channels of all samples"
     return None
 
 
@@ -257,7 +280,8 @@ def _first_use(operator, device_type):
 
 def register():
     """Registers the kernels that are there already; others come on first use."""
-    if torch.backends.cuda.is_built():  # without a look at the devices: that is for first use
+    # Without a look at the devices: that is for first use.
+    if torch.backends.cuda.is_built() and torch.version.hip is None:
         for operator in KERNELS["cuda"]:
             for name in (operator, f"{operator}_backward"):
                 LIBRARY.impl(name, functools.partial(_run_on_cuda, name, False), "CUDA")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastmix
 from fastmix import _build, _native, reference
@@ -45,8 +46,8 @@ class Host:
 
     def __call__(self, x, kernel, grad):
         """y, dx and dkernel."""
-        y = torch.ops.fastmix_cuda.fft_conv(x, kernel)
-        return y, *torch.ops.fastmix_cuda.fft_conv_backward(grad, x, kernel)
+        y = torch.ops.fastmix_cuda_host.fft_conv(x, kernel)
+        return y, *torch.ops.fastmix_cuda_host.fft_conv_backward(grad, x, kernel)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def host(tmp_path_factory):
     path = tmp_path_factory.mktemp("cuda") / "host.so"
     sources = [*(ROOT / "csrc" / "cuda").glob("*.cpp"), ROOT / "tests" / "cuda" / "host.cpp"]
     subprocess.run([_build.compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-w",
-                    *_build.REGISTRATION, "-DFASTMIX_CUDA_KEY=CPU", "-isystem",
+                    *_build.REGISTRATION, "-DFASTMIX_HOST", "-isystem",
                     torch_folder / "include", *sources, "-o", path, "-L", torch_folder / "lib",
                     "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"], check=True)
     return Host(path)
@@ -77,13 +78,21 @@ def defined(x, kernel, grad):
 
 
 def check(host, x, kernel, shared=HOPPER):
-    """Values and gradients: to 1e-6 of the largest, or to the rounding of the dtype."""
+    """Values and gradients: to 1e-6 of the largest, of all lags, or to the dtype's rounding."""
     grad = torch.randn(x.shape).to(x.dtype)
     host.start(shared)
-    for found, expected in zip(host(x, kernel, grad), defined(x, kernel, grad), strict=True):
+    torch.use_deterministic_algorithms(True)  # new tensors, outputs and scratch, are NaN
+    try:
+        results = host(x, kernel, grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    # Lags that a short kernel has not are computed with the others, and rounded with them.
+    longer = F.pad(kernel, (0, 0, 0, max(0, x.shape[1] - kernel.shape[-2])))
+    for found, whole in zip(results, defined(x, longer, grad), strict=True):
         limit = 1e-6 + (0 if found.dtype == torch.float32 else torch.finfo(found.dtype).eps / 2)
-        largest = expected.abs().max()
-        assert found.is_contiguous() and (found - expected).abs().max() <= limit * largest
+        expected = whole[..., : kernel.shape[-2], :] if found.ndim == kernel.ndim else whole
+        assert found.is_contiguous() and found.shape == expected.shape
+        assert (found - expected).abs().max() <= limit * whole.abs().max()
     assert host.counts()["waits"] == 0
 
 
@@ -163,21 +172,13 @@ def test_empty_batches(host):
     assert y.shape == dx.shape == x.shape and not dkernel.any()
 
 
-def test_outputs_are_written_whole(host):
-    torch.use_deterministic_algorithms(True)  # new tensors are NaN
-    try:
-        check(host, torch.randn(2, 700, 2, 5), torch.randn(2, 900, 2))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("n, row", [(2048, 16), (8192, 8)])
 def test_rows_are_read_and_written_whole(host, n, row, capsys):
     """The widths and turns that a GPU would pay for, and no narrower ones on the data."""
     for dtype in (torch.float32, torch.bfloat16):
         x, kernel = torch.randn(1, n, 1, 8).to(dtype), torch.randn(1, n, 1)
         host.start(HOPPER)
-        torch.ops.fastmix_cuda.fft_conv(x, kernel)
+        torch.ops.fastmix_cuda_host.fft_conv(x, kernel)
         width = x.numel() * x.element_size() // row
         assert host.accesses(f"store{row}") >= width and host.accesses("store4") == 0
         assert host.accesses("load2") == 0 and host.accesses("load4") == kernel.numel()
@@ -234,7 +235,8 @@ except NotImplementedError as error:
 
 @needs_nvcc
 def test_the_library_loads_registers_and_is_refused_without_a_gpu(whole_library):
-    ran = subprocess.run([sys.executable, "-c", LOAD, whole_library], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", LOAD, whole_library], capture_output=True,
+                         text=True)
     assert ran.returncode == 0 and ran.stdout == "refused: True\n", ran.stderr
 
 
@@ -243,6 +245,8 @@ def test_no_kernel_is_worse_than_the_table(whole_library):
     pytest.importorskip("triton", reason="cuobjdump comes with Triton")
     ran = subprocess.run([sys.executable, ROOT / "bench" / "cuda_static.py", "--check",
                           whole_library], capture_output=True, text=True)
+    if "cannot be told" in ran.stdout:
+        pytest.skip(ran.stdout)
     assert ran.returncode == 0 and "none worse" in ran.stdout, ran.stdout + ran.stderr[-2000:]
 
 
@@ -266,7 +270,7 @@ def test_tensors_without_kernels_are_told_why():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", [*LENGTHS, 16384, 16385, 65536, 1 << 20])
 def test_values_and_gradients_on_a_gpu(n, dtype):
-    b, h, d = (2, 4, 16) if n <= 65536 else (1, 1, 2)
+    b, h, d = (2, 4, 16 if n % 2 else 5) if n <= 65536 else (1, 1, 2)
     x, grad = torch.randn(2, b, n, h, d, device="cuda").to(dtype)
     for kernel in (torch.randn(b, n, h, device="cuda").to(dtype), torch.randn(n, h, device="cuda")):
         leaves = x.clone().requires_grad_(), kernel.clone().requires_grad_()
@@ -281,12 +285,29 @@ def test_values_and_gradients_on_a_gpu(n, dtype):
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph():
-    x, kernel = torch.randn(2, 3000, 2, 8, device="cuda"), torch.randn(3000, 2, device="cuda")
+def test_any_strides_and_lags_on_a_gpu():
+    fused = torch.randn(2, 5000, 3, 24, device="cuda")
+    x = fused[:, :, 1].unflatten(-1, (3, 8))
+    for m in (1, 700, 9000):
+        kernel = torch.randn(3, m, 2, device="cuda").permute(2, 1, 0).requires_grad_()
+        leaf = x.detach().requires_grad_()
+        with fastmix.force("native"), torch.cuda.stream(torch.cuda.Stream()):
+            y = fastmix.ops.fft_conv(leaf, kernel)
+            found = y, *torch.autograd.grad(y.sum(), (leaf, kernel))
+            torch.cuda.current_stream().synchronize()
+        for f, e in zip(found, defined(x, kernel.detach(), torch.ones_like(y)), strict=True):
+            assert (f - e).abs().max() <= 1e-6 * (e.abs().max() + x.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [700, 3000, 20000])
+def test_in_a_cuda_graph(n):
+    x, kernel = torch.randn(2, n, 2, 8, device="cuda"), torch.randn(n, 2, device="cuda")
     with fastmix.force("native"):
-        expected = fastmix.ops.fft_conv(x, kernel)
+        fastmix.ops.fft_conv(x[:, :9], kernel)  # the library is there; the kernels are not
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = fastmix.ops.fft_conv(x, kernel)
+        x.copy_(torch.randn_like(x))
         graph.replay()
-    assert torch.equal(y, expected)
+        assert torch.equal(y, fastmix.ops.fft_conv(x, kernel))

@@ -49,7 +49,8 @@ def test_the_library_serves_cpu_tensors():
     for operator in fastmix.ops.__all__:
         found = fastmix.implementations(operator, "cpu")
         assert (found["native"] is None) == (operator in _native.KERNELS["cpu"])
-        assert fastmix.implementations(operator, "cuda")["native"] is not None
+        if operator not in _native.KERNELS["cuda"]:
+            assert "no CUDA C++ kernel" in fastmix.implementations(operator, "cuda")["native"]
 
 
 @pytest.mark.parametrize("name", _native.INSTRUCTION_SETS[:-1])

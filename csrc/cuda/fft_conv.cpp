@@ -1,5 +1,6 @@
 // fft_conv on CUDA tensors, for torch: fresh outputs and scratch, and kernels queued in order.
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,8 +33,10 @@ Type type_of(const Tensor& x) {
 
 // x (b, n, h, d)
 View view(const Tensor& x) {
-  return {const_cast<void*>(x.const_data_ptr()), type_of(x), x.stride(0), x.stride(1), x.stride(2),
-          x.stride(3)};
+  // Strides that are never taken say nothing of how rows lie.
+  auto stride = [&](int64_t axis) { return x.size(axis) == 1 ? 0 : x.stride(axis); };
+  return {const_cast<void*>(x.const_data_ptr()), type_of(x), stride(0), stride(1), stride(2),
+          x.size(3) == 1 ? 1 : x.stride(3)};
 }
 
 // kernel (b, m, h) or (m, h)
@@ -52,22 +55,33 @@ Tensor scratch(const Tensor& x, int64_t count) {
 
 Complex* data(const Tensor& scratch) { return static_cast<Complex*>(scratch.mutable_data_ptr()); }
 
-// The device of x, where kernels are queued.
+// The device and the stream of x, where kernels are queued.
 struct Launcher {
   int index;
   Device on;
   void* stream = nullptr;
+#ifndef FASTMIX_HOST
+  torch::stable::accelerator::DeviceGuard guard;
+#endif
 
-  explicit Launcher(const Tensor& x) : index(x.get_device_index()), on(device(index)) {
-    STD_TORCH_CHECK(x.size(0) * x.size(2) * x.size(3) <= std::numeric_limits<int>::max(),
+  explicit Launcher(const Tensor& x)
+      : index(x.get_device_index()), on(device(index))
+#ifndef FASTMIX_HOST
+        ,
+        guard(index) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
+                        aoti_torch_get_current_cuda_stream(index, &stream) == AOTI_TORCH_SUCCESS,
+                    "fft_conv on CUDA: this torch tells no stream");
+#else
+  {
+#endif
+    STD_TORCH_CHECK(x.size(0) * x.size(2) * x.size(3) <= 1 << 30,
                     "fft_conv: too many channels for the CUDA kernel");
-    if (aoti_torch_get_current_cuda_stream != nullptr)
-      aoti_torch_get_current_cuda_stream(index, &stream);
   }
 
   template <Kernel kernel>
   void run(int length, const Args<kernel>& args) {
-    const char* error = launch<kernel>(length, args, index, stream);
+    const char* error = launch<kernel>(length, args, on, stream);
     STD_TORCH_CHECK(error == nullptr, "fft_conv on CUDA: ", error);
   }
 };
@@ -261,16 +275,22 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
 
 }  // namespace
 
-#ifndef FASTMIX_CUDA_KEY  // a test runs all this on the CPU
-#define FASTMIX_CUDA_KEY CUDA
+#define DEFINE(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define IMPLEMENT(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+#ifdef FASTMIX_HOST  // a test runs all this on the CPU
+#define NAMESPACE fastmix_cuda_host
+#define KEY CPU
+#else
+#define NAMESPACE fastmix_cuda
+#define KEY CUDA
 #endif
 
-STABLE_TORCH_LIBRARY(fastmix_cuda, m) {
+DEFINE(NAMESPACE, m) {
   m.def("fft_conv(Tensor x, Tensor kernel) -> Tensor");
   m.def("fft_conv_backward(Tensor grad, Tensor x, Tensor kernel) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastmix_cuda, FASTMIX_CUDA_KEY, m) {
+IMPLEMENT(NAMESPACE, KEY, m) {
   m.impl("fft_conv", TORCH_BOX(&fft_conv));
   m.impl("fft_conv_backward", TORCH_BOX(&fft_conv_backward));
 }

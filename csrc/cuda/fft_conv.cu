@@ -40,6 +40,7 @@ struct Block {
     return index;
   }
 
+  // Without a barrier: for places that no other thread touches till the next stretch ends.
   template <class F>
   __device__ __forceinline__ void own(F f) {
     f(again(0));
@@ -122,7 +123,7 @@ constexpr bool makeshift<Shape<bytes, points, 2, 1, words, false>> = true;
 template <class K, class S>
 __device__ constexpr bool is_taken() {
 #ifdef __CUDA_ARCH__
-  if (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890) return K::shared <= 99 << 10;
+  if (__CUDA_ARCH__ == 890) return K::shared <= 99 << 10;  // that of 8.6 also runs on 8.7
   if (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900) return !makeshift<S>;
 #endif
   return true;
@@ -135,6 +136,8 @@ kernel(const __grid_constant__ Args args) {
   if constexpr (is_taken<K, S>()) {
     Block block;
     K::run(block, args);
+  } else {
+    __trap();
   }
 }
 
@@ -142,26 +145,24 @@ kernel(const __grid_constant__ Args args) {
 
 #ifdef FASTMIX_KERNEL  // one of the kernels is compiled at a time, side by side
 template <Kernel which>
-const char* launch(int length, const Args<which>& args, int index, void* stream) {
-  int before = 0;
-  cudaGetDevice(&before);
-  if (before != index) cudaSetDevice(index);
+const char* launch(int length, const Args<which>& args, const Device& on, void* stream) {
   cudaError_t error = cudaSuccess;
-  with_kernel<which>(length, device(index).shared, args, [&](auto k, auto shape, int blocks) {
+  with_kernel<which>(length, on.shared, args, [&](auto k, auto shape, int blocks) {
     using K = decltype(k);
     using S = decltype(shape);
     constexpr auto run = kernel<K, S, Args<which>>;
     error = cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, K::shared);
-    if (error != cudaSuccess || blocks == 0) return;
-    run<<<blocks, S::threads, K::shared, static_cast<cudaStream_t>(stream)>>>(args);
-    error = cudaGetLastError();
+    if (error == cudaSuccess && blocks > 0) {
+      run<<<blocks, S::threads, K::shared, static_cast<cudaStream_t>(stream)>>>(args);
+      error = cudaPeekAtLastError();
+    }
+    if (error != cudaSuccess) cudaGetLastError();  // it is told here, not by the next kernel
   });
-  if (before != index) cudaSetDevice(before);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template const char* launch<Kernel::FASTMIX_KERNEL>(int, const Args<Kernel::FASTMIX_KERNEL>&, int,
-                                                   void*);
+template const char* launch<Kernel::FASTMIX_KERNEL>(int, const Args<Kernel::FASTMIX_KERNEL>&,
+                                                    const Device&, void*);
 #else
 Device device(int index) {
   int shared = 0, multiprocessors = 0;

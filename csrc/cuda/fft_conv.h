@@ -20,7 +20,6 @@ struct View {
   void* data;
   Type type;
   int64_t b, n, h, d;
-
 };
 
 struct FftConv {
@@ -66,7 +65,8 @@ struct Shape {
   static constexpr int stride = slot * r;
 };
 
-// What a thread has read: for each time step, channels that wait, then those that are done.
+// What a thread has read: a row of channels for each time step. They leave it at the front, to
+// be transformed, and come back in at the end: after at_once of them all are results, in order.
 template <class S>
 struct Queue {
   uint32_t word[S::rows][S::words];
@@ -181,9 +181,9 @@ HD void read(Block& block, const View& view, int channels, int steps, Channels a
     });
   } else {
     ROLLED for (int c = 0; c < S::at_once; ++c)
-      each_row<S>(view, steps, at, block.again(thread), queue, [&](const char* from, uint32_t* row) {
-        queue_up<S>(row, c < at.count ? block.template load_one<S::bytes>(
-                                            from + c * S::bytes * view.d) : 0);
+      each_row<S>(view, steps, at, block.again(thread), queue, [&](const char* row, uint32_t* to) {
+        const char* from = row + c * S::bytes * view.d;
+        queue_up<S>(to, c < at.count ? block.template load_one<S::bytes>(from) : 0);
       });
   }
 }
@@ -238,7 +238,7 @@ struct Work {
   // Where the j-th pair of a thread's sixteen values lies, r = 1: pairs of all threads together.
   HD static int pair(int thread, int j) { return 2 * (S::slot * j + thread % S::slot); }
 
-  // Each block's end, for the stretches that follow one another.
+  // f(thread, i) for each subsequence of each thread, then a barrier.
   template <class F>
   HD void each_subsequence(F f) {
     block.stretch([&](int thread) { unrolled<S::subsequences>([&](auto i) { f(thread, i); }); });
@@ -379,15 +379,16 @@ struct Spectra {
       const int steps = kernel < 0 ? 0 : f.lags, first = S::first_step(thread, i);
       unrolled<16>([&](auto j) {
         const int t = first + j * S::stride;
-        x[j] = t < steps ? number<Block>(block, f.kernel.type, lag(f.kernel, f.heads, kernel, t)) : 0;
+        const char* from = lag(f.kernel, f.heads, kernel, t);
+        x[j] = t < steps ? number<Block>(block, f.kernel.type, from) : 0;
       });
     });
     if constexpr (S::r == 1) {
       block.stretch([&](int thread) {
         const int kernel = kernel_of<S>(f, block.index(), thread);
-        Complex* to = f.spectra + int64_t{kernel} * S::M;
+        Complex* to = kernel < 0 ? nullptr : f.spectra + int64_t{kernel} * S::M;
         work.third_in(thread, [&](auto i, Complex* v) {
-          if (kernel >= 0) block.store_pair(to + W::pair(thread, i / 2), v);
+          if (to != nullptr) block.store_pair(to + W::pair(thread, i / 2), v);
         });
       });
     } else {
@@ -433,7 +434,8 @@ struct Forward {
     };
     auto spectrum = [&](int thread) {
       const Channels mine = at(thread);
-      return f.spectra + int64_t{(f.kernels == 1 ? 0 : mine.b) * f.heads + mine.h} * (2 * S::r - 1) * S::M;
+      const int kernel = (f.kernels == 1 ? 0 : mine.b) * f.heads + mine.h;
+      return f.spectra + int64_t{kernel} * (2 * S::r - 1) * S::M;
     };
     typename W::template Own<Queue<S>> queue(block);
     block.stretch([&](int thread) {
@@ -524,7 +526,7 @@ struct Backward {
           work.last(work.points);
           work.each_leaf([&](int place) {
             unrolled<S::r>([&](auto e) {
-              block.store_complex(f.kept + int64_t{block.index() * S::r + e} * S::M + place,
+              block.store_complex(f.kept + (int64_t{block.index()} * S::r + e) * S::M + place,
                                   work.points.get(W::leaf(place, e)));
             });
           });
@@ -556,9 +558,8 @@ struct Backward {
             Complex w[S::r], a[S::r];
             unrolled<S::r>([&](auto e) {
               w[e] = work.points.get(W::leaf(place, e));
-              a[e] = S::keeps_shared
-                         ? work.kept.get(W::leaf(place, e))
-                         : block.load_complex(f.kept + int64_t{block.index() * S::r + e} * S::M + place);
+              const Complex* far = f.kept + (int64_t{block.index()} * S::r + e) * S::M + place;
+              a[e] = S::keeps_shared ? work.kept.get(W::leaf(place, e)) : block.load_complex(far);
             });
             // The kernel's e-th value met a_j in w_{j+e}, times u where that passes the end.
             const Complex u = S::Stages::point(place);
@@ -615,7 +616,7 @@ struct Lags {
       const int samples = kernel < 0 ? 0 : f.kernels == 1 ? f.batch : 1;
       for (int b = 0; b < samples; ++b)
         for (int part = 0; part < f.parts; ++part)
-          add(f.sums + int64_t{(b * f.heads + kernel) * f.parts + part} * S::length);
+          add(f.sums + (int64_t{b * f.heads + kernel} * f.parts + part) * S::length);
     };
     if constexpr (S::r == 1) {
       block.stretch([&](int thread) {
@@ -647,8 +648,8 @@ struct Lags {
       const int steps = kernel < 0 ? 0 : f.lags, first = S::first_step(thread, i);
       unrolled<16>([&](auto j) {
         const int t = first + j * S::stride;
-        if (t < steps)
-          put_number<Block>(block, f.grad_kernel.type, lag(f.grad_kernel, f.heads, kernel, t), y[j]);
+        char* to = lag(f.grad_kernel, f.heads, kernel, t);
+        if (t < steps) put_number<Block>(block, f.grad_kernel.type, to, y[j]);
       });
     });
   }

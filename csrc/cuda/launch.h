@@ -14,8 +14,8 @@ struct Device {
 
 Device device(int index);
 
-// Queues a kernel; what went wrong, or nullptr.
+// Queues a kernel on the current device; what went wrong, or nullptr.
 template <Kernel kernel>
-const char* launch(int length, const Args<kernel>& args, int device, void* stream);
+const char* launch(int length, const Args<kernel>& args, const Device& on, void* stream);
 
 }  // namespace fastmix::cuda

@@ -38,7 +38,9 @@ struct Block {
   template <class T>
   struct Own {
     std::vector<T> values;
-    explicit Own(Block& block) : values(block.threads) {}
+    explicit Own(Block& block) : values(block.threads) {
+      memset(static_cast<void*>(values.data()), 0xff, sizeof(T) * values.size());
+    }
     T& of(int thread) { return values[thread]; }
   };
 
@@ -181,7 +183,7 @@ struct Block {
 Device device(int) { return {pretended_shared, 4, pretended_scratch}; }
 
 template <Kernel which>
-const char* launch(int length, const Args<which>& args, int, void*) {
+const char* launch(int length, const Args<which>& args, const Device&, void*) {
   with_kernel<which>(length, pretended_shared, args, [&](auto k, auto shape, int blocks) {
     for (int i = 0; i < blocks; ++i) {
       Block block(i, shape.threads, k.shared);
@@ -193,16 +195,16 @@ const char* launch(int length, const Args<which>& args, int, void*) {
   return counts.error.empty() ? nullptr : counts.error.c_str();
 }
 
-template const char* launch<Kernel::spectra>(int, const FftConv&, int, void*);
-template const char* launch<Kernel::forward>(int, const FftConv&, int, void*);
-template const char* launch<Kernel::backward>(int, const FftConv&, int, void*);
-template const char* launch<Kernel::lags>(int, const FftConv&, int, void*);
-template const char* launch<Kernel::columns_in>(int, const LongConv&, int, void*);
-template const char* launch<Kernel::columns_out>(int, const LongConv&, int, void*);
-template const char* launch<Kernel::row_spectra>(int, const LongConv&, int, void*);
-template const char* launch<Kernel::row_forward>(int, const LongConv&, int, void*);
-template const char* launch<Kernel::row_backward>(int, const LongConv&, int, void*);
-template const char* launch<Kernel::row_lags>(int, const LongConv&, int, void*);
+template const char* launch<Kernel::spectra>(int, const FftConv&, const Device&, void*);
+template const char* launch<Kernel::forward>(int, const FftConv&, const Device&, void*);
+template const char* launch<Kernel::backward>(int, const FftConv&, const Device&, void*);
+template const char* launch<Kernel::lags>(int, const FftConv&, const Device&, void*);
+template const char* launch<Kernel::columns_in>(int, const LongConv&, const Device&, void*);
+template const char* launch<Kernel::columns_out>(int, const LongConv&, const Device&, void*);
+template const char* launch<Kernel::row_spectra>(int, const LongConv&, const Device&, void*);
+template const char* launch<Kernel::row_forward>(int, const LongConv&, const Device&, void*);
+template const char* launch<Kernel::row_backward>(int, const LongConv&, const Device&, void*);
+template const char* launch<Kernel::row_lags>(int, const LongConv&, const Device&, void*);
 
 }  // namespace fastmix::cuda
 
