@@ -37,13 +37,14 @@ step() {  # name, seconds it may take, command …
     fi
 }
 
+impl=triton
 report() {  # name, seconds, batch, steps, width, heads, operators …
     local name=$1 limit=$2 b=$3 n=$4 dim=$5 heads=$6
     shift 6
     [ "$rehearse" ] && b=1 n=40 dim=16 heads=4
     for dtype in bfloat16 float32; do
         step "$name-$dtype" "$limit" python bench/run.py --device "$device" --dtype "$dtype" \
-            --batch "$b" --seq "$n" --dim "$dim" --heads "$heads" --impl triton \
+            --batch "$b" --seq "$n" --dim "$dim" --heads "$heads" --impl "$impl" \
             --minutes "$(( limit / 60 + 1 ))" --models none --ops "$@" \
             --json "$out/$name-$dtype.json" --csv "$out/$name-$dtype.csv"
     done
@@ -68,6 +69,17 @@ fi
 report scans       60 8 4096  1024 16 gate_loop linear_scan
 report scans-long  60 1 65536 1024 16 gate_loop
 report mixers      60 8 8192  512  8  decay_conv windowed_sgu cumulative_mean
+impl=native
+report fft-conv       60 8 8192  512  8  fft_conv
+report fft-conv-short 60 8 2048  512  8  fft_conv
+report fft-conv-long  60 1 65536 512  8  fft_conv
+if [ -z "$rehearse" ] && command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck initcheck synccheck; do
+        step "fft-conv-$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            python -m pytest -q -p no:cacheprovider tests/test_fft_conv_cuda.py \
+            -k "on_a_gpu and (257- or 4097- or 8193- or 16385-) and dtype0"
+    done
+fi
 step peers 120 python bench/peers.py --device "$device" $shape --json "$out/peers.json"
 
 if [ ${#failed[@]} = 0 ]; then

@@ -99,6 +99,11 @@ def status(part="cpu"):
         f"to be compiled at the first call, with {compiler}")
 
 
+def ready(part):
+    """Whether there is a library already: nothing has to be compiled."""
+    return (_no_gpu() if part == "cuda" else None) is None and _found(part) is not None
+
+
 def unavailable(operator, device_type):
     """None if the kernels of `operator` run on such tensors here, else the reason."""
     if device_type not in KERNELS:
@@ -200,6 +205,23 @@ def _refusal(x):
     if x.shape[1] > LONGEST:
         return f"it is for up to {LONGEST} steps, here are {x.shape[1]}"
     return None
+
+
+def fft_conv_shapes(shared, found=None):
+    """How the CUDA kernel of fft_conv cuts its work where blocks may have `shared` bytes.
+
+    [(longest sequence, bytes of a number, "forward" or "backward", threads of a block, its
+    shared bytes, channels it takes at once)]; longer ones go through scratch.
+    """
+    shape = ctypes.CDLL(str(found or library("cuda"))).fastmix_fft_conv_shape
+    shape.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    rows, told = [], (ctypes.c_int * 3)()
+    for length in (256 << i for i in range(7)):
+        for size in (4, 2):
+            for backward, name in enumerate(("forward", "backward")):
+                if shape(length, shared, size, backward, told):
+                    rows.append((length, size, name, *told))
+    return rows
 
 
 def best_instruction_set():

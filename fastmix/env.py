@@ -41,6 +41,15 @@ def devices():
     return found
 
 
+def fft_conv_lines():
+    """How fft_conv's CUDA kernel works at sequences here."""
+    shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    return ["  fft_conv, steps up to: threads of a block, its shared memory, channels at once"] + [
+        f"  {length:>7} {'float32' if size == 4 else '16 bits'} {direction:<9}"
+        f"{threads:>5}{used / 1024:>8.1f} KB{channels:>4}"
+        for length, size, direction, threads, used, channels in _native.fft_conv_shapes(shared)]
+
+
 def report():
     """What `python -m fastmix.env` prints, line by line."""
     lines = [f"fastmix {fastmix.__version__}", f"python  {platform.python_version()} on "
@@ -53,6 +62,8 @@ def report():
     lines.append(f"{'CUDA kernels':<24}{_native.status('cuda')}")
     for device, description in devices():
         lines += ["", f"{device}: {description}"]
+        if device == "cuda" and _native.ready("cuda"):
+            lines += fft_conv_lines()
         missing = {}
         for operator in sorted(OPERATORS):
             found = fastmix.implementations(operator, device)

@@ -25,6 +25,7 @@ class Host:
     """The kernels as operators on CPU tensors, and what the last calls would cost a GPU."""
 
     def __init__(self, path):
+        self.path = path
         torch.ops.load_library(str(path))
         self.library = ctypes.CDLL(str(path))
         self.library.fastmix_host_start.argtypes = [ctypes.c_int64]
@@ -101,7 +102,29 @@ def test_the_longest_that_fit_into_a_block(host, n):
     check(host, torch.randn(1, n, 1, 2), torch.randn(1, n, 1))
 
 
-@pytest.mark.parametrize("n", [1, 300, 1000, 2048, 4097, 8192])
+@pytest.mark.parametrize("n", [16385, 20000, 32768, 32769, 65536, 65537, 131072])
+def test_longer_ones_go_through_scratch(host, n):
+    check(host, torch.randn(1, n, 1, 2), torch.randn(1, n, 1))
+
+
+def test_a_million_steps(host):
+    check(host, torch.randn(1, 1 << 20, 1, 1), torch.randn(1 << 20, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_slabs_of_long_sequences(host, dtype):
+    """Little scratch: channels and kernels go through it a few at a time."""
+    n = 16400
+    host.library.fastmix_host_scratch(ctypes.c_int64(1 << 20))
+    try:
+        check(host, torch.randn(2, n, 2, 5).to(dtype), torch.randn(2, n, 2).to(dtype))
+        check(host, torch.randn(3, n, 1, 9).to(dtype), torch.randn(n - 100, 1))
+        check(host, torch.randn(1, 2, 3, n).to(dtype).permute(0, 3, 1, 2), torch.randn(n + 9, 2))
+    finally:
+        host.library.fastmix_host_scratch(ctypes.c_int64(32 << 20))
+
+
+@pytest.mark.parametrize("n", [1, 300, 1000, 2048, 4097, 8192, 16000])
 def test_blocks_with_less_shared_memory(host, n):
     check(host, torch.randn(1, n, 2, 3), torch.randn(1, n, 2), CONSUMER)
 
@@ -162,6 +185,18 @@ def test_rows_are_read_and_written_whole(host, n, row, capsys):
                   for what in ("load", "store") for by in (2, 4, 8, 16)}
         with capsys.disabled():
             print(f"\nn={n} {dtype}: {host.counts()}, {widths}", end=" ")
+
+
+def test_the_shapes_fit_the_devices(host):
+    """Two blocks of 256 threads or one of 512 on a multiprocessor, with 1 KB more for each."""
+    for shared, longest in ((HOPPER, 16384), (163 << 10, 16384), (CONSUMER, 8192)):
+        shapes = _native.fft_conv_shapes(shared, host.path)
+        assert max(row[0] for row in shapes) == longest
+        for length, size, direction, threads, used, channels in shapes:
+            assert used <= shared and threads in (256, 512)
+            assert channels * size in (4, 8, 16)
+            if shared == HOPPER:
+                assert (used + 1024) * 512 // threads <= 228 << 10, (length, size, direction)
 
 
 def test_the_same_bits_twice(host):

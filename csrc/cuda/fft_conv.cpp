@@ -242,11 +242,12 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
   int64_t kept = 0;
   with_shape<Kernel::backward>(f.x.type, call.length, call.on.shared, [&](auto shape) {
     using S = decltype(shape);
-    // Parts enough for two blocks on every multiprocessor.
+    // Parts enough for blocks everywhere at once, 512 threads to a multiprocessor.
     const int groups = (f.channels + S::at_once - 1) / S::at_once,
-              blocks = std::max(1, f.batch * f.heads / S::teams);
-    f.parts = std::min(groups, (2 * call.on.multiprocessors + blocks - 1) / blocks);
-    f.share = (groups + f.parts - 1) / f.parts;
+              heads = std::max(1, f.batch * f.heads / S::teams),
+              blocks = call.on.multiprocessors * 512 / S::threads;
+    f.share = (groups + std::max(1, blocks / heads) - 1) / std::max(1, blocks / heads);
+    f.parts = (groups + f.share - 1) / f.share;
     if (!S::keeps_shared) kept = int64_t{f.batch} * f.heads * f.parts * S::length;
   });
   const Tensor sums = scratch(x, int64_t{f.batch} * f.heads * f.parts * call.length),
@@ -275,3 +276,24 @@ STABLE_TORCH_LIBRARY_IMPL(fastmix_cuda, FASTMIX_CUDA_KEY, m) {
 }
 
 }  // namespace fastmix::cuda
+
+// What a block takes of a sequence of n steps, of numbers of so many bytes, on such a device:
+// its threads, bytes of shared memory, and channels at once. The transform's length, or 0 where
+// sequences go through scratch.
+extern "C" __attribute__((visibility("default"))) int fastmix_fft_conv_shape(
+    int64_t n, int64_t shared, int bytes, int backward, int* found) {
+  using namespace fastmix::cuda;
+  const int length = length_for(n, shared);
+  if (length == 0) return 0;
+  const Type type = bytes == 4 ? Type::f32 : Type::bf16;
+  auto tell = [&](auto kernel, auto shape) {
+    found[0] = shape.threads, found[1] = kernel.shared, found[2] = shape.at_once;
+  };
+  if (backward)
+    with_shape<Kernel::backward>(type, length, shared,
+                                 [&](auto shape) { tell(Backward<decltype(shape)>{}, shape); });
+  else
+    with_shape<Kernel::forward>(type, length, shared,
+                                [&](auto shape) { tell(Forward<decltype(shape)>{}, shape); });
+  return length;
+}
