@@ -248,8 +248,8 @@ struct Rows {
 
   HD static int blocks(const LongConv& f, int items) { return items * (f.length / chunk); }
 
-  // The numbers of the index-th of all that have N of them.
-  HD Complex* of(Complex* all, int64_t index) const { return all + index * f.length + from; }
+  // The numbers of the index-th of all in scratch that have N of them; an int counts them all.
+  HD Complex* of(Complex* all, int index) const { return all + index * f.length + from; }
 
   // A thread's row begins here; and there is the i-th of its pairs of a spectrum.
   HD static int row(int thread) { return thread / S::slot * S::M; }
@@ -348,47 +348,50 @@ struct RowBackward {
     Rows<S, Block> rows(block, f);
     const int kernel_at = rows.item / f.parts, part = rows.item % f.parts;
     const Complex* kernel = rows.of(f.spectra, kernel_at);
-    Complex* to = rows.of(f.sums, rows.item);
     // Slabs hold all units of each of their kernels, or some of only one kernel's.
-    const int units = f.units / f.kernels, end = (part + 1) * f.share;
+    const int units = f.units / f.kernels, more = (part + 1) * f.share,
+              end = kernel_at * units + (more < units ? more : units);
     typename Block::template Own<Sums> sums(block);
     block.own([&](int thread) {
       unrolled<8>([&](auto i) {
         Complex* sum = sums.of(thread).value + 2 * i;
         sum[0] = sum[1] = {0, 0};
-        if (f.first_unit > 0) block.load_pair(to + rows.pair(thread, 2 * i), sum);
+        if (f.first_unit > 0)
+          block.load_pair(rows.of(f.sums, rows.item) + rows.pair(thread, 2 * i), sum);
       });
     });
-    ROLLED for (int own = part * f.share; own < end && own < units; ++own) {
-      const int unit = kernel_at * units + own, count = f.at(unit).count;
-      ROLLED for (int c = 0; c < count; ++c) {
-        const int64_t channel = int64_t{unit} * f.width + c;
-        rows.forward(rows.of(f.columns, channel));
-        block.stretch([&](int thread) {
-          const auto kept = rows.kept(thread);
-          rows.work.third_in(thread, [&](auto i, Complex* v) {
-            unrolled<2>([&](auto j) { kept.put(17 * (thread % S::slot) + i + j, v[j]); });
-          });
+    const int first = kernel_at * units + part * f.share;
+    ROLLED for (int channel = first * f.width; channel < end * f.width; ++channel) {
+      if (channel % f.width >= f.at(channel / f.width).count) continue;
+      rows.forward(rows.of(f.columns, channel));
+      block.stretch([&](int thread) {
+        const auto kept = rows.kept(thread);
+        rows.work.third_in(thread, [&](auto i, Complex* v) {
+          unrolled<2>([&](auto j) { kept.put(17 * (thread % S::slot) + i + j, v[j]); });
         });
-        rows.forward(rows.of(f.grad_columns, channel));
-        block.stretch([&](int thread) {
-          const auto kept = rows.kept(thread);
-          Complex* sum = sums.of(thread).value;
-          rows.work.third(thread, [&](auto i, Complex* v) {
-            Complex k[2];
-            block.load_pair(kernel + rows.pair(thread, i), k);
-            unrolled<2>([&](auto j) {
-              sum[i + j] = sum[i + j] + conj(kept.get(17 * (thread % S::slot) + i + j)) * v[j];
-              v[j] = v[j] * conj(k[j]);
-            });
+      });
+      rows.forward(rows.of(f.grad_columns, channel));
+      block.stretch([&](int thread) {
+        const auto kept = rows.kept(thread);
+        Complex* sum = sums.of(thread).value;
+        rows.work.third(thread, [&](auto i, Complex* v) {
+          Complex k[2];
+          block.load_pair(kernel + rows.pair(thread, i), k);
+          unrolled<2>([&](auto j) {
+            const Complex a = kept.get(17 * (thread % S::slot) + i + j);
+            sum[i + j] = {sum[i + j].re + a.re * v[j].re + a.im * v[j].im,
+                          sum[i + j].im + a.re * v[j].im - a.im * v[j].re};
+            v[j] = v[j] * conj(k[j]);
           });
+          block.in_order();
         });
-        rows.back(rows.of(f.grad_columns, channel));
-      }
+      });
+      rows.back(rows.of(f.grad_columns, channel));
     }
     block.own([&](int thread) {
       unrolled<8>([&](auto i) {
-        block.store_pair(to + rows.pair(thread, 2 * i), sums.of(thread).value + 2 * i);
+        block.store_pair(rows.of(f.sums, rows.item) + rows.pair(thread, 2 * i),
+                         sums.of(thread).value + 2 * i);
       });
     });
   }
@@ -409,7 +412,7 @@ struct RowLags {
         v[0] = v[1] = {0, 0};
         for (int part = 0; part < f.parts; ++part) {
           Complex more[2];
-          block.load_pair(rows.of(f.sums, int64_t{rows.item} * f.parts + part) +
+          block.load_pair(rows.of(f.sums, rows.item * f.parts + part) +
                               rows.pair(thread, i), more);
           v[0] = v[0] + more[0];
           v[1] = v[1] + more[1];
