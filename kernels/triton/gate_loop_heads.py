@@ -176,6 +176,13 @@ def _double(before_re, before_im, after_re, after_im, all_re, all_im, steps, SIZ
 
 
 @triton.jit
+def _block_sums(x, C: tl.constexpr, SIZE: tl.constexpr):
+    """At each step the sum of x (C,) over its block of SIZE."""
+    x = tl.reshape(x, (C // SIZE, SIZE))
+    return tl.reshape(tl.broadcast_to(tl.sum(x, 1)[:, None], x.shape), (C,))
+
+
+@triton.jit
 def _tree(start_re, start_im, a_re, a_im, C: tl.constexpr, LEVELS: tl.constexpr):
     """W[s, r] = start_s Π_{r < i < s} a_i for r < s, else 0; start_s Π_{i < s} a_i;
     Π_{i > r} a_i; and Π a_i."""
@@ -430,8 +437,8 @@ def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides
         re, im = _times(tl.where(right, before_re, after_re), tl.where(right, before_im, after_im),
                         tl.where(right, p_re, e_re), -tl.where(right, p_im, e_im))
         all_re, all_im = _times(all_re, all_im, t_re, -t_im)
-        all_re += tl.sum(tl.where(siblings, re[None, :], 0.0), 1)
-        all_im += tl.sum(tl.where(siblings, im[None, :], 0.0), 1)
+        all_re += tl.gather(_block_sums(re, C, 1 << level), sibling, 0)
+        all_im += tl.gather(_block_sums(im, C, 1 << level), sibling, 0)
         between = tl.where(siblings, weights, 0.0)
         re, im = _times(before_re, before_im, t_re, -t_im)
         before_re = tl.where(right, re, before_re) + tl.sum(between * e_re[None, :], 1)
@@ -452,10 +459,17 @@ def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides
 # ---- launchers
 
 
+def _arch():
+    """The compute capability, 90 for 9.0; 0 where there is none: on AMD, in the interpreter."""
+    if INTERPRETED:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
+
+
 def _precision(dtype):
     """How products with float32 operands are formed."""
-    if (dtype == torch.float64 or INTERPRETED
-            or triton.runtime.driver.active.get_current_target().backend != "cuda"):
+    if dtype == torch.float64 or not _arch():
         return "ieee"
     if dtype == torch.float32:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -463,8 +477,10 @@ def _precision(dtype):
 
 
 def _chunk(dtype):
-    """Steps per chunk: 64, fewer where products are not for tensor cores of 16-bit data."""
-    return {torch.float32: 32, torch.float64: 16}.get(dtype, 64)
+    """Steps per chunk: 64, fewer where products are not for tensor cores of 16-bit data, or
+    those spread 64 steps over too few registers."""
+    sixteen = 64 if _arch() in (0, 90, 100, 101, 103) else 32
+    return {torch.float32: 32, torch.float64: 16}.get(dtype, sixteen)
 
 
 def _options(q, v, logits, width=32, **others):
@@ -476,7 +492,8 @@ def _options(q, v, logits, width=32, **others):
 
     return dict(LOGITS=logits, SUMS=tl.float64 if q.dtype == torch.float64 else tl.float32,
                 DK=dk, DV=dv, BK=block(dk, min(c, 64)), BV=block(dv, min(c, width)), C=c,
-                LEVELS=c.bit_length() - 1, PRECISION=_precision(q.dtype), **others)
+                LEVELS=c.bit_length() - 1, PRECISION=_precision(q.dtype),
+                num_warps=8 if _arch() >= 100 else 4, **others)
 
 
 def _real(x):
@@ -548,11 +565,14 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
             *_strided(q, grad, gates, _real(grad_state)), adjoints, _real(grad_initial),
             n, h, chunks, **options)
         asked = states.new_empty(b, chunks, h, 4, options["C"])
-        options = _options(q, v, logits, num_warps=4 if q.dtype == torch.float64 else 8,
-                           num_stages=1)
+        options = _options(q, v, logits, num_stages=1)
+        # A wave on AMD has as many registers in a program of four as there are in eight.
+        options["num_warps"] = 8 if _arch() else 4
         _gradients[(b * h * chunks,)](
             *_strided(q, k, v, grad, gates), states, adjoints, grad_q, grad_k, grad_v, asked,
             n, h, chunks, ROUNDED=logits and given.dtype == torch.bfloat16, **options)
+        if q.dtype == torch.float64:
+            options["num_warps"] = 4
         _gate_gradients[(b * h * chunks,)](
             *_strided(q, k, v, grad, gates), asked, grad_gates if logits else _real(grad_gates),
             n, h, chunks, **options)
