@@ -493,7 +493,7 @@ def _options(q, v, logits, width=32, **others):
     return dict(LOGITS=logits, SUMS=tl.float64 if q.dtype == torch.float64 else tl.float32,
                 DK=dk, DV=dv, BK=block(dk, min(c, 64)), BV=block(dv, min(c, width)), C=c,
                 LEVELS=c.bit_length() - 1, PRECISION=_precision(q.dtype),
-                num_warps=8 if _arch() >= 100 else 4, **others)
+                num_warps=4 if _arch() in (0, 90) else 8, **others)
 
 
 def _real(x):
