@@ -70,12 +70,13 @@ def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_n, x_h, 
                 p = decay * p + rows[r].to(dtype)
         pointers += ROWS * x_n
     none = tl.zeros((1, COLS), dtype)
-    factor = tl.broadcast_to(power(decay, run, 31), p.shape)
+    mixed = power(decay, run - 1, 31)
+    factor = tl.broadcast_to(decay * mixed, p.shape)
     before, p = entering(factor, p, none)
     ends += (batch * count + segment) * (1 + BACKWARD) * channels + channel[None, :]
     tl.store(ends, p, mask=inside)
     if BACKWARD:
-        _, q = entering(factor, q + run * power(decay, run - 1, 31) * before, none)
+        _, q = entering(factor, q + run * mixed * before, none)
         tl.store(ends + channels, q, mask=inside)
 
 
@@ -298,7 +299,7 @@ def backward(grad, grad_state, carries, x, decay, gain, initial_state, carry_eve
     if x.numel() == 0:
         return (grad_x, torch.zeros_like(decay), None if gain is None else torch.zeros_like(gain),
                 None if initial_state is None else grad_initial[0])
-    grid, common, sizes = _plan(x, 96)
+    grid, common, sizes = _plan(x, 80)
     sizes["D"] = 0 if flat(grad, x) else d
     decays = decay.contiguous()
     ends = None

@@ -96,11 +96,17 @@ def _after(a_re, a_im, b_re, b_im, c_re, c_im, d_re, d_im):
 
 
 @triton.jit
-def _slopes(re, im):
-    """The logits' gradient is a · along · (a · grad) + i a · across · (a × grad)."""
+def _size(re, im):
+    """|z|, and infinity where z is 0: there the slopes below are 0."""
     size, _, _, at_zero = _polar(re, im)
-    beyond = tl.exp(-size)
-    return tl.where(at_zero, 0.0, beyond), tl.where(at_zero, 0.0, (1 + beyond) / size)
+    return tl.where(at_zero, float("inf"), size)
+
+
+@triton.jit
+def _slopes(size):
+    """The logits' gradient is a · along · (a · grad) + i a · across · (a × grad)."""
+    along = tl.exp(-size)
+    return along, (1 + along) / size
 
 
 @triton.jit
@@ -169,6 +175,8 @@ def _forward(q, k, v, gates, entries, out, last, carries,
     v += batch * v_b + time * v_n + channel * v_h
     gates += batch * g_b + time * g_n + channel * g_h
     out += (batch * n + time) * h + channel
+    if carries is not None:
+        carry = carries + 2 * ((batch * carry_count + time // CARRY_EVERY) * h + channel)
 
     state_re = tl.zeros((C // WIDTH, 1, WIDTH), WIDE)
     state_im = tl.zeros((C // WIDTH, 1, WIDTH), WIDE)
@@ -179,20 +187,18 @@ def _forward(q, k, v, gates, entries, out, last, carries,
 
     end = tl.minimum(n, begin + length)
     left = _left(end, time, ROWS * STEPS)
-    next_q = _fetch(q, q_n, inside, left, STEPS)
-    next_k = _fetch(k, k_n, inside, left, STEPS)
-    next_v = _fetch(v, v_n, inside, left, STEPS)
     next_gates = _fetch_pairs(gates, g_part, g_n, inside, left, PACKED, STEPS)
     for _ in tl.range(0, length, ROWS * STEPS, num_stages=1):
-        qs, ks, vs, zs = next_q, next_k, next_v, next_gates
+        # The gates alone come a tile ahead: the rest is waited for while they are activated.
+        zs = next_gates
+        qs = _fetch(q, q_n, inside, left, STEPS)
+        ks = _fetch(k, k_n, inside, left, STEPS)
+        vs = _fetch(v, v_n, inside, left, STEPS)
         q += ROWS * STEPS * q_n
         k += ROWS * STEPS * k_n
         v += ROWS * STEPS * v_n
         gates += ROWS * STEPS * g_n
         later = _left(end, time + ROWS * STEPS, ROWS * STEPS)
-        next_q = _fetch(q, q_n, inside, later, STEPS)
-        next_k = _fetch(k, k_n, inside, later, STEPS)
-        next_v = _fetch(v, v_n, inside, later, STEPS)
         next_gates = _fetch_pairs(gates, g_part, g_n, inside, later, PACKED, STEPS)
 
         a_re, a_im, u = (), (), ()
@@ -210,10 +216,10 @@ def _forward(q, k, v, gates, entries, out, last, carries,
                                                 first, final, False)
 
         if carries is not None:
-            kept = inside & (time % CARRY_EVERY == 0) & (left > 0)
-            carry = carries + 2 * ((batch * carry_count + time // CARRY_EVERY) * h + channel)
+            kept = inside & first & (left > 0)
             tl.store(carry, re, kept)
             tl.store(carry + 1, im, kept)
+            carry += 2 * h
         for j in tl.static_range(STEPS):
             mask = inside & (j < left)
             re, im = _times(a_re[j], a_im[j], re, im)
@@ -262,6 +268,12 @@ def _backward(grad, q, k, v, gates, carries, asked, grad_q, grad_k, grad_v, grad
     gates += batch * g_b + time * g_n + channel * g_h
     carries += batch * c_b + tile * c_n + channel * c_h
     to = (batch * n + time) * h + channel
+    grad_q += to
+    to += (STEPS - 1) * h
+    grad_k += to
+    grad_v += to
+    grad_gates += to * (2 if PACKED_OUT is None else 1)
+    gates_h = h * (2 if PACKED_OUT is None else 1)
 
     # What later tiles ask of the tile's last state.
     at = asked + batch * a_b + chunk * a_chunk + channel * a_h
@@ -277,15 +289,14 @@ def _backward(grad, q, k, v, gates, carries, asked, grad_q, grad_k, grad_v, grad
         entry_re = tl.load(carries, inside, other=0)
         entry_im = tl.load(carries + c_part, inside, other=0)
 
-        a_re, a_im, along, across = (), (), (), ()
+        a_re, a_im, sizes = (), (), ()
         for j in tl.static_range(STEPS):
             mask = inside & (j < left)
             z_re, z_im = _pair(zs, j, PACKED, STEPS)
             re, im = _gate(z_re, z_im, mask, ACTIVATE)
             a_re, a_im = a_re + (re,), a_im + (im,)
             if ACTIVATE:
-                slopes = _slopes(z_re, z_im)
-                along, across = along + (slopes[0],), across + (slopes[1],)
+                sizes = sizes + (_size(z_re, z_im),)
             u = _wide(ks[j]) * _wide(vs[j])
             if j == 0:
                 all_re, all_im, b_re, b_im = re, im, u, tl.zeros_like(u)
@@ -296,36 +307,38 @@ def _backward(grad, q, k, v, gates, carries, asked, grad_q, grad_k, grad_v, grad
             d_re += _wide(qs[j]) * _wide(gs[j])
             d_re, d_im = _times(a_re[j], -a_im[j], d_re, d_im)
 
-        # The states that enter the rows.
-        s_re, s_im, _, _ = _scan_rows(all_re, all_im, b_re, b_im, entry_re, entry_im,
-                                      first, final, False)
         # What is asked of the rows' last states.
         re, im, h_re, h_im = _scan_rows(all_re, -all_im, d_re, d_im, h_re, h_im,
                                         final, first, True)
+        # The states that enter the rows.
+        s_re, s_im, _, _ = _scan_rows(all_re, all_im, b_re, b_im, entry_re, entry_im,
+                                      first, final, False)
 
-        states_re, states_im = (), ()
-        for j in tl.static_range(STEPS):
-            states_re, states_im = states_re + (s_re,), states_im + (s_im,)
-            s_re, s_im = _times(a_re[j], a_im[j], s_re, s_im)
-            s_re += _wide(ks[j]) * _wide(vs[j])
-            result = (s_re * _wide(gs[j])).to(grad_q.dtype.element_ty)
-            tl.store(grad_q + to, result, inside & (j < left))
-            to += h
-        for j in tl.static_range(STEPS - 1, -1, -1):
-            mask = inside & (j < left)
-            to -= h
-            re += _wide(qs[j]) * _wide(gs[j])
-            tl.store(grad_k + to, (re * _wide(vs[j])).to(grad_k.dtype.element_ty), mask)
-            tl.store(grad_v + to, (re * _wide(ks[j])).to(grad_v.dtype.element_ty), mask)
-            da_re, da_im = _times(re, im, states_re[j], -states_im[j])
-            if ACTIVATE:
-                x, y = _times(a_re[j], -a_im[j], da_re, da_im)
-                da_re, da_im = _times(a_re[j], a_im[j], x * along[j], y * across[j])
-            if PACKED_OUT is None:
-                _store_pair(grad_gates + 2 * to, 1, da_re, da_im, mask, None)
-            else:
-                _store_pair(grad_gates + to, 1, da_re, da_im, mask, PACKED_OUT)
-            re, im = _times(a_re[j], -a_im[j], re, im)
+        if n > 0:  # always: a branch keeps the compiler from mixing walks and scans, and spilling
+            states_re, states_im = (), ()
+            for j in tl.static_range(STEPS):
+                states_re, states_im = states_re + (s_re,), states_im + (s_im,)
+                s_re, s_im = _times(a_re[j], a_im[j], s_re, s_im)
+                s_re += _wide(ks[j]) * _wide(vs[j])
+                result = (s_re * _wide(gs[j])).to(grad_q.dtype.element_ty)
+                tl.store(grad_q, result, inside & (j < left))
+                grad_q += h
+            grad_q -= (CARRY_EVERY + STEPS) * h
+            for j in tl.static_range(STEPS - 1, -1, -1):
+                mask = inside & (j < left)
+                re += _wide(qs[j]) * _wide(gs[j])
+                tl.store(grad_k, (re * _wide(vs[j])).to(grad_k.dtype.element_ty), mask)
+                tl.store(grad_v, (re * _wide(ks[j])).to(grad_v.dtype.element_ty), mask)
+                da_re, da_im = _times(re, im, states_re[j], -states_im[j])
+                if ACTIVATE:
+                    along, across = _slopes(sizes[j])
+                    x, y = _times(a_re[j], -a_im[j], da_re, da_im)
+                    da_re, da_im = _times(a_re[j], a_im[j], x * along, y * across)
+                _store_pair(grad_gates, 1, da_re, da_im, mask, PACKED_OUT)
+                re, im = _times(a_re[j], -a_im[j], re, im)
+                grad_k -= h
+                grad_v -= h
+                grad_gates -= gates_h
 
         grad -= CARRY_EVERY * d_n
         q -= CARRY_EVERY * q_n
@@ -333,7 +346,9 @@ def _backward(grad, q, k, v, gates, carries, asked, grad_q, grad_k, grad_v, grad
         v -= CARRY_EVERY * v_n
         gates -= CARRY_EVERY * g_n
         carries -= c_n
-        to -= CARRY_EVERY * h
+        grad_k -= (CARRY_EVERY - STEPS) * h
+        grad_v -= (CARRY_EVERY - STEPS) * h
+        grad_gates -= (CARRY_EVERY - STEPS) * gates_h
         time -= CARRY_EVERY
 
     if grad_entry is not None:
@@ -414,10 +429,10 @@ def _enter(totals, state, entries, h, blocks, chunks, s_b, s_h, s_part,
 
 # ---- launching
 
-def _tile(h):
-    """C and the rest of a tile: 32 bytes of a row in 16 bits, 16 elements to a thread."""
+def _tile(h, dtype):
+    """C and the rest of a tile: 32 bytes of a row in 16 bits, 16 elements to a thread, or 8."""
     if h > 4:
-        return dict(C=16, WIDTH=8, ROWS=8, STEPS=8, num_warps=2)
+        return dict(C=16, WIDTH=8, ROWS=8, STEPS=8, num_warps=4 if dtype == torch.float64 else 2)
     c = triton.next_power_of_2(h)
     return dict(C=c, WIDTH=c, ROWS=8, STEPS=8, num_warps=1)
 
@@ -453,7 +468,8 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
     if b == 0:
         return out, last, carries
     x, packed = _gate_views(gates, gate_logits)
-    flags = dict(ACTIVATE=gates is None, PACKED=packed, WIDE=_wide_dtype(q.dtype), **_tile(h))
+    flags = dict(ACTIVATE=gates is None, PACKED=packed, WIDE=_wide_dtype(q.dtype),
+                 **_tile(h, q.dtype))
     blocks = triton.cdiv(h, flags["C"])
     length, chunks = _chunks(b * blocks, n)
     entries = None if initial_state is None else torch.view_as_real(initial_state)[:, None, :, 0, 0]
@@ -497,7 +513,8 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
         x, packed = _gate_views(gates, gate_logits)
         to, packed_out = _gate_views(*((grad_gates, None) if gate_logits is None
                                        else (None, grad_gates)))
-        flags = dict(ACTIVATE=gates is None, PACKED=packed, WIDE=_wide_dtype(q.dtype), **_tile(h))
+        flags = dict(ACTIVATE=gates is None, PACKED=packed, WIDE=_wide_dtype(q.dtype),
+                     **_tile(h, q.dtype))
         blocks = triton.cdiv(h, flags["C"])
         length, chunks = _chunks(b * blocks, n)
         asked = torch.view_as_real(grad_state)[:, None, :, 0, 0]

@@ -176,6 +176,33 @@ def _double(before_re, before_im, after_re, after_im, all_re, all_im, steps, SIZ
 
 
 @triton.jit
+def _block_sums(x, C: tl.constexpr, SIZE: tl.constexpr):
+    """At each step the sum of x (C,) over its block of SIZE."""
+    x = tl.reshape(x, (C // SIZE, SIZE))
+    return tl.reshape(tl.broadcast_to(tl.sum(x, 1)[:, None], x.shape), (C,))
+
+
+@triton.jit
+def _part(x, part: tl.constexpr, ROWS: tl.constexpr):
+    """The part's ROWS of x (C,)."""
+    if x.shape[0] == ROWS:
+        return x
+    else:
+        return tl.gather(x, part * ROWS + tl.arange(0, ROWS), 0)
+
+
+@triton.jit
+def _spread(x, part: tl.constexpr, C: tl.constexpr):
+    """x (ROWS,) in its part of (C,), 0 elsewhere."""
+    ROWS: tl.constexpr = x.shape[0]
+    if C == ROWS:
+        return x
+    else:
+        steps = tl.arange(0, C)
+        return tl.where(steps // ROWS == part, tl.gather(x, steps % ROWS, 0), 0.0)
+
+
+@triton.jit
 def _tree(start_re, start_im, a_re, a_im, C: tl.constexpr, LEVELS: tl.constexpr):
     """W[s, r] = start_s Π_{r < i < s} a_i for r < s, else 0; start_s Π_{i < s} a_i;
     Π_{i > r} a_i; and Π a_i."""
@@ -299,13 +326,14 @@ def _walk_adjoints(q, q_strides, grad, grad_strides, gates, gate_strides, final,
 
 
 @triton.jit
-def _scores(x, x_strides, y, y_strides, b, first, h, C: tl.constexpr, BLOCK: tl.constexpr, n,
-            WIDTH: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr):
-    """x_s · y_r over a chunk."""
-    scores = tl.zeros((C, C), SUMS)
-    for at in range(0, WIDTH, BLOCK):
-        left = _load_rows(x, x_strides, b, first, h, C, at, BLOCK, n, WIDTH)
-        right = _load_rows(y, y_strides, b, first, h, C, at, BLOCK, n, WIDTH)
+def _scores(x, x_strides, y, y_strides, b, at, first, h, ROWS: tl.constexpr, C: tl.constexpr,
+            BLOCK: tl.constexpr, n, WIDTH: tl.constexpr, SUMS: tl.constexpr,
+            PRECISION: tl.constexpr):
+    """x_s · y_r for ROWS steps s from `at` on and the chunk's steps r."""
+    scores = tl.zeros((ROWS, C), SUMS)
+    for channel in range(0, WIDTH, BLOCK):
+        left = _load_rows(x, x_strides, b, at, h, ROWS, channel, BLOCK, n, WIDTH)
+        right = _load_rows(y, y_strides, b, first, h, C, channel, BLOCK, n, WIDTH)
         scores += _dot(left, tl.trans(right), PRECISION)
     return scores
 
@@ -332,7 +360,8 @@ def _gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gat
     w_re, _, p_re, p_im, after_re, after_im, _, _ = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
     w_re = tl.where(steps[:, None] == steps[None, :], 1.0, w_re)
 
-    weights = _scores(q, q_strides, k, k_strides, b, first, h, C, BK, n, DK, SUMS, PRECISION)
+    weights = _scores(q, q_strides, k, k_strides, b, first, first, h, C, C, BK, n, DK, SUMS,
+                      PRECISION)
     weights = _rounded(tl.trans(weights * w_re), grad)
     for column in range(0, DV, BV):
         grads = _load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV)
@@ -344,7 +373,8 @@ def _gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gat
             dv += after_im[:, None] * _dot_sums(keys, im, PRECISION, True)
         _store_rows(grad_v, dv, b, first, h, heads, C, column, BV, n, DV)
 
-    weights = _scores(grad, grad_strides, v, v_strides, b, first, h, C, BV, n, DV, SUMS, PRECISION)
+    weights = _scores(grad, grad_strides, v, v_strides, b, first, first, h, C, C, BV, n, DV, SUMS,
+                      PRECISION)
     weights = _rounded(weights * w_re, grad)
     dp_re, dp_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
     dw_re, dw_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
@@ -388,8 +418,8 @@ def _gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gat
 def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gates,
                     gate_strides, asked, grad_gates, n, heads, chunks, LOGITS: tl.constexpr,
                     SUMS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
-                    BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-                    PRECISION: tl.constexpr):
+                    BV: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+                    LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of the gates over a chunk: of its tree of products, whose gradients are known.
 
     W's is the product of both scores. At every level of the tree it splits into what is asked
@@ -400,11 +430,17 @@ def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides
     chunk, b = place % chunks, place // chunks
     first = chunk * C
     steps = tl.arange(0, C)
-    weights = _scores(q, q_strides, k, k_strides, b, first, h, C, BK, n, DK, SUMS, PRECISION)
-    weights *= _scores(grad, grad_strides, v, v_strides, b, first, h, C, BV, n, DV, SUMS,
-                       PRECISION)
-    weights = tl.where(steps[:, None] > steps[None, :], weights, 0.0)
-    apart = steps[:, None] ^ steps[None, :]
+    # The weights are in parts of 32 rows: whole, their layout has vectors of most of a row's
+    # columns in every thread.
+    parts = ()
+    for part in tl.static_range(C // ROWS):
+        at = first + part * ROWS
+        rows = part * ROWS + tl.arange(0, ROWS)
+        weights = _scores(q, q_strides, k, k_strides, b, at, first, h, ROWS, C, BK, n, DK, SUMS,
+                          PRECISION)
+        weights *= _scores(grad, grad_strides, v, v_strides, b, at, first, h, ROWS, C, BV, n, DV,
+                           SUMS, PRECISION)
+        parts = parts + (tl.where(rows[:, None] > steps[None, :], weights, 0.0),)
 
     # The tree, from the leaves up: products up to each step, after it, and of its whole block.
     a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
@@ -423,22 +459,25 @@ def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides
     all_re, all_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
     for level in tl.static_range(LEVELS - 1, -1, -1):
         p_re, p_im, e_re, e_im, t_re, t_im = tree[level]
-        siblings = (apart >> level) == 1
         right = (steps & (1 << level)) != 0
         sibling = steps ^ (1 << level)
         t_re, t_im = tl.gather(t_re, sibling, 0), tl.gather(t_im, sibling, 0)
         re, im = _times(tl.where(right, before_re, after_re), tl.where(right, before_im, after_im),
                         tl.where(right, p_re, e_re), -tl.where(right, p_im, e_im))
         all_re, all_im = _times(all_re, all_im, t_re, -t_im)
-        all_re += tl.sum(tl.where(siblings, re[None, :], 0.0), 1)
-        all_im += tl.sum(tl.where(siblings, im[None, :], 0.0), 1)
-        between = tl.where(siblings, weights, 0.0)
+        all_re += tl.gather(_block_sums(re, C, 1 << level), sibling, 0)
+        all_im += tl.gather(_block_sums(im, C, 1 << level), sibling, 0)
         re, im = _times(before_re, before_im, t_re, -t_im)
-        before_re = tl.where(right, re, before_re) + tl.sum(between * e_re[None, :], 1)
-        before_im = tl.where(right, im, before_im) - tl.sum(between * e_im[None, :], 1)
+        before_re, before_im = tl.where(right, re, before_re), tl.where(right, im, before_im)
         re, im = _times(after_re, after_im, t_re, -t_im)
-        after_re = tl.where(right, after_re, re) + tl.sum(between * p_re[:, None], 0)
-        after_im = tl.where(right, after_im, im) - tl.sum(between * p_im[:, None], 0)
+        after_re, after_im = tl.where(right, after_re, re), tl.where(right, after_im, im)
+        for part in tl.static_range(C // ROWS):
+            rows = part * ROWS + tl.arange(0, ROWS)
+            between = tl.where(((rows[:, None] ^ steps[None, :]) >> level) == 1, parts[part], 0.0)
+            before_re += _spread(tl.sum(between * e_re[None, :], 1), part, C)
+            before_im -= _spread(tl.sum(between * e_im[None, :], 1), part, C)
+            after_re += tl.sum(between * _part(p_re, part, ROWS)[:, None], 0)
+            after_im -= tl.sum(between * _part(p_im, part, ROWS)[:, None], 0)
     re, im = before_re + all_re, before_im + all_im
     if LOGITS:
         z_re, z_im, _ = _logits(gates, gate_strides, b, first, h, C, n, SUMS)
@@ -452,10 +491,17 @@ def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides
 # ---- launchers
 
 
+def _arch():
+    """The compute capability, 90 for 9.0; 0 where there is none: on AMD, in the interpreter."""
+    if INTERPRETED:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
+
+
 def _precision(dtype):
     """How products with float32 operands are formed."""
-    if (dtype == torch.float64 or INTERPRETED
-            or triton.runtime.driver.active.get_current_target().backend != "cuda"):
+    if dtype == torch.float64 or not _arch():
         return "ieee"
     if dtype == torch.float32:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -463,8 +509,10 @@ def _precision(dtype):
 
 
 def _chunk(dtype):
-    """Steps per chunk: 64, fewer where products are not for tensor cores of 16-bit data."""
-    return {torch.float32: 32, torch.float64: 16}.get(dtype, 64)
+    """Steps per chunk: 64, fewer where products are not for tensor cores of 16-bit data, or
+    those spread 64 steps over too few registers."""
+    sixteen = 64 if _arch() in (0, 90, 100, 101, 103) else 32
+    return {torch.float32: 32, torch.float64: 16}.get(dtype, sixteen)
 
 
 def _options(q, v, logits, width=32, **others):
@@ -476,7 +524,8 @@ def _options(q, v, logits, width=32, **others):
 
     return dict(LOGITS=logits, SUMS=tl.float64 if q.dtype == torch.float64 else tl.float32,
                 DK=dk, DV=dv, BK=block(dk, min(c, 64)), BV=block(dv, min(c, width)), C=c,
-                LEVELS=c.bit_length() - 1, PRECISION=_precision(q.dtype), **others)
+                LEVELS=c.bit_length() - 1, PRECISION=_precision(q.dtype),
+                num_warps=4 if _arch() in (0, 90) else 8, **others)
 
 
 def _real(x):
@@ -548,11 +597,15 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
             *_strided(q, grad, gates, _real(grad_state)), adjoints, _real(grad_initial),
             n, h, chunks, **options)
         asked = states.new_empty(b, chunks, h, 4, options["C"])
-        options = _options(q, v, logits, num_warps=4 if q.dtype == torch.float64 else 8,
-                           num_stages=1)
+        options = _options(q, v, logits, num_stages=1)
+        # A wave on AMD has as many registers in a program of four as there are in eight.
+        options["num_warps"] = 8 if _arch() else 4
         _gradients[(b * h * chunks,)](
             *_strided(q, k, v, grad, gates), states, adjoints, grad_q, grad_k, grad_v, asked,
             n, h, chunks, ROUNDED=logits and given.dtype == torch.bfloat16, **options)
+        if q.dtype == torch.float64:
+            options["num_warps"] = 2
+        options["ROWS"] = min(options["C"], 32) if _arch() else options["C"]
         _gate_gradients[(b * h * chunks,)](
             *_strided(q, k, v, grad, gates), asked, grad_gates if logits else _real(grad_gates),
             n, h, chunks, **options)

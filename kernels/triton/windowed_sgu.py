@@ -516,7 +516,8 @@ class _Plan:
             blocks = -(-self.w // rows)
             tiles[(sequences * windows * blocks * self.parts,)](
                 *args, ROWS=rows, STEPS=self.steps, CHANNELS=self.channels, STAGES=self.stages,
-                num_warps=8 if rows * self.channels >= 4096 else 4, **options)
+                num_warps=8 if rows * self.channels >= 4096 else 4, **options,
+                **_registers(tiles is _tiles_backward and self.operand.itemsize == 2))
 
     def weight_tiles(self):
         """→ how many tiles dweight has, and its kernel's options."""
@@ -525,7 +526,7 @@ class _Plan:
         return count, dict(self.shape, ROWS=rows, COLUMNS=columns,
                            CHANNELS=self.depth, STAGES=self.stages,
                            num_warps=8 if rows * columns >= 4096 else 4, **self.rounded,
-                           **self.types)
+                           **self.types, **_registers(self.operand.itemsize == 4))
 
 
 def _device():
@@ -537,6 +538,14 @@ def _device():
     if target.backend != "cuda":
         return False, 2
     return target.arch in (90, 100, 101, 103), 3
+
+
+def _registers(wanted):
+    """The option that lets ptxas take 128 registers: left to itself it takes fewer and spills."""
+    if not wanted or interpreted() or (
+            triton.runtime.driver.active.get_current_target().backend != "cuda"):
+        return {}
+    return dict(maxnreg=128)
 
 
 def _power(size):
