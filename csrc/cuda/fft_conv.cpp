@@ -55,26 +55,32 @@ Tensor scratch(const Tensor& x, int64_t count) {
 
 Complex* data(const Tensor& scratch) { return static_cast<Complex*>(scratch.mutable_data_ptr()); }
 
+#ifdef FASTMIX_HOST  // a test runs all this on the CPU
+struct Guard {
+  explicit Guard(int) {}
+};
+void* stream_of(int) { return nullptr; }
+#else
+using Guard = torch::stable::accelerator::DeviceGuard;
+
+void* stream_of(int index) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
+                      aoti_torch_get_current_cuda_stream(index, &stream) == AOTI_TORCH_SUCCESS,
+                  "fft_conv on CUDA: this torch tells no stream");
+  return stream;
+}
+#endif
+
 // The device and the stream of x, where kernels are queued.
 struct Launcher {
   int index;
+  Guard guard;
   Device on;
-  void* stream = nullptr;
-#ifndef FASTMIX_HOST
-  torch::stable::accelerator::DeviceGuard guard;
-#endif
+  void* stream;
 
   explicit Launcher(const Tensor& x)
-      : index(x.get_device_index()), on(device(index))
-#ifndef FASTMIX_HOST
-        ,
-        guard(index) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
-                        aoti_torch_get_current_cuda_stream(index, &stream) == AOTI_TORCH_SUCCESS,
-                    "fft_conv on CUDA: this torch tells no stream");
-#else
-  {
-#endif
+      : index(x.get_device_index()), guard(index), on(device(index)), stream(stream_of(index)) {
     STD_TORCH_CHECK(x.size(0) * x.size(2) * x.size(3) <= 1 << 30,
                     "fft_conv: too many channels for the CUDA kernel");
   }
@@ -277,7 +283,7 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
 
 #define DEFINE(name, m) STABLE_TORCH_LIBRARY(name, m)
 #define IMPLEMENT(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
-#ifdef FASTMIX_HOST  // a test runs all this on the CPU
+#ifdef FASTMIX_HOST
 #define NAMESPACE fastmix_cuda_host
 #define KEY CPU
 #else
