@@ -209,11 +209,11 @@ void long_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel,
   LongConv& f = call.f;
   f.columns = data(numbers);
   f.grad_columns = data(numbers_of_grad);
-  // Parts enough for two blocks on every multiprocessor.
-  const int own = std::min(call.units, f.units_of_kernel()),
-            blocks = call.kernels * (f.length / 4096);
-  f.parts = std::min(own, (2 * call.on.multiprocessors + blocks - 1) / blocks);
-  f.share = (own + f.parts - 1) / f.parts;
+  // Parts enough for two blocks at once on every multiprocessor.
+  const int own = std::min(call.units, f.units_of_kernel()) * f.width,
+            blocks = call.kernels * (f.length / 4096),
+            most = std::max(1, 2 * call.on.multiprocessors / blocks);
+  f.share = (own + most - 1) / most;
   f.parts = (own + f.share - 1) / f.share;
   const Tensor sums = scratch(x, int64_t{call.kernels} * f.parts * f.length);
   f.sums = data(sums);

@@ -27,7 +27,7 @@ struct LongConv {
   Complex* grad_columns;
   Complex* spectra;        // (kernels, N)
   Complex* sums;           // (kernels, parts, N): of the kernels' gradients
-  int parts, share;        // that a kernel's units in a slab are cut into; units of a part
+  int parts, share;        // that a kernel's channels in a slab are cut into; channels of a part
 
   HD int groups() const { return (channels + width - 1) / width; }
   HD int units_of_kernel() const { return samples * groups(); }
@@ -348,9 +348,9 @@ struct RowBackward {
     Rows<S, Block> rows(block, f);
     const int kernel_at = rows.item / f.parts, part = rows.item % f.parts;
     const Complex* kernel = rows.of(f.spectra, kernel_at);
-    // Slabs hold all units of each of their kernels, or some of only one kernel's.
-    const int units = f.units / f.kernels, more = (part + 1) * f.share,
-              end = kernel_at * units + (more < units ? more : units);
+    // Slabs hold all channels of each of their kernels, or some of only one kernel's.
+    const int all = f.units / f.kernels * f.width, more = (part + 1) * f.share,
+              end = kernel_at * all + (more < all ? more : all);
     typename Block::template Own<Sums> sums(block);
     block.own([&](int thread) {
       unrolled<8>([&](auto i) {
@@ -360,8 +360,7 @@ struct RowBackward {
           block.load_pair(rows.of(f.sums, rows.item) + rows.pair(thread, 2 * i), sum);
       });
     });
-    const int first = kernel_at * units + part * f.share;
-    ROLLED for (int channel = first * f.width; channel < end * f.width; ++channel) {
+    ROLLED for (int channel = kernel_at * all + part * f.share; channel < end; ++channel) {
       if (channel % f.width >= f.at(channel / f.width).count) continue;
       rows.forward(rows.of(f.columns, channel));
       block.stretch([&](int thread) {
