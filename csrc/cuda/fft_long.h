@@ -380,7 +380,7 @@ struct RowBackward {
                           sum[i + j].im + a.re * v[j].im - a.im * v[j].re};
             v[j] = v[j] * conj(k[j]);
           });
-          block.in_order();
+          if (S::Stages::last == 16) block.in_order();
         });
       });
       rows.back(rows.of(f.grad_columns, channel));
