@@ -15,19 +15,19 @@
 namespace fastmix::cuda {
 
 struct LongConv {
-  int length;              // N
-  int heads, channels;     // of a tensor (b, n, h, d)
-  int samples;             // that share a kernel
+  int length;                 // N
+  int heads, channels;        // of a tensor (b, n, h, d)
+  int samples;                // that share a kernel
   int first_kernel, kernels;  // the heads of kernels whose spectra are at hand
   int first_unit, units;      // the slab: groups of `width` channels, counted from that kernel on
   int width;
-  View view;               // what columns read or write …
-  int steps;               // … of which so many matter
-  Complex* columns;        // (units, width, N)
+  View view;                  // what columns read or write …
+  int steps;                  // … of which so many matter
+  Complex* columns;           // (units, width, N)
   Complex* grad_columns;
-  Complex* spectra;        // (kernels, N)
-  Complex* sums;           // (kernels, parts, N): of the kernels' gradients
-  int parts, share;        // that a kernel's channels in a slab are cut into; channels of a part
+  Complex* spectra;           // (kernels, N)
+  Complex* sums;              // (kernels, parts, N): of the kernels' gradients
+  int parts, share;           // of a kernel's channels in a slab; channels of a part
 
   HD int groups() const { return (channels + width - 1) / width; }
   HD int units_of_kernel() const { return samples * groups(); }
@@ -74,7 +74,7 @@ struct Columns {
 
   template <class Shared>
   static HD Complex turn_second(Shared table, int q, int thread) {
-    return table.get((5 * threads) + q * across + thread % across);
+    return table.get(5 * threads + q * across + thread % across);
   }
 
   // Radix 16 of the steps of a thread, and back from there, divided by N.
@@ -118,9 +118,9 @@ struct Columns {
     return rest;
   }
 
-  // Where a channel's columns of a thread begin: its first step or, of the second radix, its t₂.
-  static HD int64_t column(const LongConv& f, int unit, int c, int t) {
-    return (int64_t{unit} * f.width + c) * length + t;
+  // Where a tile of a channel's first row begins in scratch.
+  static HD int64_t column(const LongConv& f, int unit, int c, int tile) {
+    return (int64_t{unit} * f.width + c) * length + tile * across;
   }
 };
 
@@ -143,7 +143,7 @@ struct ColumnsIn {
                      thread, queue.of(thread));
     });
     ROLLED for (int c = 0; c < at.count; ++c) {
-      Complex* to = f.columns + S::column(f, unit, c, tile * S::across);
+      Complex* to = f.columns + S::column(f, unit, c, tile);
       block.stretch([&](int thread) {
         const float nothing[16] = {};
         float x[16];
@@ -194,8 +194,7 @@ struct ColumnsOut {
     });
     // A group of fewer channels than others fills up with whatever comes.
     ROLLED for (int c = 0; c < f.width; ++c) {
-      const Complex* from =
-          f.columns + S::column(f, unit, c < at.count ? c : 0, tile * S::across);
+      const Complex* from = f.columns + S::column(f, unit, c < at.count ? c : 0, tile);
       if constexpr (S::B > 1)
         block.stretch([&](int thread) {
           S::second(thread, [&](int p, Complex* v) {
@@ -229,6 +228,11 @@ struct ColumnsOut {
 
 // ---- rows: a block has `chunk` numbers of a channel, one row or more
 
+template <class S>
+HD int blocks_of(const LongConv& f, int channels) {
+  return channels * (f.length / (S::teams * S::M));
+}
+
 template <class S, class Block>
 struct Rows {
   using Stages = typename S::Stages;
@@ -245,8 +249,6 @@ struct Rows {
         item(block.index() / (f.length / chunk)) {
     block.stretch([&](int thread) { work.tabulate(thread); });
   }
-
-  HD static int blocks(const LongConv& f, int items) { return items * (f.length / chunk); }
 
   // The numbers of the index-th of all in scratch that have N of them; an int counts them all.
   HD Complex* of(Complex* all, int index) const { return all + index * f.length + from; }
@@ -287,7 +289,7 @@ template <class S>
 struct RowSpectra {
   static constexpr int shared = S::shared;
 
-  HD static int blocks(const LongConv& f) { return f.kernels * (f.length / (S::teams * S::M)); }
+  HD static int blocks(const LongConv& f) { return blocks_of<S>(f, f.kernels); }
 
   template <class Block>
   HD static void run(Block& block, const LongConv& f) {
@@ -306,9 +308,7 @@ template <class S>
 struct RowForward {
   static constexpr int shared = S::shared;
 
-  HD static int blocks(const LongConv& f) {
-    return f.units * f.width * (f.length / (S::teams * S::M));
-  }
+  HD static int blocks(const LongConv& f) { return blocks_of<S>(f, f.units * f.width); }
 
   template <class Block>
   HD static void run(Block& block, const LongConv& f) {
@@ -335,9 +335,7 @@ template <class S>
 struct RowBackward {
   static constexpr int shared = S::shared_backward;
 
-  HD static int blocks(const LongConv& f) {
-    return f.kernels * f.parts * (f.length / (S::teams * S::M));
-  }
+  HD static int blocks(const LongConv& f) { return blocks_of<S>(f, f.kernels * f.parts); }
 
   struct Sums {
     Complex value[16];
@@ -382,7 +380,7 @@ struct RowBackward {
                           sum[i + j].im + a.re * v[j].im - a.im * v[j].re};
             v[j] = v[j] * conj(k[j]);
           });
-          block.in_order();
+          if (S::Stages::last == 16) block.in_order();
         });
       });
       rows.back(rows.of(f.grad_columns, channel));
@@ -401,7 +399,7 @@ template <class S>
 struct RowLags {
   static constexpr int shared = S::shared;
 
-  HD static int blocks(const LongConv& f) { return f.kernels * (f.length / (S::teams * S::M)); }
+  HD static int blocks(const LongConv& f) { return blocks_of<S>(f, f.kernels); }
 
   template <class Block>
   HD static void run(Block& block, const LongConv& f) {
