@@ -72,7 +72,7 @@ def _run(operator, direction, forced, *args):
     given = args[len(args) - len(OPERATORS[operator].forward._schema.arguments):]
     kind = args[0].device.type
     with _current(args[0].device):
-        reason = None if kind == "cpu" else _no_device(kind)
+        reason = _no_device(kind) if kind in DEVICES else None
         if reason is None and hasattr(kernels, "refuses"):
             reason = kernels.refuses(*given)
         if reason is None and operator == "gate_loop":
