@@ -1,7 +1,7 @@
 // y_t = Σ_{j ≤ t} kernel_j · x_{t-j} and its gradients: the kernels of fft_conv.cu, written for
 // any Block that has threads, shared memory and barriers. A test runs them on a CPU.
 //
-// A sequence is cut into INTERLEAVED subsequences x_{r s + ρ}, each transformed for itself
+// A sequence is cut into r interleaved subsequences x_{r s + ρ}, each transformed for itself
 // (fft_stages.h); with z^r = u the values at a point u are polynomials in z of degree r - 1,
 // multiplied modulo z^r = u. A thread reads a few neighbouring channels of its time steps at
 // once, as raw words, and takes them through the transforms one after another: what has been
@@ -29,9 +29,9 @@ struct FftConv {
   int parts, share;   // that a head's channels are cut into, backward; what one takes at once, each
   View x, grad, out;  // (b, n, h, d); out is of the dtype of x
   View kernel, grad_kernel;  // (b or 1, m, 1, h): its heads are channels
-  Complex* spectra;   // (kernels, h, 2 INTERLEAVED - 1, M)
-  Complex* sums;      // (b, h, parts, INTERLEAVED, M): of the kernels' gradients
-  Complex* kept;      // (blocks, INTERLEAVED, M): spectra of x, where shared memory is short
+  Complex* spectra;   // (kernels, h, 2 r - 1, M)
+  Complex* sums;      // (b, h, parts, r, M): of the kernels' gradients
+  Complex* kept;      // (blocks, r, M): spectra of x, where shared memory is short
 };
 
 // How a sequence of up to `length` steps, of numbers of so many bytes, is worked at by a block.
@@ -590,7 +590,7 @@ struct Backward {
         }
         work.back(grad, type);
       }
-        block.own([&](int thread) {
+      block.own([&](int thread) {
         write<Block, S>(block, f.out, f.channels, f.steps, at(thread, group), thread,
                         grad.of(thread));
       });
