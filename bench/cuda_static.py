@@ -13,12 +13,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-import triton
+from triton_static import TOOLS
 
 from fastmix import _build, _native
 
 TABLE = Path(__file__).parent / "results" / "cuda-static.json"
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DEVICES = (227 << 10, 163 << 10, 99 << 10)  # what a block may have: Hopper, A100, consumer cards
 KEY = ("target", "kernel", "shape")
 
@@ -32,7 +31,7 @@ def compiler():
 def measure(library):
     """A row per kernel and target: registers of a thread, bytes of its stack (spills are there),
     instructions that reach it."""
-    used = subprocess.run([CUOBJDUMP, "--dump-resource-usage", library], capture_output=True,
+    used = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", library], capture_output=True,
                           text=True, check=True).stdout
     rows, target = [], None
     for line in used.splitlines():

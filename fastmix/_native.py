@@ -183,20 +183,15 @@ def forced(operator, device_type):
 
 def _run_on_cuda(name, forced, *args):
     """A kernel; or the fallback, for what the kernels do not take."""
-    operator = name.removesuffix("_backward")
-    x = args[-2]
+    operator, x = name.removesuffix("_backward"), args[-2]
     unusable = _cuda_unusable(x.device)
     reason = unusable or _refusal(x)
     if reason is None:
         return getattr(torch.ops.fastmix_cuda, name)(*args)
-    if forced:
-        raise RuntimeError(f"{operator} was asked to run on 'native', which cannot: {reason}")
-    if unusable is not None:
+    if unusable is not None and not forced:
         warnings.warn(f"fastmix runs its pure PyTorch fallback on {x.device}: {unusable}",
                       RuntimeWarning, stacklevel=2)
-    fallback = OPERATORS[operator]
-    run = fallback.run_fallback if name == operator else fallback.run_fallback_backward
-    return run(*args)
+    return OPERATORS[operator].run_instead("native", reason, forced, name != operator, args)
 
 
 @functools.cache

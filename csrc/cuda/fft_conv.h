@@ -354,11 +354,17 @@ HD int kernel_of(const FftConv& f, int block, int thread) {
   return unit < f.kernels * f.heads ? unit : -1;
 }
 
-// Where lag t of it lies.
-HD char* lag(const View& view, int heads, int kernel, int t) {
-  return static_cast<char*>(view.data) +
-         (view.type == Type::f32 ? 4 : 2) *
-             (kernel / heads * view.b + t * view.n + kernel % heads * view.d);
+// f(j, address) for those of a thread's sixteen lags that such a kernel has.
+template <class S, class F>
+HD void each_lag(const View& view, const FftConv& args, int kernel, int thread, int i, F f) {
+  const int lags = kernel < 0 ? 0 : args.lags, first = S::first_step(thread, i);
+  unrolled<16>([&](auto j) {
+    const int t = first + j * S::stride;
+    char* address = static_cast<char*>(view.data) +
+                    (view.type == Type::f32 ? 4 : 2) * (kernel / args.heads * view.b + t * view.n +
+                                                        kernel % args.heads * view.d);
+    if (t < lags) f(j, address);
+  });
 }
 
 // Spectra of kernels, as the others read them: for r = 1 values in pairs of all threads
@@ -375,12 +381,10 @@ struct Spectra {
     W work(block);
     block.stretch([&](int thread) { work.tabulate(thread); });
     work.forward([&](int thread, int i, float* x) {
+      unrolled<16>([&](auto j) { x[j] = 0; });
       const int kernel = kernel_of<S>(f, block.index(), thread);
-      const int steps = kernel < 0 ? 0 : f.lags, first = S::first_step(thread, i);
-      unrolled<16>([&](auto j) {
-        const int t = first + j * S::stride;
-        const char* from = lag(f.kernel, f.heads, kernel, t);
-        x[j] = t < steps ? number<Block>(block, f.kernel.type, from) : 0;
+      each_lag<S>(f.kernel, f, kernel, thread, i, [&](auto j, const char* from) {
+        x[j] = number<Block>(block, f.kernel.type, from);
       });
     });
     if constexpr (S::r == 1) {
@@ -645,11 +649,8 @@ struct Lags {
     }
     work.back([&](int thread, int i, const float* y) {
       const int kernel = kernel_of<S>(f, block.index(), thread);
-      const int steps = kernel < 0 ? 0 : f.lags, first = S::first_step(thread, i);
-      unrolled<16>([&](auto j) {
-        const int t = first + j * S::stride;
-        char* to = lag(f.grad_kernel, f.heads, kernel, t);
-        if (t < steps) put_number<Block>(block, f.grad_kernel.type, to, y[j]);
+      each_lag<S>(f.grad_kernel, f, kernel, thread, i, [&](auto j, char* to) {
+        put_number<Block>(block, f.grad_kernel.type, to, y[j]);
       });
     });
   }

@@ -95,6 +95,13 @@ class Operator:
         grads = tuple(args[0].new_empty(0) if g is None else _dense(g) for g in grads)
         return grads if len(grads) > 1 else grads[0]
 
+    def run_instead(self, implementation, reason, forced, backward, args):
+        """The fallback, for what `implementation` cannot take; RuntimeError if it was forced."""
+        if forced:
+            raise RuntimeError(f"{self.name} was asked to run on {implementation!r}, which "
+                               f"cannot: {reason}")
+        return (self.run_fallback_backward if backward else self.run_fallback)(*args)
+
     def _fake_backward(self, *args):
         inputs = args[len(self.outputs) :]
         grads = tuple(

@@ -77,14 +77,10 @@ def _run(operator, direction, forced, *args):
             reason = kernels.refuses(*given)
         if reason is None and operator == "gate_loop":
             reason = trial.failure(operator, direction, kernels, *given)
-        if reason is None:
-            out = getattr(kernels, direction)(*args)
-        elif forced:
-            raise RuntimeError(f"{operator} was asked to run on 'triton', which cannot: {reason}")
-        else:
-            found = OPERATORS[operator]
-            return (found.run_fallback if direction == "forward"
-                    else found.run_fallback_backward)(*args)
+        if reason is not None:
+            return OPERATORS[operator].run_instead("triton", reason, forced,
+                                                   direction == "backward", args)
+        out = getattr(kernels, direction)(*args)
     if not isinstance(out, tuple):
         return out
     # A schema returns tensors only: nothing stands for no gradient.
