@@ -74,9 +74,17 @@ def _sums_dot(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH):
+def _steps(first, C: tl.constexpr, BACK: tl.constexpr):
+    """A chunk's steps, BACK from the last one to the first."""
+    steps = tl.arange(0, C)
+    return first + (C - 1 - steps if BACK else steps)
+
+
+@triton.jit
+def _rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH,
+          BACK: tl.constexpr = False):
     """Pointers to the steps and the channels `at`... of x (b, n, h, WIDTH), and which exist."""
-    steps = first + tl.arange(0, C)
+    steps = _steps(first, C, BACK)
     channels = at + tl.arange(0, BLOCK).to(tl.int64)
     x += b * strides[0] + h * strides[2]
     return (x + steps[:, None] * strides[1] + channels[None, :] * strides[3],
@@ -84,8 +92,9 @@ def _rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, 
 
 
 @triton.jit
-def _load_rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH):
-    pointers, inside = _rows(x, strides, b, first, h, C, at, BLOCK, n, WIDTH)
+def _load_rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH,
+               BACK: tl.constexpr = False):
+    pointers, inside = _rows(x, strides, b, first, h, C, at, BLOCK, n, WIDTH, BACK)
     return tl.load(pointers, mask=inside, other=0.0)
 
 
@@ -143,9 +152,10 @@ def _times(a_re, a_im, b_re, b_im):
 
 
 @triton.jit
-def _logits(gates, strides, b, first, h, C: tl.constexpr, n, SUMS: tl.constexpr):
+def _logits(gates, strides, b, first, h, C: tl.constexpr, n, SUMS: tl.constexpr,
+            BACK: tl.constexpr = False):
     """What stands in (b, n, h, 2) for the steps of a chunk, and which steps there are."""
-    steps = first + tl.arange(0, C)
+    steps = _steps(first, C, BACK)
     gates += b * strides[0] + h * strides[2] + steps * strides[1]
     return (tl.load(gates, mask=steps < n, other=0.0).to(SUMS),
             tl.load(gates + strides[3], mask=steps < n, other=0.0).to(SUMS), steps < n)
@@ -153,9 +163,9 @@ def _logits(gates, strides, b, first, h, C: tl.constexpr, n, SUMS: tl.constexpr)
 
 @triton.jit
 def _gates(gates, strides, b, first, h, C: tl.constexpr, n, LOGITS: tl.constexpr,
-           SUMS: tl.constexpr):
+           SUMS: tl.constexpr, BACK: tl.constexpr = False):
     """a for the steps of a chunk, 1 after the last."""
-    re, im, inside = _logits(gates, strides, b, first, h, C, n, SUMS)
+    re, im, inside = _logits(gates, strides, b, first, h, C, n, SUMS, BACK)
     if LOGITS:
         re, im = activate(re, im)
     return tl.where(inside, re, 1.0), tl.where(inside, im, 0.0)
@@ -299,7 +309,8 @@ def _walk_adjoints(q, q_strides, grad, grad_strides, gates, gate_strides, final,
                    C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """adjoints (b, chunks, h, DK, DV): the gradient of the state after every chunk.
 
-    entry, where it is asked for, is that of the initial state.
+    entry, where it is asked for, is that of the initial state. Steps are taken from a chunk's
+    last one on: what has faded most is added up first.
     """
     program = tl.program_id(0).to(tl.int64)
     column, row = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
@@ -313,10 +324,11 @@ def _walk_adjoints(q, q_strides, grad, grad_strides, gates, gate_strides, final,
         first -= C
         adjoints -= heads.to(tl.int64) * size
         _store_state(adjoints, re, im, row, column, BK, BV, DK, DV)
-        queries = _load_rows(q, q_strides, b, first, h, C, row, BK, n, DK)
-        grads = _load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV).to(SUMS)
-        a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
-        _, _, p_re, p_im, _, _, all_re, all_im = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
+        queries = _load_rows(q, q_strides, b, first, h, C, row, BK, n, DK, True)
+        grads = _load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV, True).to(SUMS)
+        a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS, True)
+        _, _, _, _, p_re, p_im, all_re, all_im = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
+        p_re, p_im = _times(p_re, p_im, a_re, a_im)
         re, im = _times(re, im, all_re, -all_im)
         queries = tl.trans(queries)
         re += _dot_sums(queries, grads * p_re[:, None], PRECISION, False)
