@@ -31,8 +31,8 @@ def compiler():
 def measure(library):
     """A row per kernel and target: registers of a thread, bytes of its stack (spills are there),
     instructions that reach it."""
-    used = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", library], capture_output=True,
-                          text=True, check=True).stdout
+    used = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", library],
+                          capture_output=True, text=True, check=True).stdout
     rows, target = [], None
     for line in used.splitlines():
         if found := re.search(r"arch = (sm_\d+)", line):
@@ -86,7 +86,8 @@ def main():
         return 0
     table = json.loads(TABLE.read_text())
     if table["nvcc"] != compiler():
-        print(f"what is worse cannot be told: the table is of nvcc {table['nvcc']}, this is {compiler()}")
+        print("what is worse cannot be told: the table is of nvcc "
+              f"{table['nvcc']}, this is {compiler()}")
         return 0
     lines = worse(rows, table["kernels"])
     print("\n".join(lines) or f"{len(rows)} kernels: none worse than the table")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -49,12 +50,19 @@ def cuda_compiler():
 
 def cuda_code(targets=None, ptx=True):
     """nvcc's flags for machine code of compute capabilities (by default of all in CUDA_TARGETS
-    that it knows), and PTX for those to come."""
+    that it knows), and PTX for those to come.
+
+    Making PTX is most of nvcc's work: one is made for all before Blackwell.
+    """
     if targets is None:
         known = subprocess.run([cuda_compiler(), "--list-gpu-arch"], capture_output=True, text=True)
         targets = [t for t in CUDA_TARGETS if f"compute_{t}" in known.stdout.split()]
-    code = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
-    return code + [f"-gencode=arch=compute_{t},code=compute_{t}" for t in targets[-1:] if ptx]
+    codes = {}
+    for target in targets:
+        codes.setdefault("80" if int(target) < 100 else "100", []).append(f"sm_{target}")
+    if ptx and codes:
+        codes[list(codes)[-1]].append(f"compute_{list(codes)[-1]}")
+    return [f"-gencode=arch=compute_{a},code=[{','.join(code)}]" for a, code in codes.items()]
 
 
 def torch_has_cuda(torch_folder):
@@ -82,7 +90,7 @@ def compiled_name(part="cpu", cuda=()):
     """A library's file name in a cache: of these sources, of `cuda` (see build) and of the
     compilers; without those, a pattern for what they may have made."""
     tools = [compiler(), cuda_compiler()] if cuda else [compiler()]
-    name = "-".join([part, fingerprint(), *(flag.rpartition("_")[2] for flag in cuda)])
+    name = "-".join([part, fingerprint(), *re.findall(r"sm_(\d+)", " ".join(cuda))])
     if None in tools:
         return f"{name}-*.so"
     identity = []

@@ -112,33 +112,12 @@ struct Block {
   }
 };
 
-// Whether a shape is a makeshift for blocks with less shared memory.
-template <class S>
-constexpr bool makeshift = false;
-template <int bytes, int points, int words>
-constexpr bool makeshift<Shape<bytes, points, 2, 1, words, false>> = true;
-
-// What blocks of a machine may have is known when it is compiled for: shapes that it never
-// takes are left out. PTX, of the newest, is for all that come.
-template <class K, class S>
-__device__ constexpr bool is_taken() {
-#ifdef __CUDA_ARCH__
-  if (__CUDA_ARCH__ == 890) return K::shared <= 99 << 10;  // that of 8.6 also runs on 8.7
-  if (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900) return !makeshift<S>;
-#endif
-  return true;
-}
-
 // Two blocks of 256 threads, or one of 512, to a multiprocessor: 128 registers.
 template <class K, class S, class Args>
 __global__ void __launch_bounds__(S::threads, 512 / S::threads)
 kernel(const __grid_constant__ Args args) {
-  if constexpr (is_taken<K, S>()) {
-    Block block;
-    K::run(block, args);
-  } else {
-    __trap();
-  }
+  Block block;
+  K::run(block, args);
 }
 
 }  // namespace
