@@ -4,10 +4,13 @@ A compiled library, for CPUs or for GPUs, lies in a cache directory of the user'
 a hash of its sources; what others could have written there is not loaded.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
+import shutil
 import stat
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -159,10 +162,35 @@ def _compiled(part):
     path = _cached(part)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     code = _gpu_code() if part == "cuda" else ()
-    _build.build(path, Path(torch.__file__).parent, _build.show_progress, cpu=part == "cpu",
-                 cuda=code)
-    path.chmod(0o700)
+    with _alone(path.parent) as alone:
+        if alone and path.exists():  # by now
+            return path
+        for killed in path.parent.glob(".building-*") if alone else ():
+            shutil.rmtree(killed, ignore_errors=True)
+        _build.build(path, Path(torch.__file__).parent, _build.show_progress, cpu=part == "cpu",
+                     cuda=code)
+        path.chmod(0o700)
     return path
+
+
+@contextlib.contextmanager
+def _alone(folder):
+    """Waits till no other process builds in `folder`; False where that cannot be known, and
+    the last one that builds is right."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("fastmix: another process is compiling the kernels, this one waits",
+                      file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)  # the system frees that of a killed one
+            alone = True
+        except (ImportError, OSError):  # not on Windows, nor on every file system
+            alone = False
+        yield alone
 
 
 def _load(path, part):

@@ -405,10 +405,13 @@ def test_a_killed_build_is_forgotten_and_several_at_once_agree(quick):
     killed.stderr.close()
     several = [subprocess.Popen(run, env=environment, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    found = [process.communicate(timeout=300)[0] for process in several]
+    found, said = zip(*(process.communicate(timeout=300) for process in several), strict=True)
     assert found[0] == found[1] and found[0].startswith("0\n")
-    libraries = list(Path(quick["FASTMIX_CACHE"]).glob("*.so"))
-    assert len(libraries) == 1
+    # One compiles, the other waits, and nothing is left of the one that was killed.
+    assert sorted("this one waits" in text for text in said) == [False, True], said
+    assert sorted("compiling its kernels" in text for text in said) == [False, True], said
+    cache = Path(quick["FASTMIX_CACHE"])
+    assert len(list(cache.glob("*.so"))) == 1 and not list(cache.glob(".building-*"))
 
 
 def test_threads_that_come_at_once_compile_once(monkeypatch):
