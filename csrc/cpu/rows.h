@@ -172,8 +172,9 @@ INLINE void each_link(const Chain& chain, int64_t count, F work) {
 
 // Until the state that enters this chunk is there.
 INLINE void await(const Link& link) {
-  for (int spins = 0; __atomic_load_n(link.handed, __ATOMIC_ACQUIRE) < link.order; ++spins)
-    if (spins >= 1000) sched_yield();
+  int spins = 0;
+  while (__atomic_load_n(link.handed, __ATOMIC_ACQUIRE) < link.order)
+    if (++spins > 1000) sched_yield(), spins = 1000;
 }
 
 INLINE void hand_on(const Link& link) {
