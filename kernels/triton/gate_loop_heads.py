@@ -256,9 +256,8 @@ def _walk_states(k, k_strides, v, v_strides, gates, gate_strides, initial, initi
     else:
         re, im = tl.zeros((BK, BV), SUMS), tl.zeros((BK, BV), SUMS)
     first = tl.full((), 0, tl.int64)
+    _store_state(states, re, im, row, column, BK, BV, DK, DV)
     for _ in range(chunks):
-        _store_state(states, re, im, row, column, BK, BV, DK, DV)
-        states += heads.to(tl.int64) * size
         keys = _load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
         values = _load_rows(v, v_strides, b, first, h, C, column, BV, n, DV).to(SUMS)
         a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
@@ -268,7 +267,8 @@ def _walk_states(k, k_strides, v, v_strides, gates, gate_strides, initial, initi
         re += _dot_sums(keys, values * after_re[:, None], PRECISION, False)
         im += _dot_sums(keys, values * after_im[:, None], PRECISION, False)
         first += C
-    _store_state(states, re, im, row, column, BK, BV, DK, DV)
+        states += heads.to(tl.int64) * size
+        _store_state(states, re, im, row, column, BK, BV, DK, DV)
     _store_state(last + head * size, re, im, row, column, BK, BV, DK, DV)
 
 
@@ -564,6 +564,9 @@ def _states(q, k, v, gates, logits, initial_state):
     last = q.new_empty(b, h, dk, dv, 2, dtype=wide)
     if b:
         options = _options(q, v, logits)
+        small = options["BK"] * options["BV"] == 256
+        if _arch() and (q.dtype == torch.float64 or _arch() < 90 and not small):
+            options["maxnreg"] = 255  # left to itself ptxas stops at 128 and spills
         _walk_states[_walk_grid(b, h, options)](
             *_strided(k, v, gates, _real(initial_state)), states, last, n, h, chunks, **options)
     return states, last
