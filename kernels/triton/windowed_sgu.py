@@ -402,7 +402,7 @@ class _Plan:
             tiles[(sequences * windows * blocks * self.parts,)](
                 *args, ROWS=rows, STEPS=self.steps, CHANNELS=self.channels, STAGES=self.stages,
                 num_warps=8 if rows * self.channels >= 4096 else 4, **options,
-                **_registers(tiles is _tiles_backward and self.operand.itemsize == 2))
+                **_registers(tiles is _tiles_backward and self.operand.itemsize != 4))
 
     def weight_tiles(self):
         """→ how many tiles dweight has, and its kernel's options."""
