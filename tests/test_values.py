@@ -57,7 +57,7 @@ def test_rounding_is_at_most_twice_the_definitions(case, implementation, dtype):
     to 1 make a few numbers outweigh all others, so a failure is judged on more draws.
     """
     squares = {}
-    for draws in (16, 48):
+    for draws in (16, 48, 192):
         for _ in range(draws):
             for name, found in squared_errors(case, implementation, dtype).items():
                 squares[name] = squares.get(name, 0) + found

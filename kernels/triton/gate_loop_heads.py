@@ -9,234 +9,20 @@ A first kernel walks through time for the states between chunks; whatever else t
 parallel over chunks. Gradients are the same the other way round: the adjoint states
 G_t = q_t grad_tᵀ + conj(a_{t+1}) G_{t+1} are walked from the end, then every chunk is on its own.
 
-W is a tree of products: the chunk is halved again and again, and from a step r in a left half
-to a step s in its right half the gates multiply to (all after r in the left half) times (all
-up to s in the right half). Nothing is divided, so a gate of 0 is exact.
+W is a tree of products, in gate_tree.py; rows, states and products of matrices are in matrices.py.
 """
-
-import os
 
 import torch
 import triton
 import triton.language as tl
 
-from fastmix._triton.gate import activate, activate_backward
-
-# The interpreter has no products of bfloat16.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-# ---- products of matrices
-
-
-@triton.jit
-def _dot(x, y, PRECISION: tl.constexpr):
-    if INTERPRETED and x.dtype == tl.bfloat16:
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    if x.dtype == tl.float64:
-        return tl.dot(x, y, out_dtype=tl.float64)
-    return tl.dot(x, y, input_precision=PRECISION)
-
-
-@triton.jit
-def _thirds(x):
-    """float32 as a sum of three bfloat16."""
-    high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def _dot_sums(x, y, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
-    """x (data) @ y (sums): to the accuracy of sums, or ROUNDED to that of bfloat16 data."""
-    if x.dtype == tl.bfloat16:
-        if ROUNDED:
-            return _dot(x, y.to(tl.bfloat16), PRECISION)
-        high, middle, low = _thirds(y)
-        return _dot(x, low, PRECISION) + _dot(x, middle, PRECISION) + _dot(x, high, PRECISION)
-    return _dot(x.to(y.dtype), y, PRECISION)
-
-
-@triton.jit
-def _rounded(x, data):
-    """x as an operand beside `data`, a pointer to bfloat16 or to something else."""
-    return x.to(tl.bfloat16) if data.dtype.element_ty == tl.bfloat16 else x
-
-
-@triton.jit
-def _sums_dot(x, y, PRECISION: tl.constexpr):
-    """x (as _rounded) @ y (data)"""
-    return _dot(x, y.to(x.dtype), PRECISION)
-
-
-# ---- loads and stores
-
-
-@triton.jit
-def _steps(first, C: tl.constexpr, BACK: tl.constexpr):
-    """A chunk's steps, BACK from the last one to the first."""
-    steps = tl.arange(0, C)
-    return first + (C - 1 - steps if BACK else steps)
-
-
-@triton.jit
-def _rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH,
-          BACK: tl.constexpr = False):
-    """Pointers to the steps and the channels `at`... of x (b, n, h, WIDTH), and which exist."""
-    steps = _steps(first, C, BACK)
-    channels = at + tl.arange(0, BLOCK).to(tl.int64)
-    x += b * strides[0] + h * strides[2]
-    return (x + steps[:, None] * strides[1] + channels[None, :] * strides[3],
-            (steps < n)[:, None] & (channels < WIDTH)[None, :])
-
-
-@triton.jit
-def _load_rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH,
-               BACK: tl.constexpr = False):
-    pointers, inside = _rows(x, strides, b, first, h, C, at, BLOCK, n, WIDTH, BACK)
-    return tl.load(pointers, mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_rows(x, values, b, first, h, heads, C: tl.constexpr, at, BLOCK: tl.constexpr, n,
-                WIDTH):
-    """To a contiguous x (b, n, h, WIDTH)."""
-    strides = (n.to(tl.int64) * heads * WIDTH, heads.to(tl.int64) * WIDTH, WIDTH, 1)
-    pointers, inside = _rows(x, strides, b, first, h, C, at, BLOCK, n, WIDTH)
-    tl.store(pointers, values.to(x.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _block(state, row, column, BK: tl.constexpr, BV: tl.constexpr, DK: tl.constexpr,
-           DV: tl.constexpr):
-    """Pointers (BK, 2 BV) into a contiguous complex state (DK, DV), and which exist."""
-    rows, columns = row + tl.arange(0, BK), 2 * column + tl.arange(0, 2 * BV)
-    return (state + rows[:, None] * (2 * DV) + columns[None, :],
-            (rows < DK)[:, None] & (columns < 2 * DV)[None, :])
-
-
-@triton.jit
-def _load_state(state, row, column, BK: tl.constexpr, BV: tl.constexpr, DK: tl.constexpr,
-                DV: tl.constexpr):
-    pointers, inside = _block(state, row, column, BK, BV, DK, DV)
-    return tl.split(tl.reshape(tl.load(pointers, mask=inside, other=0.0), (BK, BV, 2)))
-
-
-@triton.jit
-def _store_state(state, re, im, row, column, BK: tl.constexpr, BV: tl.constexpr,
-                 DK: tl.constexpr, DV: tl.constexpr):
-    pointers, inside = _block(state, row, column, BK, BV, DK, DV)
-    tl.store(pointers, tl.reshape(tl.join(re, im), (BK, 2 * BV)), mask=inside)
-
-
-@triton.jit
-def _load_strided_state(state, strides, b, h, row, column, BK: tl.constexpr, BV: tl.constexpr,
-                        DK: tl.constexpr, DV: tl.constexpr):
-    """A block of a complex state (b, h, DK, DV, 2) of any strides."""
-    rows = row + tl.arange(0, BK).to(tl.int64)
-    columns = column + tl.arange(0, BV).to(tl.int64)
-    inside = (rows < DK)[:, None] & (columns < DV)[None, :]
-    state += b * strides[0] + h * strides[1]
-    state += rows[:, None] * strides[2] + columns[None, :] * strides[3]
-    return (tl.load(state, mask=inside, other=0.0),
-            tl.load(state + strides[4], mask=inside, other=0.0))
-
-
-# ---- gates
-
-
-@triton.jit
-def _times(a_re, a_im, b_re, b_im):
-    return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
-
-
-@triton.jit
-def _logits(gates, strides, b, first, h, C: tl.constexpr, n, SUMS: tl.constexpr,
-            BACK: tl.constexpr = False):
-    """What stands in (b, n, h, 2) for the steps of a chunk, and which steps there are."""
-    steps = _steps(first, C, BACK)
-    gates += b * strides[0] + h * strides[2] + steps * strides[1]
-    return (tl.load(gates, mask=steps < n, other=0.0).to(SUMS),
-            tl.load(gates + strides[3], mask=steps < n, other=0.0).to(SUMS), steps < n)
-
-
-@triton.jit
-def _gates(gates, strides, b, first, h, C: tl.constexpr, n, LOGITS: tl.constexpr,
-           SUMS: tl.constexpr, BACK: tl.constexpr = False):
-    """a for the steps of a chunk, 1 after the last."""
-    re, im, inside = _logits(gates, strides, b, first, h, C, n, SUMS, BACK)
-    if LOGITS:
-        re, im = activate(re, im)
-    return tl.where(inside, re, 1.0), tl.where(inside, im, 0.0)
-
-
-@triton.jit
-def _double(before_re, before_im, after_re, after_im, all_re, all_im, steps, SIZE: tl.constexpr):
-    """Products before and after each step within its block of SIZE, and of all of it: of 2 SIZE."""
-    other_re = tl.gather(all_re, steps ^ SIZE, 0)
-    other_im = tl.gather(all_im, steps ^ SIZE, 0)
-    right = (steps & SIZE) != 0
-    re, im = _times(before_re, before_im, other_re, other_im)
-    before_re, before_im = tl.where(right, re, before_re), tl.where(right, im, before_im)
-    re, im = _times(after_re, after_im, other_re, other_im)
-    after_re, after_im = tl.where(right, after_re, re), tl.where(right, after_im, im)
-    all_re, all_im = _times(all_re, all_im, other_re, other_im)
-    return before_re, before_im, after_re, after_im, all_re, all_im
-
-
-@triton.jit
-def _block_sums(x, C: tl.constexpr, SIZE: tl.constexpr):
-    """At each step the sum of x (C,) over its block of SIZE."""
-    x = tl.reshape(x, (C // SIZE, SIZE))
-    return tl.reshape(tl.broadcast_to(tl.sum(x, 1)[:, None], x.shape), (C,))
-
-
-@triton.jit
-def _part(x, part: tl.constexpr, ROWS: tl.constexpr):
-    """The part's ROWS of x (C,)."""
-    if x.shape[0] == ROWS:
-        return x
-    else:
-        return tl.gather(x, part * ROWS + tl.arange(0, ROWS), 0)
-
-
-@triton.jit
-def _spread(x, part: tl.constexpr, C: tl.constexpr):
-    """x (ROWS,) in its part of (C,), 0 elsewhere."""
-    ROWS: tl.constexpr = x.shape[0]
-    if C == ROWS:
-        return x
-    else:
-        steps = tl.arange(0, C)
-        return tl.where(steps // ROWS == part, tl.gather(x, steps % ROWS, 0), 0.0)
-
-
-@triton.jit
-def _tree(start_re, start_im, a_re, a_im, C: tl.constexpr, LEVELS: tl.constexpr):
-    """W[s, r] = start_s Π_{r < i < s} a_i for r < s, else 0; start_s Π_{i < s} a_i;
-    Π_{i > r} a_i; and Π a_i."""
-    steps = tl.arange(0, C)
-    apart = steps[:, None] ^ steps[None, :]
-    before_re, before_im = start_re, start_im
-    after_re, after_im = tl.full((C,), 1.0, a_re.dtype), tl.zeros((C,), a_re.dtype)
-    all_re, all_im = a_re, a_im
-    w_re, w_im = tl.zeros((C, C), a_re.dtype), tl.zeros((C, C), a_re.dtype)
-    for level in tl.static_range(LEVELS):
-        re, im = _times(before_re[:, None], before_im[:, None],
-                        after_re[None, :], after_im[None, :])
-        w_re = tl.where(apart >= 1 << level, re, w_re)
-        w_im = tl.where(apart >= 1 << level, im, w_im)
-        before_re, before_im, after_re, after_im, all_re, all_im = _double(
-            before_re, before_im, after_re, after_im, all_re, all_im, steps, 1 << level)
-    lower = steps[:, None] > steps[None, :]
-    first = steps == 0
-    return (tl.where(lower, w_re, 0.0), tl.where(lower, w_im, 0.0),
-            before_re, before_im, after_re, after_im,
-            tl.sum(tl.where(first, all_re, 0.0), 0), tl.sum(tl.where(first, all_im, 0.0), 0))
-
-
-# ---- kernels
+from fastmix._triton import interpreted
+from fastmix._triton.gate import activate_backward
+from fastmix._triton.gate_tree import (
+    block_sums, double, load_gates, load_logits, part_of, spread, times, tree)
+from fastmix._triton.matrices import (
+    dot, dot_sums, load_rows, load_state, load_strided_state, rounded, store_rows, store_state,
+    sums_dot)
 
 
 @triton.jit(do_not_specialize=["n", "heads", "chunks"])
@@ -252,24 +38,24 @@ def _walk_states(k, k_strides, v, v_strides, gates, gate_strides, initial, initi
     size: tl.constexpr = DK * DV * 2
     states += (b * (chunks + 1) * heads + h) * size
     if initial is not None:
-        re, im = _load_strided_state(initial, initial_strides, b, h, row, column, BK, BV, DK, DV)
+        re, im = load_strided_state(initial, initial_strides, b, h, row, column, BK, BV, DK, DV)
     else:
         re, im = tl.zeros((BK, BV), SUMS), tl.zeros((BK, BV), SUMS)
     first = tl.full((), 0, tl.int64)
+    store_state(states, re, im, row, column, BK, BV, DK, DV)
     for _ in range(chunks):
-        _store_state(states, re, im, row, column, BK, BV, DK, DV)
-        states += heads.to(tl.int64) * size
-        keys = _load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
-        values = _load_rows(v, v_strides, b, first, h, C, column, BV, n, DV).to(SUMS)
-        a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
-        _, _, _, _, after_re, after_im, all_re, all_im = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
-        re, im = _times(re, im, all_re, all_im)
+        keys = load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
+        values = load_rows(v, v_strides, b, first, h, C, column, BV, n, DV).to(SUMS)
+        a_re, a_im = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
+        _, _, _, _, after_re, after_im, all_re, all_im = tree(a_re, a_im, a_re, a_im, C, LEVELS)
+        re, im = times(re, im, all_re, all_im)
         keys = tl.trans(keys)
-        re += _dot_sums(keys, values * after_re[:, None], PRECISION, False)
-        im += _dot_sums(keys, values * after_im[:, None], PRECISION, False)
+        re += dot_sums(keys, values * after_re[:, None], PRECISION, False)
+        im += dot_sums(keys, values * after_im[:, None], PRECISION, False)
         first += C
-    _store_state(states, re, im, row, column, BK, BV, DK, DV)
-    _store_state(last + head * size, re, im, row, column, BK, BV, DK, DV)
+        states += heads.to(tl.int64) * size
+        store_state(states, re, im, row, column, BK, BV, DK, DV)
+    store_state(last + head * size, re, im, row, column, BK, BV, DK, DV)
 
 
 @triton.jit(do_not_specialize=["n", "heads", "chunks"])
@@ -286,20 +72,20 @@ def _outputs(q, q_strides, k, k_strides, v, v_strides, gates, gate_strides, stat
     scores = tl.zeros((C, C), SUMS)
     by_re, by_im = tl.zeros((C, BV), SUMS), tl.zeros((C, BV), SUMS)
     for row in range(0, DK, BK):
-        queries = _load_rows(q, q_strides, b, first, h, C, row, BK, n, DK)
-        keys = _load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
-        re, im = _load_state(states, row, column, BK, BV, DK, DV)
-        scores += _dot(queries, tl.trans(keys), PRECISION)
-        by_re += _dot_sums(queries, re, PRECISION, True)
-        by_im += _dot_sums(queries, im, PRECISION, True)
-    a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
-    w_re, _, p_re, p_im, _, _, _, _ = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
+        queries = load_rows(q, q_strides, b, first, h, C, row, BK, n, DK)
+        keys = load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
+        re, im = load_state(states, row, column, BK, BV, DK, DV)
+        scores += dot(queries, tl.trans(keys), PRECISION)
+        by_re += dot_sums(queries, re, PRECISION, True)
+        by_im += dot_sums(queries, im, PRECISION, True)
+    a_re, a_im = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
+    w_re, _, p_re, p_im, _, _, _, _ = tree(a_re, a_im, a_re, a_im, C, LEVELS)
     steps = tl.arange(0, C)
     scores *= tl.where(steps[:, None] == steps[None, :], 1.0, w_re)
-    values = _load_rows(v, v_strides, b, first, h, C, column, BV, n, DV)
+    values = load_rows(v, v_strides, b, first, h, C, column, BV, n, DV)
     sums = p_re[:, None] * by_re - p_im[:, None] * by_im
-    sums += _sums_dot(_rounded(scores, v), values, PRECISION)
-    _store_rows(out, sums, b, first, h, heads, C, column, BV, n, DV)
+    sums += sums_dot(rounded(scores, v), values, PRECISION)
+    store_rows(out, sums, b, first, h, heads, C, column, BV, n, DV)
 
 
 @triton.jit(do_not_specialize=["n", "heads", "chunks"])
@@ -318,23 +104,23 @@ def _walk_adjoints(q, q_strides, grad, grad_strides, gates, gate_strides, final,
     b, h = head // heads, head % heads
     size: tl.constexpr = DK * DV * 2
     adjoints += ((b + 1) * chunks * heads + h) * size
-    re, im = _load_strided_state(final, final_strides, b, h, row, column, BK, BV, DK, DV)
+    re, im = load_strided_state(final, final_strides, b, h, row, column, BK, BV, DK, DV)
     first = chunks.to(tl.int64) * C
     for _ in range(chunks):
         first -= C
         adjoints -= heads.to(tl.int64) * size
-        _store_state(adjoints, re, im, row, column, BK, BV, DK, DV)
-        queries = _load_rows(q, q_strides, b, first, h, C, row, BK, n, DK, True)
-        grads = _load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV, True).to(SUMS)
-        a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS, True)
-        _, _, _, _, p_re, p_im, all_re, all_im = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
-        p_re, p_im = _times(p_re, p_im, a_re, a_im)
-        re, im = _times(re, im, all_re, -all_im)
+        store_state(adjoints, re, im, row, column, BK, BV, DK, DV)
+        queries = load_rows(q, q_strides, b, first, h, C, row, BK, n, DK, True)
+        grads = load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV, True).to(SUMS)
+        a_re, a_im = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS, True)
+        _, _, _, _, p_re, p_im, all_re, all_im = tree(a_re, a_im, a_re, a_im, C, LEVELS)
+        p_re, p_im = times(p_re, p_im, a_re, a_im)
+        re, im = times(re, im, all_re, -all_im)
         queries = tl.trans(queries)
-        re += _dot_sums(queries, grads * p_re[:, None], PRECISION, False)
-        im -= _dot_sums(queries, grads * p_im[:, None], PRECISION, False)
+        re += dot_sums(queries, grads * p_re[:, None], PRECISION, False)
+        im -= dot_sums(queries, grads * p_im[:, None], PRECISION, False)
     if entry is not None:
-        _store_state(entry + head * size, re, im, row, column, BK, BV, DK, DV)
+        store_state(entry + head * size, re, im, row, column, BK, BV, DK, DV)
 
 
 @triton.jit
@@ -344,9 +130,9 @@ def _scores(x, x_strides, y, y_strides, b, at, first, h, ROWS: tl.constexpr, C: 
     """x_s · y_r for ROWS steps s from `at` on and the chunk's steps r."""
     scores = tl.zeros((ROWS, C), SUMS)
     for channel in range(0, WIDTH, BLOCK):
-        left = _load_rows(x, x_strides, b, at, h, ROWS, channel, BLOCK, n, WIDTH)
-        right = _load_rows(y, y_strides, b, first, h, C, channel, BLOCK, n, WIDTH)
-        scores += _dot(left, tl.trans(right), PRECISION)
+        left = load_rows(x, x_strides, b, at, h, ROWS, channel, BLOCK, n, WIDTH)
+        right = load_rows(y, y_strides, b, first, h, C, channel, BLOCK, n, WIDTH)
+        scores += dot(left, tl.trans(right), PRECISION)
     return scores
 
 
@@ -368,26 +154,26 @@ def _gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gat
     states += ((b * (chunks + 1) + chunk) * heads + h) * (DK * DV * 2)
     adjoints += program * (DK * DV * 2)
     steps = tl.arange(0, C)
-    a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
-    w_re, _, p_re, p_im, after_re, after_im, _, _ = _tree(a_re, a_im, a_re, a_im, C, LEVELS)
+    a_re, a_im = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
+    w_re, _, p_re, p_im, after_re, after_im, _, _ = tree(a_re, a_im, a_re, a_im, C, LEVELS)
     w_re = tl.where(steps[:, None] == steps[None, :], 1.0, w_re)
 
     weights = _scores(q, q_strides, k, k_strides, b, first, first, h, C, C, BK, n, DK, SUMS,
                       PRECISION)
-    weights = _rounded(tl.trans(weights * w_re), grad)
+    weights = rounded(tl.trans(weights * w_re), grad)
     for column in range(0, DV, BV):
-        grads = _load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV)
-        dv = _sums_dot(weights, grads, PRECISION)
+        grads = load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV)
+        dv = sums_dot(weights, grads, PRECISION)
         for row in range(0, DK, BK):
-            keys = _load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
-            re, im = _load_state(adjoints, row, column, BK, BV, DK, DV)
-            dv += after_re[:, None] * _dot_sums(keys, re, PRECISION, True)
-            dv += after_im[:, None] * _dot_sums(keys, im, PRECISION, True)
-        _store_rows(grad_v, dv, b, first, h, heads, C, column, BV, n, DV)
+            keys = load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
+            re, im = load_state(adjoints, row, column, BK, BV, DK, DV)
+            dv += after_re[:, None] * dot_sums(keys, re, PRECISION, True)
+            dv += after_im[:, None] * dot_sums(keys, im, PRECISION, True)
+        store_rows(grad_v, dv, b, first, h, heads, C, column, BV, n, DV)
 
     weights = _scores(grad, grad_strides, v, v_strides, b, first, first, h, C, C, BV, n, DV, SUMS,
                       PRECISION)
-    weights = _rounded(weights * w_re, grad)
+    weights = rounded(weights * w_re, grad)
     dp_re, dp_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
     dw_re, dw_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
     all_re, all_im = tl.zeros((BK,), SUMS), tl.zeros((BK,), SUMS)
@@ -395,23 +181,23 @@ def _gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gat
         by_re, by_im = tl.zeros((C, BK), SUMS), tl.zeros((C, BK), SUMS)
         on_re, on_im = tl.zeros((C, BK), SUMS), tl.zeros((C, BK), SUMS)
         for column in range(0, DV, BV):
-            values = _load_rows(v, v_strides, b, first, h, C, column, BV, n, DV)
-            grads = _load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV)
-            re, im = _load_state(states, row, column, BK, BV, DK, DV)
-            g_re, g_im = _load_state(adjoints, row, column, BK, BV, DK, DV)
+            values = load_rows(v, v_strides, b, first, h, C, column, BV, n, DV)
+            grads = load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV)
+            re, im = load_state(states, row, column, BK, BV, DK, DV)
+            g_re, g_im = load_state(adjoints, row, column, BK, BV, DK, DV)
             all_re += tl.sum(g_re * re + g_im * im, 1)
             all_im += tl.sum(g_im * re - g_re * im, 1)
-            by_re += _dot_sums(grads, tl.trans(re), PRECISION, ROUNDED)
-            by_im += _dot_sums(grads, tl.trans(im), PRECISION, ROUNDED)
-            on_re += _dot_sums(values, tl.trans(g_re), PRECISION, ROUNDED)
-            on_im += _dot_sums(values, tl.trans(g_im), PRECISION, ROUNDED)
-        queries = _load_rows(q, q_strides, b, first, h, C, row, BK, n, DK)
-        keys = _load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
-        dq = p_re[:, None] * by_re - p_im[:, None] * by_im + _sums_dot(weights, keys, PRECISION)
-        _store_rows(grad_q, dq, b, first, h, heads, C, row, BK, n, DK)
+            by_re += dot_sums(grads, tl.trans(re), PRECISION, ROUNDED)
+            by_im += dot_sums(grads, tl.trans(im), PRECISION, ROUNDED)
+            on_re += dot_sums(values, tl.trans(g_re), PRECISION, ROUNDED)
+            on_im += dot_sums(values, tl.trans(g_im), PRECISION, ROUNDED)
+        queries = load_rows(q, q_strides, b, first, h, C, row, BK, n, DK)
+        keys = load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
+        dq = p_re[:, None] * by_re - p_im[:, None] * by_im + sums_dot(weights, keys, PRECISION)
+        store_rows(grad_q, dq, b, first, h, heads, C, row, BK, n, DK)
         dk = after_re[:, None] * on_re + after_im[:, None] * on_im
-        dk += _sums_dot(tl.trans(weights), queries, PRECISION)
-        _store_rows(grad_k, dk, b, first, h, heads, C, row, BK, n, DK)
+        dk += sums_dot(tl.trans(weights), queries, PRECISION)
+        store_rows(grad_k, dk, b, first, h, heads, C, row, BK, n, DK)
         dp_re += tl.sum(queries.to(SUMS) * by_re, 1)
         dp_im -= tl.sum(queries.to(SUMS) * by_im, 1)
         dw_re += tl.sum(keys.to(SUMS) * on_re, 1)
@@ -455,13 +241,13 @@ def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides
         parts = parts + (tl.where(rows[:, None] > steps[None, :], weights, 0.0),)
 
     # The tree, from the leaves up: products up to each step, after it, and of its whole block.
-    a_re, a_im = _gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
+    a_re, a_im = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
     before_re, before_im, all_re, all_im = a_re, a_im, a_re, a_im
     after_re, after_im = tl.full((C,), 1.0, SUMS), tl.zeros((C,), SUMS)
-    tree = ()
+    nodes = ()
     for level in tl.static_range(LEVELS):
-        tree = tree + ((before_re, before_im, after_re, after_im, all_re, all_im),)
-        before_re, before_im, after_re, after_im, all_re, all_im = _double(
+        nodes = nodes + ((before_re, before_im, after_re, after_im, all_re, all_im),)
+        before_re, before_im, after_re, after_im, all_re, all_im = double(
             before_re, before_im, after_re, after_im, all_re, all_im, steps, 1 << level)
 
     # Its gradient, from the root down.
@@ -470,29 +256,29 @@ def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides
     after_re, after_im = tl.load(asked + 2 * C), tl.load(asked + 3 * C)
     all_re, all_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
     for level in tl.static_range(LEVELS - 1, -1, -1):
-        p_re, p_im, e_re, e_im, t_re, t_im = tree[level]
+        p_re, p_im, e_re, e_im, t_re, t_im = nodes[level]
         right = (steps & (1 << level)) != 0
         sibling = steps ^ (1 << level)
         t_re, t_im = tl.gather(t_re, sibling, 0), tl.gather(t_im, sibling, 0)
-        re, im = _times(tl.where(right, before_re, after_re), tl.where(right, before_im, after_im),
-                        tl.where(right, p_re, e_re), -tl.where(right, p_im, e_im))
-        all_re, all_im = _times(all_re, all_im, t_re, -t_im)
-        all_re += tl.gather(_block_sums(re, C, 1 << level), sibling, 0)
-        all_im += tl.gather(_block_sums(im, C, 1 << level), sibling, 0)
-        re, im = _times(before_re, before_im, t_re, -t_im)
+        re, im = times(tl.where(right, before_re, after_re), tl.where(right, before_im, after_im),
+                       tl.where(right, p_re, e_re), -tl.where(right, p_im, e_im))
+        all_re, all_im = times(all_re, all_im, t_re, -t_im)
+        all_re += tl.gather(block_sums(re, C, 1 << level), sibling, 0)
+        all_im += tl.gather(block_sums(im, C, 1 << level), sibling, 0)
+        re, im = times(before_re, before_im, t_re, -t_im)
         before_re, before_im = tl.where(right, re, before_re), tl.where(right, im, before_im)
-        re, im = _times(after_re, after_im, t_re, -t_im)
+        re, im = times(after_re, after_im, t_re, -t_im)
         after_re, after_im = tl.where(right, after_re, re), tl.where(right, after_im, im)
         for part in tl.static_range(C // ROWS):
             rows = part * ROWS + tl.arange(0, ROWS)
             between = tl.where(((rows[:, None] ^ steps[None, :]) >> level) == 1, parts[part], 0.0)
-            before_re += _spread(tl.sum(between * e_re[None, :], 1), part, C)
-            before_im -= _spread(tl.sum(between * e_im[None, :], 1), part, C)
-            after_re += tl.sum(between * _part(p_re, part, ROWS)[:, None], 0)
-            after_im -= tl.sum(between * _part(p_im, part, ROWS)[:, None], 0)
+            before_re += spread(tl.sum(between * e_re[None, :], 1), part, C)
+            before_im -= spread(tl.sum(between * e_im[None, :], 1), part, C)
+            after_re += tl.sum(between * part_of(p_re, part, ROWS)[:, None], 0)
+            after_im -= tl.sum(between * part_of(p_im, part, ROWS)[:, None], 0)
     re, im = before_re + all_re, before_im + all_im
     if LOGITS:
-        z_re, z_im, _ = _logits(gates, gate_strides, b, first, h, C, n, SUMS)
+        z_re, z_im, _ = load_logits(gates, gate_strides, b, first, h, C, n, SUMS)
         re, im = activate_backward(re, im, z_re, z_im)
     kind = grad_gates.dtype.element_ty
     grad_gates += ((b * n + first + steps) * heads + h) * 2
@@ -505,7 +291,7 @@ def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides
 
 def _arch():
     """The compute capability, 90 for 9.0; 0 where there is none: on AMD, in the interpreter."""
-    if INTERPRETED:
+    if interpreted():
         return 0
     target = triton.runtime.driver.active.get_current_target()
     return target.arch if target.backend == "cuda" else 0
@@ -564,6 +350,9 @@ def _states(q, k, v, gates, logits, initial_state):
     last = q.new_empty(b, h, dk, dv, 2, dtype=wide)
     if b:
         options = _options(q, v, logits)
+        small = options["BK"] * options["BV"] == 256
+        if _arch() and (q.dtype == torch.float64 or _arch() < 90 and not small):
+            options["maxnreg"] = 255  # left to itself ptxas stops at 128 and spills
         _walk_states[_walk_grid(b, h, options)](
             *_strided(k, v, gates, _real(initial_state)), states, last, n, h, chunks, **options)
     return states, last

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 
 from fastmix._triton import interpreted
+from fastmix._triton.activation import activate
+from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, place
 
 SCRATCH = 1 << 25  # bytes of the mixture's gradient at once
 PROGRAMS = 512  # to share out windows to, for dweight, or rows
@@ -35,49 +37,6 @@ LARGEST_ROW = 1 << 16
 def refuses(x, *others):
     if others and x.ndim == 3 and x.shape[-1] // 2 > LARGEST_ROW:
         return f"the gate has up to {LARGEST_ROW} channels, got {x.shape[-1] // 2}"
-
-
-@triton.jit
-def _tanh(x):
-    e = tl.exp(-2 * tl.abs(x))
-    size = (1 - e) / (1 + e)
-    y = tl.where(x < 0, -size, size)
-    if x.dtype == tl.float32:  # 1 - e has too few digits close to 0
-        s = x * x
-        series = x + x * s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (
-            62 / 2835 - s * (1382 / 155925)))))
-        y = tl.where(s < 0.1, series, y)
-    return y
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """→ value and slope."""
-    if ACTIVATION == "tanh":
-        value = _tanh(x)
-        slope = 1 - value * value
-    elif ACTIVATION == "sigmoid":
-        value = 1 / (1 + tl.exp(-x))
-        slope = value * (1 - value)
-    elif ACTIVATION == "gelu":
-        part = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-        value = x * part
-        slope = part + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif ACTIVATION == "silu":
-        part = 1 / (1 + tl.exp(-x))
-        value = x * part
-        slope = part * (1 + x * (1 - part))
-    else:
-        value = x
-        slope = tl.full(x.shape, 1, x.dtype)
-    return value, slope
-
-
-@triton.jit
-def _at(strides, batch, t, head, channel, DIM: tl.constexpr):
-    """Offsets (steps, channels) into (b, n, c)."""
-    return (batch.to(tl.int64) * strides[0] + t.to(tl.int64)[:, None] * strides[1]
-            + (head * DIM + channel).to(tl.int64)[None, :] * strides[2])
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
@@ -97,80 +56,6 @@ def _statistics(gate, mean, inverse, rows, n, c, strides,
 
 
 @triton.jit
-def _affine(norm, head, channel, DIM: tl.constexpr):
-    """norm = (mean, inverse, scale, shift) → scale and shift of a head's channels, or None."""
-    scale, shift = norm[2], norm[3]
-    at = head * DIM + channel
-    if scale is not None:
-        scale = tl.load(scale + at, mask=channel < DIM, other=0).to(norm[0].dtype.element_ty)
-    if shift is not None:
-        shift = tl.load(shift + at, mask=channel < DIM, other=0).to(norm[0].dtype.element_ty)
-    return scale, shift
-
-
-@triton.jit
-def _normed(gate, strides, norm, affine, batch, t, known, head, channel, n, DIM: tl.constexpr):
-    """The normed gate (steps, channels); steps that are not known hold anything finite."""
-    x = tl.load(gate + _at(strides, batch, t, head, channel, DIM), other=0,
-                mask=known[:, None] & (channel < DIM)[None, :]).to(norm[0].dtype.element_ty)
-    row = batch.to(tl.int64) * n + t
-    x -= tl.load(norm[0] + row, mask=known, other=0)[:, None]
-    x *= tl.load(norm[1] + row, mask=known, other=0)[:, None]
-    if affine[0] is not None:
-        x *= affine[0][None, :]
-    if affine[1] is not None:
-        x += affine[1][None, :]
-    return x
-
-
-@triton.jit
-def _mix(band, x, mixed, ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-         EXACT: tl.constexpr):
-    """mixed + band · x; EXACT adds what rounding x leaves out."""
-    rounded = x.to(ROUNDED)
-    mixed = tl.dot(band, rounded.to(OPERAND), mixed, input_precision=PRECISION,
-                   out_dtype=mixed.dtype)
-    if EXACT and ROUNDED != x.dtype:
-        rest = (x - rounded.to(x.dtype)).to(ROUNDED)
-        mixed = tl.dot(band, rest.to(OPERAND), mixed, input_precision=PRECISION,
-                       out_dtype=mixed.dtype)
-    return mixed
-
-
-@triton.jit
-def _band(weight, strides, head, row, step, used, WINDOW: tl.constexpr, MASKED: tl.constexpr):
-    """What `row` mixes of `step` (rows, steps), both counted from the start of a window, and
-    where it counts. A mask along the diagonal makes loads narrow: only with MASKED is it used.
-    """
-    behind = row // WINDOW * WINDOW
-    r = row % WINDOW
-    j = (step + WINDOW)[None, :] - behind[:, None]
-    below = j <= (r + WINDOW)[:, None]
-    at = (head.to(tl.int64) * strides[0] + r.to(tl.int64)[:, None] * strides[1]
-          + j.to(tl.int64) * strides[2])
-    used = used & (j >= 0) & (below if MASKED else j < 2 * WINDOW)
-    return tl.load(weight + at, mask=used, other=0), below
-
-
-@triton.jit
-def _place(runs, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
-           ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The program's place → batch, run, head, first row of the run's windows, channels.
-
-    The last tiles come first. Heads are next to each other: whole rows of x are read at once.
-    """
-    index = tl.num_programs(0) - 1 - tl.program_id(0)
-    parts: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
-    channel = index % parts * CHANNELS + tl.arange(0, CHANNELS)
-    index = index // parts
-    head = index % HEADS
-    index = index // HEADS
-    row = index % BLOCKS * ROWS
-    index = index // BLOCKS
-    return index // runs, index % runs, head, row, channel
-
-
-@triton.jit
 def _finish(mixed, outside, strides, outputs, batch, t, stored, head, channel, n, origin,
             after_rows, HEADS: tl.constexpr, DIM: tl.constexpr, ACTIVATION: tl.constexpr):
     """From the mixture and its bias to out; given grad, to dres, dmixture and dresidual."""
@@ -180,29 +65,29 @@ def _finish(mixed, outside, strides, outputs, batch, t, stored, head, channel, n
     dense = (n.to(tl.int64) * c, c, 1)
     stored = stored[:, None] & (channel < DIM)[None, :]
     if residual is not None:
-        at = _at(strides[1], batch, t, head, channel, DIM)
+        at = offsets(strides[1], batch, t, head, channel, DIM)
         mixed += tl.load(residual + at, mask=stored, other=0).to(mixed.dtype)
-    value, slope = _activate(mixed, ACTIVATION)
+    value, slope = activate(mixed, ACTIVATION)
     if ACTIVATION != "none":
-        at = _at(strides[0], batch, t, head, channel, DIM)
+        at = offsets(strides[0], batch, t, head, channel, DIM)
         factor = tl.load(res + at, mask=stored, other=0,
                          eviction_policy="evict_first").to(mixed.dtype)
     if grad is None:
         if ACTIVATION != "none":
             value *= factor
-        tl.store(out + _at(dense, batch, t, head, channel, DIM), value.to(out.dtype.element_ty),
+        tl.store(out + offsets(dense, batch, t, head, channel, DIM), value.to(out.dtype.element_ty),
                  mask=stored, eviction_policy="evict_first")
     else:
-        after = tl.load(grad + _at(strides[2], batch, t, head, channel, DIM), mask=stored, other=0,
-                        eviction_policy="evict_first").to(mixed.dtype)
-        at = _at((n.to(tl.int64) * (2 * c), 2 * c, 1), batch, t, head, channel, DIM)
+        after = tl.load(grad + offsets(strides[2], batch, t, head, channel, DIM), mask=stored,
+                        other=0, eviction_policy="evict_first").to(mixed.dtype)
+        at = offsets((n.to(tl.int64) * (2 * c), 2 * c, 1), batch, t, head, channel, DIM)
         tl.store(out + at, (after * value).to(out.dtype.element_ty), mask=stored,
                  eviction_policy="evict_first")
         after *= factor * slope
-        at = _at((after_rows.to(tl.int64) * c, c, 1), batch, t - origin, head, channel, DIM)
+        at = offsets((after_rows.to(tl.int64) * c, c, 1), batch, t - origin, head, channel, DIM)
         tl.store(dmixed + at, after.to(dmixed.dtype.element_ty), mask=stored)
         if dresidual is not None:
-            tl.store(dresidual + _at(dense, batch, t, head, channel, DIM),
+            tl.store(dresidual + offsets(dense, batch, t, head, channel, DIM),
                      after.to(dresidual.dtype.element_ty), mask=stored)
 
 
@@ -215,11 +100,11 @@ def _tiles(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides,
            ACTIVATION: tl.constexpr):
     """Rows of a window of the mixture; windows from `first` on, dmixed from step `origin`."""
     blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
-    batch, window, head, row, channel = _place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
+    batch, window, head, row, channel = place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
     wide: tl.constexpr = norm[0].dtype.element_ty
     # Slopes of activations would enlarge a rounded mixture's error.
     exact: tl.constexpr = outside[2] is not None
-    affine = _affine(norm, head, channel, DIM)
+    affine = load_affine(norm, head, channel, DIM)
     i = row + tl.arange(0, ROWS)
     begin = (first + window) * WINDOW
     start = tl.where(begin == 0, 0, -WINDOW)
@@ -227,12 +112,12 @@ def _tiles(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides,
     mixed = tl.zeros([ROWS, CHANNELS], dtype=wide)
     for from_step in tl.range(start, end, STEPS, num_stages=STAGES):
         step = from_step + tl.arange(0, STEPS)
-        band, below = _band(weight, weight_strides, head, i, step, (i < WINDOW)[:, None], WINDOW,
-                            False)
+        band, below = load_band(weight, weight_strides, head, i, step, (i < WINDOW)[:, None],
+                                WINDOW, False)
         band = tl.where(below, band.to(OPERAND), 0.0)
-        x = _normed(gate, gate_strides, norm, affine, batch, begin + step, begin + step < n, head,
-                    channel, n, DIM)
-        mixed = _mix(band, x, mixed, ROUNDED, OPERAND, PRECISION, exact)
+        x = normed(gate, gate_strides, norm, affine, batch, begin + step, begin + step < n, head,
+                   channel, n, DIM)
+        mixed = mix(band, x, mixed, ROUNDED, OPERAND, PRECISION, exact)
     r = i % WINDOW
     mixed += tl.load(bias + head * bias_strides[0] + r * bias_strides[1]).to(wide)[:, None]
     stored = (i < WINDOW) & (begin + i < n)
@@ -251,33 +136,33 @@ def _walk(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides, 
 
     Weights are read once; a tile's gate also goes into `carry`, the next tile's mixture.
     """
-    batch, run, head, _, channel = _place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
+    batch, run, head, _, channel = place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
     wide: tl.constexpr = norm[0].dtype.element_ty
     size: tl.constexpr = PER * WINDOW
     # Slopes of activations would enlarge a rounded mixture's error.
     exact: tl.constexpr = outside[2] is not None
-    affine = _affine(norm, head, channel, DIM)
+    affine = load_affine(norm, head, channel, DIM)
     i = tl.arange(0, ROWS)
     kept = i < size
     square = kept[:, None] & kept[None, :]
-    own, _ = _band(weight, weight_strides, head, i, i, square, WINDOW, True)
-    before, _ = _band(weight, weight_strides, head, i, i - size, square, WINDOW, False)
+    own, _ = load_band(weight, weight_strides, head, i, i, square, WINDOW, True)
+    before, _ = load_band(weight, weight_strides, head, i, i - size, square, WINDOW, False)
     own, before = own.to(OPERAND), before.to(OPERAND)
     r = i % WINDOW
     added = tl.load(bias + head * bias_strides[0] + r * bias_strides[1]).to(wide)
     tiles = (windows + PER - 1) // PER
     begin = run * length
     t = first * WINDOW + (begin - 1) * size + i
-    x = _normed(gate, gate_strides, norm, affine, batch, t, kept & (t >= 0), head, channel, n, DIM)
+    x = normed(gate, gate_strides, norm, affine, batch, t, kept & (t >= 0), head, channel, n, DIM)
     x = tl.where((t >= 0)[:, None], x, 0)
     zeros = tl.zeros([ROWS, CHANNELS], dtype=wide)
-    carry = _mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
+    carry = mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
     for tile in tl.range(begin, tl.minimum(begin + length, tiles), num_stages=STAGES):
         t = first * WINDOW + tile * size + i
         known = kept & (t < n)
-        x = _normed(gate, gate_strides, norm, affine, batch, t, known, head, channel, n, DIM)
-        mixed = _mix(own, x, carry, ROUNDED, OPERAND, PRECISION, exact)
-        carry = _mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
+        x = normed(gate, gate_strides, norm, affine, batch, t, known, head, channel, n, DIM)
+        mixed = mix(own, x, carry, ROUNDED, OPERAND, PRECISION, exact)
+        carry = mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
         stored = known & (t < (first + windows) * WINDOW)
         _finish(mixed + added[:, None], outside, outside_strides, outputs, batch, t, stored, head,
                 channel, n, origin, after_rows, HEADS, DIM, ACTIVATION)
@@ -318,13 +203,13 @@ def _weight_backward(gate, gate_strides, norm, dmixed, dmixed_strides, dweight, 
         batch = item // parts // windows
         channel = item % parts * CHANNELS + tl.arange(0, CHANNELS)
         t = window * WINDOW + r
-        at = _at(dmixed_strides, batch, t - origin, head, channel, DIM)
+        at = offsets(dmixed_strides, batch, t - origin, head, channel, DIM)
         after = tl.load(dmixed + at, other=0,
                         mask=((r < WINDOW) & (t < n))[:, None] & (channel < DIM)[None, :])
         t = (window - 1) * WINDOW + j
         known = (t >= 0) & (t < n) & (j < 2 * WINDOW)
-        x = _normed(gate, gate_strides, norm, _affine(norm, head, channel, DIM), batch, t, known,
-                    head, channel, n, DIM)
+        x = normed(gate, gate_strides, norm, load_affine(norm, head, channel, DIM), batch, t, known,
+                   head, channel, n, DIM)
         if norm[3] is not None:
             x = tl.where(known[:, None], x, 0)
         total = tl.dot(x.to(ROUNDED).to(OPERAND), tl.trans(after.to(OPERAND)), total,
@@ -347,7 +232,7 @@ def _tiles_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_str
                     STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """dnormed, from the mixture's gradient in its own window and the one after it."""
     blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
-    batch, window, head, row, channel = _place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
+    batch, window, head, row, channel = place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
     wide: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
     i = row + tl.arange(0, ROWS)
     begin = (first + window) * WINDOW
@@ -355,10 +240,10 @@ def _tiles_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_str
     dnormed = tl.zeros([ROWS, CHANNELS], dtype=wide)
     for from_step in tl.range(row, end, STEPS, num_stages=STAGES):
         step = from_step + tl.arange(0, STEPS)
-        band, below = _band(weight, weight_strides, head, step, i,
-                            (step < end)[:, None] & (i < WINDOW)[None, :], WINDOW, False)
+        band, below = load_band(weight, weight_strides, head, step, i,
+                                (step < end)[:, None] & (i < WINDOW)[None, :], WINDOW, False)
         band = tl.where(below, band.to(OPERAND), 0.0)
-        at = _at(dmixed_strides, batch, begin + step - origin, head, channel, DIM)
+        at = offsets(dmixed_strides, batch, begin + step - origin, head, channel, DIM)
         after = tl.load(dmixed + at, mask=(step < end)[:, None] & (channel < DIM)[None, :],
                         other=0).to(OPERAND)
         dnormed = tl.dot(tl.trans(band), after, dnormed, input_precision=PRECISION,
@@ -370,7 +255,7 @@ def _tiles_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_str
 
 @triton.jit
 def _store_dnormed(dnormed, out, strides, batch, t, stored, head, channel, DIM: tl.constexpr):
-    tl.store(out + _at(strides, batch, t, head, channel, DIM), dnormed.to(out.dtype.element_ty),
+    tl.store(out + offsets(strides, batch, t, head, channel, DIM), dnormed.to(out.dtype.element_ty),
              mask=stored[:, None] & (channel < DIM)[None, :])
 
 
@@ -381,14 +266,14 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_stri
                    PER: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
                    STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """The same for windows that fit into a tile, walking back: `carry` goes to the tile before."""
-    batch, run, head, _, channel = _place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
+    batch, run, head, _, channel = place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
     wide: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
     size: tl.constexpr = PER * WINDOW
     i = tl.arange(0, ROWS)
     kept = i < size
     square = kept[:, None] & kept[None, :]
-    own, _ = _band(weight, weight_strides, head, i, i, square, WINDOW, True)
-    before, _ = _band(weight, weight_strides, head, i, i - size, square, WINDOW, False)
+    own, _ = load_band(weight, weight_strides, head, i, i, square, WINDOW, True)
+    before, _ = load_band(weight, weight_strides, head, i, i - size, square, WINDOW, False)
     own, before = tl.trans(own.to(OPERAND)), tl.trans(before.to(OPERAND))
     tiles = (windows + PER - 1) // PER
     begin = run * length
@@ -397,7 +282,7 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_stri
     carry = tl.zeros([ROWS, CHANNELS], dtype=wide)
     for back in tl.range(-1, last - begin + 1, num_stages=STAGES):
         t = first * WINDOW + (last - back) * size + i
-        at = _at(dmixed_strides, batch, t - origin, head, channel, DIM)
+        at = offsets(dmixed_strides, batch, t - origin, head, channel, DIM)
         after = tl.load(dmixed + at, other=0, mask=(
             kept & (t < known_end))[:, None] & (channel < DIM)[None, :]).to(OPERAND)
         dnormed = tl.dot(own, after, carry, input_precision=PRECISION, out_dtype=wide)
@@ -517,7 +402,7 @@ class _Plan:
             tiles[(sequences * windows * blocks * self.parts,)](
                 *args, ROWS=rows, STEPS=self.steps, CHANNELS=self.channels, STAGES=self.stages,
                 num_warps=8 if rows * self.channels >= 4096 else 4, **options,
-                **_registers(tiles is _tiles_backward and self.operand.itemsize == 2))
+                **_registers(tiles is _tiles_backward and self.operand.itemsize != 4))
 
     def weight_tiles(self):
         """→ how many tiles dweight has, and its kernel's options."""

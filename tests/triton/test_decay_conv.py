@@ -97,7 +97,7 @@ def test_rounding(cut, dtype):
     A parameter's gradient is a few numbers, so a failure is judged on more draws.
     """
     ours, plain = torch.zeros(5, dtype=F64), torch.zeros(5, dtype=F64)
-    for draws in (3, 12):
+    for draws in (3, 12, 48, 192):
         for _ in range(draws):
             t = {k: v.to(dtype if k != "initial_state" else torch.float32)
                  for k, v in drawn("decay_conv", 131, torch.float32).items()}

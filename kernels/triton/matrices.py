@@ -1,0 +1,130 @@
+"""What gate_loop's kernels for heads multiply: rows of data, states, and their products.
+
+A chunk's rows are (C, BLOCK) of a tensor (b, n, h, width); a state is a complex (BK, BV). Data
+are in the dtype of q, k and v, sums in float32 or float64.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+# The interpreter has no products of bfloat16.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+# ---- products of matrices
+
+
+@triton.jit
+def dot(x, y, PRECISION: tl.constexpr):
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    if x.dtype == tl.float64:
+        return tl.dot(x, y, out_dtype=tl.float64)
+    return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
+def _thirds(x):
+    """float32 as a sum of three bfloat16."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def dot_sums(x, y, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
+    """x (data) @ y (sums): to the accuracy of sums, or ROUNDED to that of bfloat16 data."""
+    if x.dtype == tl.bfloat16:
+        if ROUNDED:
+            return dot(x, y.to(tl.bfloat16), PRECISION)
+        high, middle, low = _thirds(y)
+        return dot(x, low, PRECISION) + dot(x, middle, PRECISION) + dot(x, high, PRECISION)
+    return dot(x.to(y.dtype), y, PRECISION)
+
+
+@triton.jit
+def rounded(x, data):
+    """x as an operand beside `data`, a pointer to bfloat16 or to something else."""
+    return x.to(tl.bfloat16) if data.dtype.element_ty == tl.bfloat16 else x
+
+
+@triton.jit
+def sums_dot(x, y, PRECISION: tl.constexpr):
+    """x (as `rounded`) @ y (data)"""
+    return dot(x, y.to(x.dtype), PRECISION)
+
+
+# ---- loads and stores
+
+
+@triton.jit
+def chunk_steps(first, C: tl.constexpr, BACK: tl.constexpr):
+    """A chunk's steps, BACK from the last one to the first."""
+    steps = tl.arange(0, C)
+    return first + (C - 1 - steps if BACK else steps)
+
+
+@triton.jit
+def _rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH,
+          BACK: tl.constexpr = False):
+    """Pointers to the steps and the channels `at`... of x (b, n, h, WIDTH), and which exist."""
+    steps = chunk_steps(first, C, BACK)
+    channels = at + tl.arange(0, BLOCK).to(tl.int64)
+    x += b * strides[0] + h * strides[2]
+    return (x + steps[:, None] * strides[1] + channels[None, :] * strides[3],
+            (steps < n)[:, None] & (channels < WIDTH)[None, :])
+
+
+@triton.jit
+def load_rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH,
+              BACK: tl.constexpr = False):
+    pointers, inside = _rows(x, strides, b, first, h, C, at, BLOCK, n, WIDTH, BACK)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(x, values, b, first, h, heads, C: tl.constexpr, at, BLOCK: tl.constexpr, n,
+               WIDTH):
+    """To a contiguous x (b, n, h, WIDTH)."""
+    strides = (n.to(tl.int64) * heads * WIDTH, heads.to(tl.int64) * WIDTH, WIDTH, 1)
+    pointers, inside = _rows(x, strides, b, first, h, C, at, BLOCK, n, WIDTH)
+    tl.store(pointers, values.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _block(state, row, column, BK: tl.constexpr, BV: tl.constexpr, DK: tl.constexpr,
+           DV: tl.constexpr):
+    """Pointers (BK, 2 BV) into a contiguous complex state (DK, DV), and which exist."""
+    rows, columns = row + tl.arange(0, BK), 2 * column + tl.arange(0, 2 * BV)
+    return (state + rows[:, None] * (2 * DV) + columns[None, :],
+            (rows < DK)[:, None] & (columns < 2 * DV)[None, :])
+
+
+@triton.jit
+def load_state(state, row, column, BK: tl.constexpr, BV: tl.constexpr, DK: tl.constexpr,
+               DV: tl.constexpr):
+    pointers, inside = _block(state, row, column, BK, BV, DK, DV)
+    return tl.split(tl.reshape(tl.load(pointers, mask=inside, other=0.0), (BK, BV, 2)))
+
+
+@triton.jit
+def store_state(state, re, im, row, column, BK: tl.constexpr, BV: tl.constexpr,
+                DK: tl.constexpr, DV: tl.constexpr):
+    pointers, inside = _block(state, row, column, BK, BV, DK, DV)
+    tl.store(pointers, tl.reshape(tl.join(re, im), (BK, 2 * BV)), mask=inside)
+
+
+@triton.jit
+def load_strided_state(state, strides, b, h, row, column, BK: tl.constexpr, BV: tl.constexpr,
+                       DK: tl.constexpr, DV: tl.constexpr):
+    """A block of a complex state (b, h, DK, DV, 2) of any strides."""
+    rows = row + tl.arange(0, BK).to(tl.int64)
+    columns = column + tl.arange(0, BV).to(tl.int64)
+    inside = (rows < DK)[:, None] & (columns < DV)[None, :]
+    state += b * strides[0] + h * strides[1]
+    state += rows[:, None] * strides[2] + columns[None, :] * strides[3]
+    return (tl.load(state, mask=inside, other=0.0),
+            tl.load(state + strides[4], mask=inside, other=0.0))
