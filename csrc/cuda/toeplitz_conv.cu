@@ -1,8 +1,5 @@
 // The kernels of toeplitz_conv.h, for CUDA.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "launch.h"
 
 namespace fastmix::cuda {
@@ -117,13 +114,10 @@ struct Block {
   template <Type type>
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t word;
-    if constexpr (type == Type::bf16) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-      memcpy(&word, &pair, 4);
-    } else {
-      const __half2 pair = __floats2half2_rn(low, high);
-      memcpy(&word, &pair, 4);
-    }
+    if constexpr (type == Type::bf16)
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    else
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     return word;
   }
 

@@ -17,6 +17,12 @@
 
 #include "fft_conv.h"
 
+#ifdef __CUDACC__
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED
+#endif
+
 namespace fastmix::cuda {
 
 struct Toeplitz {
@@ -75,21 +81,23 @@ struct Rows16 {
 template <class Block>
 HD void copy_tile(Block& block, const Rows16& rows, int tile, int to, int thread) {
   if (rows.whole) {
-    unrolled<kTile * 8 / kThreads>([&](auto k) {
-      const int row = thread / 8 + kThreads / 8 * k, chunk = thread % 8, t = tile * kTile + row;
-      block.copy(to + place(row, chunk), rows.data + t * rows.step + 16 * chunk,
-                 2 * rows.count(t, chunk));
-    });
+    const int chunk = thread % 8, first = thread / 8;
+    const char* from = rows.data + (tile * kTile + first) * rows.step + 16 * chunk;
+    UNROLLED for (int k = 0; k < kTile * 8 / kThreads; ++k) {
+      const int row = first + kThreads / 8 * k;
+      block.copy(to + place(row, chunk), from, 2 * rows.count(tile * kTile + row, chunk));
+      from += kThreads / 8 * rows.step;
+    }
   } else {
     ROLLED for (int i = thread; i < kTile * 8; i += kThreads) {
       const int row = i % kTile, chunk = i / kTile, t = tile * kTile + row,
                 count = rows.count(t, chunk);
       const char* from = rows.data + t * rows.step + 8 * chunk * rows.channel;
       uint32_t words[4] = {};
-      unrolled<8>([&](auto e) {
+      UNROLLED for (int e = 0; e < 8; ++e) {
         if (e < count)
           words[e / 2] |= block.template load_one<2>(from + e * rows.channel) << 16 * (e % 2);
-      });
+      }
       block.template put<4>(to + place(row, chunk), words);
     }
   }
@@ -101,11 +109,11 @@ struct Sums {
   typename Block::template Lanes<float> of[4][8][4];
 
   HD void clear(Block& block) {
-    unrolled<4>([&](auto i) {
-      unrolled<8>([&](auto j) {
-        unrolled<4>([&](auto e) { block.lanes([&](int lane) { of[i][j][e].of(lane) = 0; }); });
-      });
-    });
+    UNROLLED for (int i = 0; i < 4; ++i) {
+      UNROLLED for (int j = 0; j < 8; ++j) {
+        UNROLLED for (int e = 0; e < 4; ++e) { block.lanes([&](int lane) { of[i][j][e].of(lane) = 0; }); }
+      }
+    }
   }
 };
 
@@ -145,19 +153,28 @@ struct Product {
         block.commit(thread);
       });
     };
-    unrolled<buffers - 1>([&](auto i) { queue(first + i); });
+    ROLLED for (int i = 0; i < buffers - 1; ++i) queue(first + i);
 
     const int top = kTile * (kWarps + wide) - 1, second = 4 * words_of_lags(kWarps + wide);
     const int head = unit / tiles_of_channels(f);
     const char* kernel = static_cast<const char*>(f.kernel.data) +
                          2 * (head / f.heads * f.kernel.b + head % f.heads * f.kernel.d);
     block.own([&](int thread) {
-      for (int i = thread; i < top + kTile; i += kThreads) {
-        const int lag = top - i;
-        const bool known = lag >= 0 && lag < f.lags;
-        const uint32_t k = known ? block.template load_one<2>(kernel + 2 * lag * f.kernel.n) : 0;
-        block.put_half(lags_at + 2 * i, k);
-        block.put_half(lags_at + second + 2 * (i - 1), k);
+      constexpr int at_once = 8;  // loads
+      ROLLED for (int first = thread; first < top + kTile; first += at_once * kThreads) {
+        uint32_t k[at_once];
+        UNROLLED for (int i = 0; i < at_once; ++i) {
+          const int lag = top - first - i * kThreads;
+          const bool known = lag >= 0 && lag < f.lags;
+          k[i] = known ? block.template load_one<2>(kernel + 2 * lag * f.kernel.n) : 0;
+        }
+        UNROLLED for (int i = 0; i < at_once; ++i) {
+          const int at = first + i * kThreads;
+          if (at < top + kTile) {
+            block.put_half(lags_at + 2 * at, k[i]);
+            block.put_half(lags_at + second + 2 * (at - 1), k[i]);
+          }
+        }
       }
     });
 
@@ -174,33 +191,33 @@ struct Product {
           const int g = lane / 4, q = lane % 4,
                     word = (top - kTile * down - 57) / 2 - g / 2 + q;
           const int at = lags_at + (g % 2 ? 0 : second) + 4 * word;
-          unrolled<15>([&](auto u) {
+          UNROLLED for (int u = 0; u < 15; ++u) {
             block.template get<1>(at + 16 * u, &t[u].of(lane));
-          });
+          }
         });
         const int from = ((tile - first) & (buffers - 1)) * kTileBytes;
-        unrolled<4>([&](auto k) {
-          unrolled<4>([&](auto pair) {
+        UNROLLED for (int k = 0; k < 4; ++k) {
+          UNROLLED for (int pair = 0; pair < 4; ++pair) {
             block.template load_matrices<true>(b, [&](int lane) {
               return from + place(16 * k + lane % 16, 2 * pair ^ lane / 16);
             });
-            unrolled<4>([&](auto i) {
-              unrolled<2>([&](auto j) {
-                constexpr int u = 7 - 2 * i + 2 * k;
+            UNROLLED for (int i = 0; i < 4; ++i) {
+              UNROLLED for (int j = 0; j < 2; ++j) {
+                const int u = 7 - 2 * i + 2 * k;
                 block.template multiply<type>(sums.of(warp).of[i][2 * pair + j], t[u], t[u - 1],
                                               t[u + 1], t[u], b[2 * j], b[2 * j + 1]);
-              });
-            });
-          });
-        });
+              }
+            }
+          }
+        }
       });
     }
 
     block.template wait<0>();
     block.warps([&](int warp) {
-      unrolled<4>([&](auto i) {
-        unrolled<8>([&](auto j) {
-          unrolled<2>([&](auto half) {
+      UNROLLED for (int i = 0; i < 4; ++i) {
+        UNROLLED for (int j = 0; j < 8; ++j) {
+          UNROLLED for (int half = 0; half < 2; ++half) {
             auto* pair = sums.of(warp).of[i][j] + 2 * half;
             block.lanes([&](int lane) {
               const int row = kTile * warp + 16 * i + 8 * half + lane / 4;
@@ -208,9 +225,9 @@ struct Product {
                   Block::template pack<type>(pair[0].of(lane), pair[1].of(lane));
               block.template put<1>(place(row, j) + lane % 4 * 4, &word);
             });
-          });
-        });
-      });
+          }
+        }
+      }
     });
     block.barrier();
     const Rows16 out(f.out, f, unit);
@@ -223,10 +240,10 @@ struct Product {
         if (out.whole && count == 8)
           block.template store<4>(to, words);
         else
-          unrolled<8>([&](auto e) {
+          UNROLLED for (int e = 0; e < 8; ++e) {
             if (e < count)
               block.template store_one<2>(to + e * out.channel, words[e / 2] >> 16 * (e % 2));
-          });
+          }
       }
     });
   }
@@ -279,9 +296,9 @@ struct Diagonals {
       });
     };
     block.own([&](int thread) {
-      unrolled<kWarps - 1>([&](auto i) { queue_grad(thread, first + down + i, i); });
+      ROLLED for (int i = 0; i < kWarps - 1; ++i) queue_grad(thread, first + down + i, i);
     });
-    unrolled<ahead>([&](auto i) { queue(first + i, i, kWarps - 1 + i); });
+    ROLLED for (int i = 0; i < ahead; ++i) queue(first + i, i, kWarps - 1 + i);
 
     typename Block::template OfWarp<Sums<Block>> sums(block);
     block.warps([&](int warp) { sums.of(warp).clear(block); });
@@ -295,25 +312,25 @@ struct Diagonals {
         if (tile + down + warp >= all || down + warp > band(f)) return;
         const int mine = grad_buffer + warp, buffer = mine < grad_buffers ? mine : mine - grad_buffers,
                   of_grad = grad_at + buffer * kTileBytes, of_x = x_buffer * kTileBytes;
-        unrolled<4>([&](auto k) {
+        UNROLLED for (int k = 0; k < 4; ++k) {
           Word a[4][4], b[4];
-          unrolled<4>([&](auto i) {
+          UNROLLED for (int i = 0; i < 4; ++i) {
             block.template load_matrices<false>(a[i], [&](int lane) {
               return of_grad + place(16 * i + lane % 16, 2 * k ^ lane / 16);
             });
-          });
-          unrolled<4>([&](auto pair) {
+          }
+          UNROLLED for (int pair = 0; pair < 4; ++pair) {
             block.template load_matrices<false>(b, [&](int lane) {
               return of_x + place(16 * pair + lane / 16 * 8 + lane % 8, 2 * k ^ lane / 8 % 2);
             });
-            unrolled<4>([&](auto i) {
-              unrolled<2>([&](auto j) {
+            UNROLLED for (int i = 0; i < 4; ++i) {
+              UNROLLED for (int j = 0; j < 2; ++j) {
                 block.template multiply<type>(sums.of(warp).of[i][2 * pair + j], a[i][0], a[i][1],
                                               a[i][2], a[i][3], b[2 * j], b[2 * j + 1]);
-              });
-            });
-          });
-        });
+              }
+            }
+          }
+        }
       });
       x_buffer = x_buffer == x_buffers - 1 ? 0 : x_buffer + 1;
       grad_buffer = grad_buffer == grad_buffers - 1 ? 0 : grad_buffer + 1;
@@ -322,21 +339,21 @@ struct Diagonals {
     // Eight by eight places of a diagonal are in the same lane: those are summed first.
     block.template wait<0>();
     block.warps([&](int warp) {
-      unrolled<17>([&](auto u) {
-        constexpr int far = u - 8;  // rows of eight below the diagonal
-        constexpr int least = far < 0 ? 0 : far, most = far < 0 ? 8 + far : 8;
+      UNROLLED for (int u = 0; u < 17; ++u) {
+        const int far = u - 8;  // rows of eight below the diagonal
+        const int least = far < 0 ? 0 : far, most = far < 0 ? 8 + far : 8;
         block.lanes([&](int lane) {
           float pair[2] = {0, 0};
-          unrolled<most - least>([&](auto i) {
-            constexpr int row = least + i, column = row - far;
-            unrolled<2>([&](auto e) {
+          UNROLLED for (int i = 0; i < most - least; ++i) {
+            const int row = least + i, column = row - far;
+            UNROLLED for (int e = 0; e < 2; ++e) {
               pair[e] += sums.of(warp).of[row / 2][column][row % 2 * 2 + e].of(lane);
-            });
-          });
+            }
+          }
           const uint32_t words[2] = {as_bits(pair[0]), as_bits(pair[1])};
           block.template put<2>(4 * diagonal(warp, u, lane / 4, lane % 4 * 2), words);
         });
-      });
+      }
     });
     block.barrier();
     float* to = f.sums + ((int64_t{unit} * parts(f, 0) + part) * groups(f) + group) * lags;
@@ -361,12 +378,12 @@ struct Diagonals {
   template <class Block>
   HD static float diagonal(Block& block, int warp, int lag) {
     float sum = 0;
-    unrolled<8>([&](auto g) {
+    UNROLLED for (int g = 0; g < 8; ++g) {
       const int c = (g - lag) & 7, u = (lag - g + c) / 8 + 8;
       uint32_t bits;
       block.template get<1>(4 * diagonal(warp, u, g, c), &bits);
       sum += as_float(bits);
-    });
+    }
     return sum;
   }
 };
