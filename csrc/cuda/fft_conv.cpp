@@ -375,11 +375,18 @@ IMPLEMENT(NAMESPACE, KEY, m) {
 }  // namespace fastmix::cuda
 
 // What a block takes of a sequence of n steps, of numbers of so many bytes, on such a device:
-// its threads, bytes of shared memory, and channels at once. The transform's length, or 0 where
-// sequences go through scratch.
+// its threads, bytes of shared memory, and channels at once. Whether it is transformed (1),
+// multiplied with a kernel of the same numbers (2), or goes through scratch (0).
 extern "C" __attribute__((visibility("default"))) int fastmix_fft_conv_shape(
-    int64_t n, int64_t shared, int bytes, int backward, int* found) {
+    int64_t n, int64_t shared, int capability, int bytes, int backward, int* found) {
   using namespace fastmix::cuda;
+  if (bytes == 2 && takes_product(n, n, kTile, capability)) {
+    Toeplitz f{};
+    f.batch = f.heads = 1, f.steps = f.lags = n, f.channels = kTile;
+    found[0] = kThreads, found[2] = kTile;
+    found[1] = backward ? Diagonals<Type::bf16>::shared(f) : Product<Type::bf16>::shared(f);
+    return 2;
+  }
   const int length = length_for(n, shared);
   if (length == 0) return 0;
   const Type type = bytes == 4 ? Type::f32 : Type::bf16;
@@ -392,5 +399,5 @@ extern "C" __attribute__((visibility("default"))) int fastmix_fft_conv_shape(
   else
     with_shape<Kernel::forward>(type, length, shared,
                                 [&](auto shape) { tell(Forward<decltype(shape)>{}, shape); });
-  return length;
+  return 1;
 }

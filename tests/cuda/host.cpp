@@ -179,16 +179,13 @@ template const char* launch<Kernel::row_lags>(int, const LongConv&, const Device
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-EXPORTED void fastmix_host_start(int64_t shared) {
+EXPORTED void fastmix_host_start(int64_t shared, int capability) {
   fastmix::cuda::counts = {};
   fastmix::cuda::pretended_shared = shared;
+  fastmix::cuda::pretended_capability = capability;
 }
 
 EXPORTED void fastmix_host_scratch(int64_t bytes) { fastmix::cuda::pretended_scratch = bytes; }
-
-EXPORTED void fastmix_host_capability(int capability) {
-  fastmix::cuda::pretended_capability = capability;
-}
 
 // blocks, barriers, accesses of shared memory by so many threads as take a turn, turns waited,
 // products of matrices, loads of matrices
