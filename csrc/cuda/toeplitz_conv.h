@@ -121,7 +121,8 @@ struct Sums {
 // The longest come first.
 template <Type type>
 struct Product {
-  static constexpr int threads = kThreads, resident = 2;  // blocks on a multiprocessor
+  // Blocks on a multiprocessor: as many as there are registers for.
+  static constexpr int threads = kThreads, resident = 2, resident_on_hopper = 3;
   static constexpr int buffers = 4;  // for x; at the end for the results
   static constexpr int lags_at = buffers * kTileBytes;
 
@@ -186,7 +187,7 @@ struct Product {
       block.warps([&](int warp) {
         const int down = above + warp - tile;  // from the diagonal
         if (down < 0 || down > band(f) || above + warp >= all) return;
-        Word t[15], b[4];  // T eight by eight, from top down the differences i - j
+        Word t[15], b[16];  // T eight by eight, from top down the differences i - j
         block.lanes([&](int lane) {
           const int g = lane / 4, q = lane % 4,
                     word = (top - kTile * down - 57) / 2 - g / 2 + q;
@@ -198,15 +199,15 @@ struct Product {
         const int from = ((tile - first) & (buffers - 1)) * kTileBytes;
         UNROLLED for (int k = 0; k < 4; ++k) {
           UNROLLED for (int pair = 0; pair < 4; ++pair) {
-            block.template load_matrices<true>(b, [&](int lane) {
+            block.template load_matrices<true>(b + 4 * pair, [&](int lane) {
               return from + place(16 * k + lane % 16, 2 * pair ^ lane / 16);
             });
-            UNROLLED for (int i = 0; i < 4; ++i) {
-              UNROLLED for (int j = 0; j < 2; ++j) {
-                const int u = 7 - 2 * i + 2 * k;
-                block.template multiply<type>(sums.of(warp).of[i][2 * pair + j], t[u], t[u - 1],
-                                              t[u + 1], t[u], b[2 * j], b[2 * j + 1]);
-              }
+          }
+          UNROLLED for (int i = 0; i < 4; ++i) {
+            const int u = 7 - 2 * i + 2 * k;
+            UNROLLED for (int j = 0; j < 8; ++j) {
+              block.template multiply<type>(sums.of(warp).of[i][j], t[u], t[u - 1], t[u + 1], t[u],
+                                            b[2 * j], b[2 * j + 1]);
             }
           }
         }
@@ -253,7 +254,7 @@ struct Product {
 // over a part of the steps.
 template <Type type>
 struct Diagonals {
-  static constexpr int threads = kThreads, resident = 2;
+  static constexpr int threads = kThreads, resident = 2, resident_on_hopper = 2;
   static constexpr int ahead = 2, x_buffers = 1 + ahead, grad_buffers = kWarps + ahead;
   static constexpr int grad_at = x_buffers * kTileBytes;
   static constexpr int share = 16;               // tiles of a part
@@ -392,7 +393,7 @@ struct Diagonals {
 // they share a kernel.
 template <Type type>
 struct Totals {
-  static constexpr int threads = kThreads, resident = 1;
+  static constexpr int threads = kThreads, resident = 1, resident_on_hopper = 1;
 
   HD static int64_t blocks(const Toeplitz& f) {
     return (int64_t{f.kernels} * f.heads * f.lags + threads - 1) / threads;
