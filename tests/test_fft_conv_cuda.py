@@ -264,7 +264,9 @@ def test_products_of_any_strides(host, dtype):
     check_products(host, torch.randn(2, 2, 64, n, **dt).permute(0, 3, 1, 2),
                    torch.randn(2, n, 4, **dt)[..., ::2])
     check_products(host, torch.randn(2, 1, 3, 64, **dt).expand(2, n, 3, 64),
-                   torch.randn(2, n, 3, **dt).flip(1), grad=torch.randn(2, n, 3, 128, **dt)[..., ::2])
+                   torch.randn(2, n, 3, **dt).flip(1),
+                   grad=torch.randn(2, n, 3, 128, **dt)[..., ::2])
+    check_products(host, fused[..., :61], torch.randn(n, 3, **dt), grad=fused[..., 64:125])
     check_products(host, torch.randn(2 * n * 192 + 1, **dt)[1:].view(2, n, 3, 64),
                    torch.randn(2, n, 3, **dt))
     check_products(host, torch.randn(n, 2, 3, 64, **dt).transpose(0, 1),
@@ -287,18 +289,18 @@ def test_what_is_transformed_all_the_same(host):
 
 
 def test_a_product_costs_what_was_designed(host, capsys):
-    """Matrix products: those of the triangle's tiles alone. Rows go whole; no bank is waited for."""
+    """Matrix products: those of the triangle's tiles alone. Rows go whole, no bank is waited for."""
     n = 2048
     x, kernel = torch.randn(2, 1, n, 1, 64).half(), torch.randn(1, n, 1).half()
     tiles = n // 64 * (n // 64 + 1) // 2
     for count, call, loads in (
-            (tiles, lambda: torch.ops.fastmix_cuda_host.fft_conv(x[0], kernel), (16,)),
-            (2 * tiles, lambda: torch.ops.fastmix_cuda_host.fft_conv_backward(*x, kernel), (16, 32))):
+            (tiles, lambda: torch.ops.fastmix_cuda_host.fft_conv(x[0], kernel), 16),
+            (2 * tiles, lambda: torch.ops.fastmix_cuda_host.fft_conv_backward(*x, kernel), 48)):
         host.start(HOPPER, 90)
         call()
         counts = host.counts()
         assert counts["products"] == 128 * count and counts["waits"] == 0
-        assert counts["matrices"] == sum(loads) * tiles
+        assert counts["matrices"] == loads * tiles
         assert host.accesses("store16") == x[0].numel() // 8
         with capsys.disabled():
             widths = {f"{what}{by}": host.accesses(f"{what}{by}")
@@ -415,7 +417,8 @@ def test_products_on_a_gpu(n, dtype):
                 again = _values_and_gradients(leaves, grad)
             longer = F.pad(kernel, (0, 0, 0, n - kernel.shape[-2]))
             for f, whole in zip(found, defined(x, longer, grad), strict=True):
-                limit = 1e-6 + torch.finfo(dtype).eps / 2
+                # Tensor cores may cut off what they add: 2^-23 of a sum, every 16 steps.
+                limit = 1e-6 + n / 16 * 2**-23 + torch.finfo(dtype).eps / 2
                 e = whole[..., : kernel.shape[-2], :] if f.ndim == kernel.ndim else whole
                 assert (f - e).abs().max() <= limit * whole.abs().max()
             assert all(map(torch.equal, found, again))

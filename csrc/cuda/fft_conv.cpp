@@ -183,18 +183,18 @@ struct LongCall : Launcher {
   Tensor numbers(const Tensor& x) { return scratch(x, int64_t{units} * f.width * f.length); }
 };
 
-// The longest sequence whose products on tensor cores, n / 2 a number, are taken for cheaper than
-// its transforms; 0 where there are none. Counted, not measured: a transform's 110 to 125
-// instructions a number, at 60 % of what a multiprocessor issues, take as long as 1.6 cycles of
-// tensor cores, which do 60 % of 2048 products a cycle on Hopper (for mma.sync), 85 % of 1024 on
-// A100, of 256 on consumer cards.
+// The longest sequence whose products on tensor cores, n / 2 a number and what tiles waste, are
+// taken for cheaper than its transforms; 0 where there are none. Counted, not measured: 110 to
+// 125 instructions transform a number, at 60 % of what a multiprocessor issues in 1.6 cycles. In
+// those mma.sync multiplies 1900 pairs on Hopper (60 % of the peak), 1400 on A100 (85 %), 350 on
+// consumer cards.
 int64_t longest_product(int capability) {
   if (capability == 80 || capability == 90) return 2048;
   if (capability / 10 == 10) return 1024;
   return capability >= 80 ? 512 : 0;
 }
 
-// Channels come by 64, and of a short kernel the lags count.
+// Channels come by 64; of a short kernel the lags count, however long the sequence.
 bool takes_product(int64_t steps, int64_t lags, int64_t channels, int capability) {
   const double a_number = lags - lags * lags / (2. * steps),
                wasted = static_cast<double>(cut(channels, kTile)) * kTile / channels;

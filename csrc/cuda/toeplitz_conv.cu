@@ -71,7 +71,9 @@ struct Block {
                  :: "r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes)
                  : "memory");
   }
-  __device__ __forceinline__ void commit(int) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  __device__ __forceinline__ void commit(int) {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
   template <int pending>
   __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(pending) : "memory");

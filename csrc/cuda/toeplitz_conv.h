@@ -109,11 +109,13 @@ struct Sums {
   typename Block::template Lanes<float> of[4][8][4];
 
   HD void clear(Block& block) {
-    UNROLLED for (int i = 0; i < 4; ++i) {
-      UNROLLED for (int j = 0; j < 8; ++j) {
-        UNROLLED for (int e = 0; e < 4; ++e) { block.lanes([&](int lane) { of[i][j][e].of(lane) = 0; }); }
+    block.lanes([&](int lane) {
+      UNROLLED for (int i = 0; i < 4; ++i) {
+        UNROLLED for (int j = 0; j < 8; ++j) {
+          UNROLLED for (int e = 0; e < 4; ++e) of[i][j][e].of(lane) = 0;
+        }
       }
-    }
+    });
   }
 };
 
@@ -278,7 +280,8 @@ struct Diagonals {
   HD static void run(Block& block, const Toeplitz& f) {
     using Word = typename Block::template Lanes<uint32_t>;
     const int units = Rows16::units(f), unit = block.index() % units,
-              part = block.index() / units % parts(f, 0), group = block.index() / units / parts(f, 0);
+              part = block.index() / units % parts(f, 0),
+              group = block.index() / units / parts(f, 0);
     if (part >= parts(f, group)) return;
     const int all = tiles_of_steps(f), down = kWarps * group, first = part * share,
               end = first + share < all - down ? first + share : all - down;  // tiles of x
@@ -311,7 +314,8 @@ struct Diagonals {
             grad_buffer == 0 ? grad_buffers - 1 : grad_buffer - 1);
       block.warps([&](int warp) {
         if (tile + down + warp >= all || down + warp > band(f)) return;
-        const int mine = grad_buffer + warp, buffer = mine < grad_buffers ? mine : mine - grad_buffers,
+        const int mine = grad_buffer + warp,
+                  buffer = mine < grad_buffers ? mine : mine - grad_buffers,
                   of_grad = grad_at + buffer * kTileBytes, of_x = x_buffer * kTileBytes;
         UNROLLED for (int k = 0; k < 4; ++k) {
           Word a[4][4], b[4];
