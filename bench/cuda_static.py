@@ -18,7 +18,8 @@ from triton_static import TOOLS
 from fastmix import _build, _native
 
 TABLE = Path(__file__).parent / "results" / "cuda-static.json"
-DEVICES = (227 << 10, 163 << 10, 99 << 10)  # what a block may have: Hopper, A100, consumer cards
+# What a block may have, and compute capabilities: Hopper, A100, consumer cards.
+DEVICES = {227 << 10: 90, 163 << 10: 80, 99 << 10: 89}
 KEY = ("target", "kernel", "shape")
 
 
@@ -40,8 +41,8 @@ def measure(library):
         if found := re.search(r"Function (\S+):", line):
             name = found.group(1)
         if found := re.search(r"REG:(\d+) STACK:(\d+)", line):
-            kernel = re.search(r"\d+([A-Z][A-Za-z]+)INS", name)
-            numbers = re.findall(r"L[ib](\d+)E", name)
+            kernel = re.search(r"\d+([A-Z][A-Za-z]+)IL?NS", name)
+            numbers = re.findall(r"L(?:[ib]|NS0_4TypeE)(\d+)E", name)
             rows.append({"target": target, "kernel": kernel.group(1) if kernel else name,
                          "shape": " ".join(numbers), "registers": int(found.group(1)),
                          "stack": int(found.group(2))})
@@ -76,7 +77,8 @@ def main():
             _build.build(library, Path(torch.__file__).parent, _build.show_progress, cpu=False,
                          cuda=_build.cuda_code())
         rows = measure(library)
-        blocks = {shared >> 10: _native.fft_conv_shapes(shared, library) for shared in DEVICES}
+        blocks = {shared >> 10: _native.fft_conv_shapes(shared, capability, library)
+                  for shared, capability in DEVICES.items()}
     if options.check is None:
         TABLE.write_text(json.dumps(
             {"nvcc": compiler(), "fft_conv blocks by KB of shared memory": blocks,

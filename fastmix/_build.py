@@ -24,8 +24,10 @@ KERNELS = ["-fno-exceptions"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr",
               "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
 CUDA_TARGETS = ("80", "86", "89", "90", "100")
-CUDA_PARTS = ("backward", "forward", "columns_in", "columns_out", "row_backward", "row_forward",
-              "row_spectra", "row_lags", "spectra", "lags", "device")  # compiled side by side
+CUDA_PARTS = {  # of a file, compiled side by side
+    "fft_conv": ("backward", "forward", "columns_in", "columns_out", "row_backward", "row_forward",
+                 "row_spectra", "row_lags", "spectra", "lags", "device"),
+    "toeplitz_conv": ("whole",)}
 # One build of the kernels for each; the best one that the machine has is chosen at run time.
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -116,8 +118,8 @@ def build(target, torch_folder, progress=lambda done, of: None, more_flags=(), c
     for file in sorted(sources().glob("cuda/*")) if cuda else []:
         if file.suffix == ".cpp":
             jobs[f"{file.stem}.cuda.o"] = [command, *FLAGS, *registration, "-c", str(file)]
-        for part in CUDA_PARTS if file.suffix == ".cu" else ():
-            which = [] if part == "device" else [f"-DFASTMIX_KERNEL={part}"]
+        for part in CUDA_PARTS[file.stem] if file.suffix == ".cu" else ():
+            which = [] if part in ("device", "whole") else [f"-DFASTMIX_KERNEL={part}"]
             jobs[f"{file.stem}.{part}.o"] = [nvcc, *CUDA_FLAGS, "-ccbin", command, *cuda, *which,
                                              "-c", str(file)]
     for file in sorted(sources().glob("cpu/*.cpp")) if cpu else []:

@@ -231,12 +231,13 @@ def _cuda_unusable(device):
         return "the kernels need compute capability 8.0"
     try:
         library("cuda")
-        x = torch.ones(1, 2, 1, 1, device=device)
-        found = torch.ops.fastmix_cuda.fft_conv(x, x[..., 0])
-        if torch.cuda.is_current_stream_capturing():
-            return None  # nothing can be read now
-        if (found.flatten().cpu() - torch.tensor([1.0, 2.0])).abs().max() > 1e-5:
-            return f"1 * 1 came out as {found.flatten().tolist()}"
+        for dtype in (torch.float32, torch.bfloat16):  # by transforms, and by products
+            x = torch.ones(1, 2, 1, 1, dtype=dtype, device=device)
+            found = torch.ops.fastmix_cuda.fft_conv(x, x[..., 0])
+            if torch.cuda.is_current_stream_capturing():
+                continue  # nothing can be read now
+            if (found.flatten().cpu() - torch.tensor([1.0, 2.0])).abs().max() > 1e-5:
+                return f"1 * 1 came out as {found.flatten().tolist()}"
     except RuntimeError as error:
         return str(error)
     return None
@@ -253,20 +254,22 @@ def _refusal(x):
     return None
 
 
-def fft_conv_shapes(shared, found=None):
-    """How the CUDA kernel of fft_conv cuts its work where blocks may have `shared` bytes.
+def fft_conv_shapes(shared, capability, found=None):
+    """How the CUDA kernels of fft_conv cut their work on GPUs of a compute capability (90 for
+    9.0) where blocks may have `shared` bytes.
 
-    [(longest sequence, bytes of a number, "forward" or "backward", threads of a block, its
-    shared bytes, channels it takes at once)]; longer ones go through scratch.
+    [(longest sequence, bytes of a number, "forward" or "backward", "transforms" or "products",
+    threads of a block, its shared bytes, channels it takes at once)]. Products on tensor cores
+    are for 64 channels or more, and kernels of 16 bits too; longer sequences go through scratch.
     """
     shape = ctypes.CDLL(str(found or library("cuda"))).fastmix_fft_conv_shape
-    shape.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    shape.argtypes = [ctypes.c_int64, ctypes.c_int64, *3 * [ctypes.c_int], ctypes.c_void_p]
     rows, told = [], (ctypes.c_int * 3)()
     for length in (256 << i for i in range(7)):
-        for size in (4, 2):
+        for size, way, on in ((4, 1, 0), (2, 1, 0), (2, 2, capability)):
             for backward, name in enumerate(("forward", "backward")):
-                if shape(length, shared, size, backward, told):
-                    rows.append((length, size, name, *told))
+                if shape(length, shared, on, size, backward, told) == way:
+                    rows.append((length, size, name, ("transforms", "products")[way - 1], *told))
     return rows
 
 

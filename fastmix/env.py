@@ -42,12 +42,15 @@ def devices():
 
 
 def fft_conv_lines():
-    """How fft_conv's CUDA kernel works at sequences here."""
+    """How fft_conv's CUDA kernels work at sequences here."""
     shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
-    return ["  fft_conv, steps up to: threads of a block, its shared memory, channels at once"] + [
-        f"  {length:>7} {'float32' if size == 4 else '16 bits'} {direction:<9}"
+    major, minor = torch.cuda.get_device_capability(0)
+    shapes = _native.fft_conv_shapes(shared, 10 * major + minor)
+    return ["  fft_conv, steps up to: threads of a block, its shared memory, channels at once;",
+            "  products on tensor cores: of 64 channels, kernels of 16 bits too"] + [
+        f"  {length:>7} {'float32' if size == 4 else '16 bits'} {direction:<9}{way:<10}"
         f"{threads:>5}{used / 1024:>8.1f} KB{channels:>4}"
-        for length, size, direction, threads, used, channels in _native.fft_conv_shapes(shared)]
+        for length, size, direction, way, threads, used, channels in shapes]
 
 
 def report():

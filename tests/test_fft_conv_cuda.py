@@ -1,7 +1,8 @@
 """fft_conv's CUDA kernels without a GPU: run on the CPU, compiled, loaded and refused.
 
 tests/cuda/host.cpp runs every stretch between two barriers for every thread, from poisoned
-shared memory; it fails where two threads meet, where an access is misaligned or out of bounds.
+shared memory; it fails where two threads meet, where an access is misaligned or out of bounds,
+where a copy is read that nobody waited for.
 """
 
 import ctypes
@@ -29,16 +30,17 @@ class Host:
         self.path = path
         torch.ops.load_library(str(path))
         self.library = ctypes.CDLL(str(path))
-        self.library.fastmix_host_start.argtypes = [ctypes.c_int64]
+        self.library.fastmix_host_start.argtypes = [ctypes.c_int64, ctypes.c_int]
         self.library.fastmix_host_global.restype = ctypes.c_int64
 
-    def start(self, shared):
-        self.library.fastmix_host_start(shared)
+    def start(self, shared, capability=0):
+        """A machine whose blocks may have so many bytes; without tensor cores, or with."""
+        self.library.fastmix_host_start(shared, capability)
 
     def counts(self):
-        found = (ctypes.c_int64 * 4)()
+        found = (ctypes.c_int64 * 6)()
         self.library.fastmix_host_counts(found)
-        return dict(zip(("blocks", "barriers", "shared", "waits"), found))
+        return dict(zip(("blocks", "barriers", "shared", "waits", "products", "matrices"), found))
 
     def accesses(self, what):
         """Threads' global accesses, "load16" or "store2" and so on."""
@@ -77,10 +79,10 @@ def defined(x, kernel, grad):
     return y, *torch.autograd.grad(y, (x, kernel), grad.double())
 
 
-def check(host, x, kernel, shared=HOPPER):
+def check(host, x, kernel, shared=HOPPER, capability=0, grad=None):
     """Values and gradients: to 1e-6 of the largest, of all lags, or to the dtype's rounding."""
-    grad = torch.randn(x.shape).to(x.dtype)
-    host.start(shared)
+    grad = torch.randn(x.shape).to(x.dtype) if grad is None else grad
+    host.start(shared, capability)
     torch.use_deterministic_algorithms(True)  # new tensors, outputs and scratch, are NaN
     try:
         results = host(x, kernel, grad)
@@ -190,19 +192,136 @@ def test_rows_are_read_and_written_whole(host, n, row, capsys):
 
 def test_the_shapes_fit_the_devices(host):
     """Two blocks of 256 threads or one of 512 on a multiprocessor, with 1 KB more for each."""
-    for shared, longest in ((HOPPER, 16384), (163 << 10, 16384), (CONSUMER, 8192)):
-        shapes = _native.fft_conv_shapes(shared, host.path)
+    for shared, capability, longest, products in (
+            (HOPPER, 90, 16384, 2048), (163 << 10, 80, 16384, 2048), (HOPPER, 100, 16384, 1024),
+            (CONSUMER, 89, 8192, 512), (CONSUMER, 75, 8192, 0)):
+        shapes = _native.fft_conv_shapes(shared, capability, host.path)
         assert max(row[0] for row in shapes) == longest
-        for length, size, direction, threads, used, channels in shapes:
-            assert used <= shared and threads in (256, 512)
-            assert channels * size in (4, 8, 16)
+        assert max((row[0] for row in shapes if row[3] == "products"), default=0) == products
+        for length, size, direction, way, threads, used, channels in shapes:
+            assert used <= shared
+            if way == "products":
+                assert (size, threads, channels) == (2, 128, 64)
+            else:
+                assert threads in (256, 512) and channels * size in (4, 8, 16)
             if shared == HOPPER:
-                assert (used + 1024) * 512 // threads <= 228 << 10, (length, size, direction)
+                assert (used + 1024) * 512 // threads <= (1 + (way == "products")) * 228 << 10, (
+                    length, size, direction)
 
 
 def test_the_same_bits_twice(host):
     x, kernel = torch.randn(2, 3000, 2, 6), torch.randn(3000, 2)
     assert all(map(torch.equal, host(x, kernel, x), host(x, kernel, x)))
+
+
+# ---- products on tensor cores
+
+
+SIZES = [1, 2, 7, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 521]
+A100, ADA = (163 << 10, 80), (CONSUMER, 89)
+
+
+def check_products(host, x, kernel, device=(HOPPER, 90), **more):
+    check(host, x, kernel, *device, **more)
+    assert host.counts()["products"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", SIZES)
+def test_products(host, dtype, n):
+    check_products(host, torch.randn(2, n, 2, 64).to(dtype), torch.randn(2, n, 2).to(dtype))
+    check_products(host, torch.randn(2, n, 2, 40).to(dtype), torch.randn(n, 2).to(dtype))
+
+
+@pytest.mark.parametrize("n, dtype", [(1000, torch.float16), (2047, torch.bfloat16),
+                                      (2048, torch.float16)])
+def test_long_products(host, n, dtype):
+    check_products(host, torch.randn(1, n, 1, 64).to(dtype), torch.randn(1, n, 1).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [1, 3, 8, 63, 65, 72, 100, 128])
+def test_products_of_any_channels(host, dtype, d):
+    n = 32 if d == 1 else 90 if d < 8 else 250
+    check_products(host, torch.randn(2, n, 3, d).to(dtype), torch.randn(2, n, 3).to(dtype))
+
+
+@pytest.mark.parametrize("n, m", [(300, 1), (300, 64), (300, 65), (300, 66), (1500, 129), (3, 700),
+                                  (4500, 700), (20000, 2)])
+def test_products_with_short_and_long_kernels(host, n, m):
+    x, dtype = torch.randn(2, n, 1, 64 if n < 1000 else 48), torch.bfloat16
+    check_products(host, x.to(dtype), torch.randn(2, m, 1).to(dtype))
+    check_products(host, x.to(dtype), torch.randn(m, 1).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_any_strides(host, dtype):
+    n, dt = 200, dict(dtype=dtype)
+    fused = torch.randn(2, n, 3, 128).to(dtype)
+    grad = torch.randn(2, 1, 1, 1).to(dtype).expand(2, n, 2, 64)
+    check_products(host, fused[:, :, 1].unflatten(-1, (2, 64)),
+                   torch.randn(3, n, 2, 2, **dt)[1].permute(2, 0, 1), grad=grad)
+    check_products(host, torch.randn(2, 2, 64, n, **dt).permute(0, 3, 1, 2),
+                   torch.randn(2, n, 4, **dt)[..., ::2])
+    check_products(host, torch.randn(2, 1, 3, 64, **dt).expand(2, n, 3, 64),
+                   torch.randn(2, n, 3, **dt).flip(1),
+                   grad=torch.randn(2, n, 3, 128, **dt)[..., ::2])
+    check_products(host, fused[..., :61], torch.randn(n, 3, **dt), grad=fused[..., 64:125])
+    check_products(host, torch.randn(2 * n * 192 + 1, **dt)[1:].view(2, n, 3, 64),
+                   torch.randn(2, n, 3, **dt))
+    check_products(host, torch.randn(n, 2, 3, 64, **dt).transpose(0, 1),
+                   torch.randn(n, **dt)[:, None].expand(n, 3))
+
+
+def test_products_on_other_machines(host):
+    for device in (A100, ADA):
+        check_products(host, torch.randn(1, 300, 2, 64).half(), torch.randn(1, 300, 2).half(), device)
+
+
+def test_what_is_transformed_all_the_same(host):
+    """Longer sequences, few channels, other kernels, machines without tensor cores."""
+    x, kernel = torch.randn(1, 512, 1, 64).half(), torch.randn(1, 512, 1).half()
+    for device, x, kernel in (((CONSUMER, 75), x, kernel), ((HOPPER, 90), x, kernel.float()),
+                              ((HOPPER, 90), x[..., :15], kernel),
+                              (ADA, torch.cat((x, x[:, :1]), 1), torch.cat((kernel, kernel), 1))):
+        check(host, x, kernel, *device)
+        assert host.counts()["products"] == 0
+
+
+def test_a_product_costs_what_was_designed(host, capsys):
+    """Matrix products: those of the triangle's tiles alone. Rows go whole, no bank is waited for."""
+    n = 2048
+    x, kernel = torch.randn(2, 1, n, 1, 64).half(), torch.randn(1, n, 1).half()
+    tiles = n // 64 * (n // 64 + 1) // 2
+    for count, call, loads in (
+            (tiles, lambda: torch.ops.fastmix_cuda_host.fft_conv(x[0], kernel), 16),
+            (2 * tiles, lambda: torch.ops.fastmix_cuda_host.fft_conv_backward(*x, kernel), 48)):
+        host.start(HOPPER, 90)
+        call()
+        counts = host.counts()
+        assert counts["products"] == 128 * count and counts["waits"] == 0
+        assert counts["matrices"] == loads * tiles
+        assert host.accesses("store16") == x[0].numel() // 8
+        with capsys.disabled():
+            widths = {f"{what}{by}": host.accesses(f"{what}{by}")
+                      for what in ("load", "store") for by in (2, 4, 8, 16)}
+            print(f"\nn={n} products: {counts}, {widths}", end=" ")
+
+
+def test_products_carry_nan_no_further_than_a_tile(host):
+    x, kernel = torch.randn(1, 400, 1, 64).half(), torch.randn(1, 400, 1).half()
+    x[0, 200, 0, 3] = float("nan")
+    host.start(HOPPER, 90)
+    y = torch.ops.fastmix_cuda_host.fft_conv(x, kernel)
+    assert y[:, 200:, :, 3].isnan().all() and not y[:, :192].isnan().any()
+    assert not y[..., [0, 1, 2, 4]].isnan().any()
+
+
+def test_products_have_the_same_bits_twice(host):
+    x, kernel = torch.randn(2, 600, 2, 80).half(), torch.randn(600, 2).half()
+    host.start(HOPPER, 90)
+    assert all(map(torch.equal, host(x, kernel, x), host(x, kernel, x)))
+    assert host.counts()["products"] > 0
 
 
 # ---- the library
@@ -285,6 +404,48 @@ def test_values_and_gradients_on_a_gpu(n, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [*SIZES, 1000, 2047, 2048, 5000])
+def test_products_on_a_gpu(n, dtype):
+    for d in (64, 72 if n % 2 else 192):
+        x, grad = torch.randn(2, 2, n, 4, d, device="cuda").to(dtype)
+        shared = torch.randn(n, 4, device="cuda").to(dtype)
+        for kernel in (torch.randn(2, n, 4, device="cuda").to(dtype), shared, shared[:100]):
+            leaves = x.clone().requires_grad_(), kernel.clone().requires_grad_()
+            with fastmix.force("native"):
+                found = _values_and_gradients(leaves, grad)
+                again = _values_and_gradients(leaves, grad)
+            longer = F.pad(kernel, (0, 0, 0, n - kernel.shape[-2]))
+            for f, whole in zip(found, defined(x, longer, grad), strict=True):
+                # Tensor cores may cut off what they add: 2^-23 of a sum, every 16 steps.
+                limit = 1e-6 + n / 16 * 2**-23 + torch.finfo(dtype).eps / 2
+                e = whole[..., : kernel.shape[-2], :] if f.ndim == kernel.ndim else whole
+                assert (f - e).abs().max() <= limit * whole.abs().max()
+            assert all(map(torch.equal, found, again))
+
+
+def _values_and_gradients(leaves, grad):
+    y = fastmix.ops.fft_conv(*leaves)
+    return y, *torch.autograd.grad(y, leaves, grad)
+
+
+@pytest.mark.gpu
+def test_products_of_any_strides_on_a_gpu():
+    fused = torch.randn(2, 500, 3, 128, device="cuda").bfloat16()
+    kernel = torch.randn(2, 500, 2, device="cuda").bfloat16().permute(2, 1, 0)
+    times_last = torch.randn(2, 2, 64, 500, device="cuda").bfloat16().permute(0, 3, 1, 2)
+    for x in (fused[:, :, 1].unflatten(-1, (2, 64)), times_last,
+              fused[..., 1:].flatten(2)[..., 3:131].unflatten(-1, (2, 64))):
+        leaves = x.detach().requires_grad_(), kernel.detach().requires_grad_()
+        with fastmix.force("native"):
+            y = fastmix.ops.fft_conv(*leaves)
+            found = y, *torch.autograd.grad(y.sum(), leaves)  # an expanded gradient
+        for f, e in zip(found, defined(x, kernel, torch.ones_like(y)), strict=True):
+            limit = 1e-6 + torch.finfo(f.dtype).eps / 2
+            assert (f - e).abs().max() <= limit * (e.abs().max() + 1)
+
+
+@pytest.mark.gpu
 def test_any_strides_and_lags_on_a_gpu():
     fused = torch.randn(2, 5000, 3, 24, device="cuda")
     x = fused[:, :, 1].unflatten(-1, (3, 8))
@@ -300,9 +461,11 @@ def test_any_strides_and_lags_on_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n", [700, 3000, 20000])
-def test_in_a_cuda_graph(n):
-    x, kernel = torch.randn(2, n, 2, 8, device="cuda"), torch.randn(n, 2, device="cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [100, 700, 3000, 20000])
+def test_in_a_cuda_graph(n, dtype):
+    x = torch.randn(2, n, 2, 8, device="cuda", dtype=dtype)
+    kernel = torch.randn(n, 2, device="cuda", dtype=dtype)
     with fastmix.force("native"):
         fastmix.ops.fft_conv(x[:, :9], kernel)  # the library is there; the kernels are not
         graph = torch.cuda.CUDAGraph()

@@ -144,10 +144,12 @@ template const char* launch<Kernel::FASTMIX_KERNEL>(int, const Args<Kernel::FAST
                                                     const Device&, void*);
 #else
 Device device(int index) {
-  int shared = 0, multiprocessors = 0;
+  int shared = 0, multiprocessors = 0, major = 0, minor = 0;
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  return {shared, multiprocessors, 32 << 20};
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+  return {shared, multiprocessors, 32 << 20, 10 * major + minor};
 }
 #endif
 

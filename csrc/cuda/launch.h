@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fft_long.h"
+#include "toeplitz_conv.h"
 
 namespace fastmix::cuda {
 
@@ -10,6 +11,7 @@ struct Device {
   int64_t shared;  // bytes that a block may have
   int multiprocessors;
   int64_t scratch;  // bytes that a slab of long sequences may take
+  int capability;   // 90 for 9.0
 };
 
 Device device(int index);
@@ -17,5 +19,7 @@ Device device(int index);
 // Queues a kernel on the current device; what went wrong, or nullptr.
 template <Kernel kernel>
 const char* launch(int length, const Args<kernel>& args, const Device& on, void* stream);
+template <template <Type> class Kernel>
+const char* launch(const Toeplitz& args, void* stream);
 
 }  // namespace fastmix::cuda

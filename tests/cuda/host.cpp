@@ -2,26 +2,13 @@
 // order, from poisoned shared memory. Two threads that meet in a stretch are an error. Counts
 // what a GPU would pay for: shared accesses that wait for a bank, global accesses by their width.
 
-#include "../../csrc/cuda/launch.h"
-
-#include <algorithm>
-#include <cstdlib>
-#include <map>
-#include <string>
-#include <unordered_map>
-#include <vector>
+#include "warps.h"
 
 namespace fastmix::cuda {
 namespace {
 
-struct Counts {
-  int64_t shared = 0, waits = 0;         // warps' accesses of shared memory; extra turns at a bank
-  int64_t barriers = 0, blocks = 0;
-  std::map<std::string, int64_t> global;  // threads' loads and stores by bytes
-  std::string error;
-} counts;
-
 int64_t pretended_shared = 227 << 10, pretended_scratch = 32 << 20;
+int pretended_capability = 0;  // of no tensor cores
 
 struct Block {
   struct Access {
@@ -111,8 +98,6 @@ struct Block {
     }
   }
 
-  static void count(const char* what, int bytes) { ++counts.global[what + std::to_string(bytes)]; }
-
   template <int words>
   void load(const void* from, uint32_t* to) {
     count("load", 4 * words);
@@ -158,29 +143,13 @@ struct Block {
     write_one(to, Pair{{from[0], from[1]}});
   }
 
-  static float from_half(uint32_t bits) {
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
-                       : exponent == 0 ? std::ldexp(fraction, -24)
-                                       : std::ldexp(1024 + fraction, exponent - 25);
-    return bits & 0x8000 ? -size : size;
-  }
-  static uint32_t to_half(float x) {
-    const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
-    const float size = std::fabs(x);
-    if (!(size == size)) return sign | 0x7e00;
-    if (size >= 65520) return sign | 0x7c00;
-    int exponent;
-    std::frexp(size, &exponent);
-    const int step = std::max(exponent - 11, -24);  // nearbyint rounds halves to even
-    const int count = std::nearbyint(std::ldexp(size, -step));
-    return sign | (step == -24 ? count : (step + 24 << 10) + count);
-  }
+  static float from_half(uint32_t bits) { return cuda::from_half(bits); }
+  static uint32_t to_half(float x) { return cuda::to_half(x); }
 };
 
 }  // namespace
 
-Device device(int) { return {pretended_shared, 4, pretended_scratch}; }
+Device device(int) { return {pretended_shared, 4, pretended_scratch, pretended_capability}; }
 
 template <Kernel which>
 const char* launch(int length, const Args<which>& args, const Device&, void*) {
@@ -210,17 +179,20 @@ template const char* launch<Kernel::row_lags>(int, const LongConv&, const Device
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-EXPORTED void fastmix_host_start(int64_t shared) {
+EXPORTED void fastmix_host_start(int64_t shared, int capability) {
   fastmix::cuda::counts = {};
   fastmix::cuda::pretended_shared = shared;
+  fastmix::cuda::pretended_capability = capability;
 }
 
 EXPORTED void fastmix_host_scratch(int64_t bytes) { fastmix::cuda::pretended_scratch = bytes; }
 
-// blocks, barriers, accesses of shared memory by half warps, turns waited
+// blocks, barriers, accesses of shared memory by so many threads as take a turn, turns waited,
+// products of matrices, loads of matrices
 EXPORTED void fastmix_host_counts(int64_t* to) {
   const auto& c = fastmix::cuda::counts;
   to[0] = c.blocks, to[1] = c.barriers, to[2] = c.shared, to[3] = c.waits;
+  to[4] = c.products, to[5] = c.matrices;
 }
 
 EXPORTED int64_t fastmix_host_global(const char* what) {
