@@ -143,18 +143,8 @@ struct Block {
   __device__ __forceinline__ float load_float(const float* from) { return *from; }
 };
 
-// Blocks on a multiprocessor.
 template <class K>
-constexpr int resident() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-  return K::resident_on_hopper;
-#else
-  return K::resident;
-#endif
-}
-
-template <class K>
-__global__ void __launch_bounds__(K::threads, resident<K>())
+__global__ void __launch_bounds__(K::threads, K::resident)
 toeplitz(const __grid_constant__ Toeplitz args) {
   Block block;
   K::run(block, args);

@@ -124,7 +124,7 @@ struct Sums {
 template <Type type>
 struct Product {
   // Blocks on a multiprocessor: as many as there are registers for.
-  static constexpr int threads = kThreads, resident = 2, resident_on_hopper = 3;
+  static constexpr int threads = kThreads, resident = 2;
   static constexpr int buffers = 4;  // for x; at the end for the results
   static constexpr int lags_at = buffers * kTileBytes;
 
@@ -256,7 +256,7 @@ struct Product {
 // over a part of the steps.
 template <Type type>
 struct Diagonals {
-  static constexpr int threads = kThreads, resident = 2, resident_on_hopper = 2;
+  static constexpr int threads = kThreads, resident = 2;
   static constexpr int ahead = 2, x_buffers = 1 + ahead, grad_buffers = kWarps + ahead;
   static constexpr int grad_at = x_buffers * kTileBytes;
   static constexpr int share = 16;               // tiles of a part
@@ -397,7 +397,7 @@ struct Diagonals {
 // they share a kernel.
 template <Type type>
 struct Totals {
-  static constexpr int threads = kThreads, resident = 1, resident_on_hopper = 1;
+  static constexpr int threads = kThreads, resident = 1;
 
   HD static int64_t blocks(const Toeplitz& f) {
     return (int64_t{f.kernels} * f.heads * f.lags + threads - 1) / threads;
