@@ -54,9 +54,7 @@ struct Block {
   }
   template <int words>
   __device__ __forceinline__ void put(int place, const uint32_t* from) {
-    if constexpr (words == 4)
-      *reinterpret_cast<uint4*>(at(place)) = {from[0], from[1], from[2], from[3]};
-    else if constexpr (words == 2)
+    if constexpr (words == 2)
       *reinterpret_cast<uint2*>(at(place)) = {from[0], from[1]};
     else
       *reinterpret_cast<uint32_t*>(at(place)) = *from;
@@ -143,18 +141,8 @@ struct Block {
   __device__ __forceinline__ float load_float(const float* from) { return *from; }
 };
 
-// Blocks on a multiprocessor.
 template <class K>
-constexpr int resident() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-  return K::resident_on_hopper;
-#else
-  return K::resident;
-#endif
-}
-
-template <class K>
-__global__ void __launch_bounds__(K::threads, resident<K>())
+__global__ void __launch_bounds__(K::threads, K::resident)
 toeplitz(const __grid_constant__ Toeplitz args) {
   Block block;
   K::run(block, args);
