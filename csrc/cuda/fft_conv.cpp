@@ -225,14 +225,32 @@ struct ProductCall : Launcher {
     STD_TORCH_CHECK(error == nullptr, "fft_conv on CUDA: ", error);
   }
 
-  void forward(const View& x, const View& out) {
+  // x, or a copy of it whose rows tensor cores' tiles can be copied from.
+  static Tensor with_whole_chunks(const Tensor& x) {
+    if (has_whole_chunks(view(x))) return x;
+    const int64_t channels = x.size(3), padded = (channels + 7) / 8 * 8;
+    Tensor copy = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), padded},
+                                           x.scalar_type());
+    copy = torch::stable::narrow(copy, 3, 0, channels);
+    return torch::stable::copy_(copy, x);
+  }
+
+  void multiply(const View& x, const View& out) {
     f.x = x, f.out = out;
     run<Product>();
   }
 
-  void backward(const View& grad, const View& x, const View& grad_x, const Tensor& grad_kernel) {
-    forward(backward_in_time(grad), backward_in_time(grad_x));
-    f.x = x, f.grad = grad, f.grad_kernel = kernel_view(grad_kernel);
+  void forward(const Tensor& x, const Tensor& out) {
+    const Tensor rows = with_whole_chunks(x);
+    multiply(view(rows), view(out));
+  }
+
+  void backward(const Tensor& grad, const Tensor& x, const Tensor& grad_x,
+                const Tensor& grad_kernel) {
+    const Tensor rows_of_grad = with_whole_chunks(grad), rows_of_x = with_whole_chunks(x);
+    f.grad = view(rows_of_grad);
+    multiply(backward_in_time(f.grad), backward_in_time(view(grad_x)));
+    f.x = view(rows_of_x), f.grad_kernel = kernel_view(grad_kernel);
     const Tensor sums = scratch(grad_kernel, Diagonals<Type::bf16>::sums(f) / 2);
     f.sums = static_cast<float*>(sums.mutable_data_ptr());
     run<Diagonals>();
@@ -298,7 +316,7 @@ Tensor fft_conv(Tensor x, Tensor kernel) {
   Tensor out = like(x);
   if (x.numel() == 0) return out;
   if (ProductCall::takes(x, kernel)) {
-    ProductCall(x, kernel).forward(view(x), view(out));
+    ProductCall(x, kernel).forward(x, out);
     return out;
   }
   if (is_long(x)) {
@@ -317,7 +335,7 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
   if (x.numel() == 0 || kernel.size(-2) > x.size(1)) torch::stable::zero_(grad_kernel);
   if (x.numel() == 0) return {grad_x, grad_kernel};
   if (ProductCall::takes(x, kernel)) {
-    ProductCall(x, kernel).backward(view(grad), view(x), view(grad_x), grad_kernel);
+    ProductCall(x, kernel).backward(grad, x, grad_x, grad_kernel);
     return {grad_x, grad_kernel};
   }
   if (is_long(x)) {

@@ -54,9 +54,7 @@ struct Block {
   }
   template <int words>
   __device__ __forceinline__ void put(int place, const uint32_t* from) {
-    if constexpr (words == 4)
-      *reinterpret_cast<uint4*>(at(place)) = {from[0], from[1], from[2], from[3]};
-    else if constexpr (words == 2)
+    if constexpr (words == 2)
       *reinterpret_cast<uint2*>(at(place)) = {from[0], from[1]};
     else
       *reinterpret_cast<uint32_t*>(at(place)) = *from;

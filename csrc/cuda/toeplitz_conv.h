@@ -29,7 +29,8 @@ struct Toeplitz {
   int batch, steps, heads, channels;
   int lags;           // of the kernel that matter: at most `steps`
   int kernels;        // batch, or 1: one kernel for all
-  View x, grad, out;  // (b, n, h, d) of one type, which the kernel is of as well
+  View x, grad, out;  // (b, n, h, d) of one type, which the kernel is of as well; channels lie
+                      // side by side, those of x and grad in whole chunks
   View kernel, grad_kernel;  // (b or 1, m, 1, h): its heads are channels
   float* sums;        // (b, h, tiles of channels, parts, groups, 320): of the kernels' gradients
 };
@@ -51,21 +52,24 @@ HD int band(const Toeplitz& f) { return cut(f.lags + kTile - 1, kTile) - 1; }
 // different banks.
 HD int place(int row, int chunk) { return row * 2 * kTile + ((chunk ^ (row & 7)) << 4); }
 
+// Whether chunks of 8 channels can be read and written whole.
+HD bool has_whole_chunks(const View& view) {
+  return view.d == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.b % 8 == 0 &&
+         view.n % 8 == 0 && view.h % 8 == 0;
+}
+
 // Rows of a tensor: of a sample, a head and a tile of channels.
 struct Rows16 {
   char* data;
-  int64_t step, channel;  // strides in bytes
-  int steps, channels;    // that there are from here on
-  bool whole;             // chunks lie as they do in a tile
+  int64_t step;         // in bytes
+  int steps, channels;  // that there are from here on
 
   HD Rows16(const View& view, const Toeplitz& f, int unit) {
     const int c = unit % tiles_of_channels(f) * kTile, head = unit / tiles_of_channels(f);
     data = static_cast<char*>(view.data) +
-           2 * (head / f.heads * view.b + head % f.heads * view.h + c * view.d);
-    step = 2 * view.n, channel = 2 * view.d;
+           2 * (head / f.heads * view.b + head % f.heads * view.h + c);
+    step = 2 * view.n;
     steps = f.steps, channels = f.channels - c;
-    whole = view.d == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.b % 8 == 0 &&
-            view.n % 8 == 0 && view.h % 8 == 0;
   }
 
   HD static int units(const Toeplitz& f) { return f.batch * f.heads * tiles_of_channels(f); }
@@ -80,26 +84,12 @@ struct Rows16 {
 // Has a tile copied into shared memory, with zeros where there is nothing. A thread's part.
 template <class Block>
 HD void copy_tile(Block& block, const Rows16& rows, int tile, int to, int thread) {
-  if (rows.whole) {
-    const int chunk = thread % 8, first = thread / 8;
-    const char* from = rows.data + (tile * kTile + first) * rows.step + 16 * chunk;
-    UNROLLED for (int k = 0; k < kTile * 8 / kThreads; ++k) {
-      const int row = first + kThreads / 8 * k;
-      block.copy(to + place(row, chunk), from, 2 * rows.count(tile * kTile + row, chunk));
-      from += kThreads / 8 * rows.step;
-    }
-  } else {
-    ROLLED for (int i = thread; i < kTile * 8; i += kThreads) {
-      const int row = i % kTile, chunk = i / kTile, t = tile * kTile + row,
-                count = rows.count(t, chunk);
-      const char* from = rows.data + t * rows.step + 8 * chunk * rows.channel;
-      uint32_t words[4] = {};
-      UNROLLED for (int e = 0; e < 8; ++e) {
-        if (e < count)
-          words[e / 2] |= block.template load_one<2>(from + e * rows.channel) << 16 * (e % 2);
-      }
-      block.template put<4>(to + place(row, chunk), words);
-    }
+  const int chunk = thread % 8, first = thread / 8;
+  const char* from = rows.data + (tile * kTile + first) * rows.step + 16 * chunk;
+  UNROLLED for (int k = 0; k < kTile * 8 / kThreads; ++k) {
+    const int row = first + kThreads / 8 * k;
+    block.copy(to + place(row, chunk), from, 2 * rows.count(tile * kTile + row, chunk));
+    from += kThreads / 8 * rows.step;
   }
 }
 
@@ -123,8 +113,7 @@ struct Sums {
 // The longest come first.
 template <Type type>
 struct Product {
-  // Blocks on a multiprocessor: as many as there are registers for.
-  static constexpr int threads = kThreads, resident = 2;
+  static constexpr int threads = kThreads, resident = 2;  // blocks on a multiprocessor
   static constexpr int buffers = 4;  // for x; at the end for the results
   static constexpr int lags_at = buffers * kTileBytes;
 
@@ -189,7 +178,7 @@ struct Product {
       block.warps([&](int warp) {
         const int down = above + warp - tile;  // from the diagonal
         if (down < 0 || down > band(f) || above + warp >= all) return;
-        Word t[15], b[16];  // T eight by eight, from top down the differences i - j
+        Word t[15], b[4];  // T eight by eight, from top down the differences i - j
         block.lanes([&](int lane) {
           const int g = lane / 4, q = lane % 4,
                     word = (top - kTile * down - 57) / 2 - g / 2 + q;
@@ -201,15 +190,15 @@ struct Product {
         const int from = ((tile - first) & (buffers - 1)) * kTileBytes;
         UNROLLED for (int k = 0; k < 4; ++k) {
           UNROLLED for (int pair = 0; pair < 4; ++pair) {
-            block.template load_matrices<true>(b + 4 * pair, [&](int lane) {
+            block.template load_matrices<true>(b, [&](int lane) {
               return from + place(16 * k + lane % 16, 2 * pair ^ lane / 16);
             });
-          }
-          UNROLLED for (int i = 0; i < 4; ++i) {
-            const int u = 7 - 2 * i + 2 * k;
-            UNROLLED for (int j = 0; j < 8; ++j) {
-              block.template multiply<type>(sums.of(warp).of[i][j], t[u], t[u - 1], t[u + 1], t[u],
-                                            b[2 * j], b[2 * j + 1]);
+            UNROLLED for (int i = 0; i < 4; ++i) {
+              const int u = 7 - 2 * i + 2 * k;
+              UNROLLED for (int j = 0; j < 2; ++j) {
+                block.template multiply<type>(sums.of(warp).of[i][2 * pair + j], t[u], t[u - 1],
+                                              t[u + 1], t[u], b[2 * j], b[2 * j + 1]);
+              }
             }
           }
         }
@@ -234,18 +223,19 @@ struct Product {
     });
     block.barrier();
     const Rows16 out(f.out, f, unit);
+    const bool whole = has_whole_chunks(f.out);
     block.own([&](int thread) {
       ROLLED for (int i = thread; i < kWarps * kTile * 8; i += kThreads) {
         const int row = i / 8, chunk = i % 8, t = above * kTile + row, count = out.count(t, chunk);
-        char* to = out.data + t * out.step + 8 * chunk * out.channel;
+        char* to = out.data + t * out.step + 16 * chunk;
         uint32_t words[4];
         block.template get<4>(place(row, chunk), words);
-        if (out.whole && count == 8)
+        if (whole && count == 8)
           block.template store<4>(to, words);
         else
           UNROLLED for (int e = 0; e < 8; ++e) {
             if (e < count)
-              block.template store_one<2>(to + e * out.channel, words[e / 2] >> 16 * (e % 2));
+              block.template store_one<2>(to + 2 * e, words[e / 2] >> 16 * (e % 2));
           }
       }
     });
