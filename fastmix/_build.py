@@ -54,17 +54,14 @@ def cuda_code(targets=None, ptx=True):
     """nvcc's flags for machine code of compute capabilities (by default of all in CUDA_TARGETS
     that it knows), and PTX for those to come.
 
-    Making PTX is most of nvcc's work: one is made for all before Blackwell.
+    Making PTX is most of nvcc's work, so one serves all.
     """
+    oldest = CUDA_TARGETS[0]
     if targets is None:
         known = subprocess.run([cuda_compiler(), "--list-gpu-arch"], capture_output=True, text=True)
         targets = [t for t in CUDA_TARGETS if f"compute_{t}" in known.stdout.split()]
-    codes = {}
-    for target in targets:
-        codes.setdefault("80" if int(target) < 100 else "100", []).append(f"sm_{target}")
-    if ptx and codes:
-        codes[list(codes)[-1]].append(f"compute_{list(codes)[-1]}")
-    return [f"-gencode=arch=compute_{a},code=[{','.join(code)}]" for a, code in codes.items()]
+    code = [f"sm_{t}" for t in targets] + [f"compute_{oldest}"] * ptx
+    return [f"-gencode=arch=compute_{oldest},code=[{','.join(code)}]"] if targets else []
 
 
 def torch_has_cuda(torch_folder):
