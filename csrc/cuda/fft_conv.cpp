@@ -92,17 +92,23 @@ struct Launcher {
   }
 };
 
+// What transforms and products are both told: sizes, and the kernel.
+template <class F>
+void describe(F& f, const Tensor& x, const Tensor& kernel) {
+  f.batch = x.size(0), f.heads = x.size(2), f.channels = x.size(3);
+  f.steps = x.size(1);
+  f.lags = std::min(x.size(1), kernel.size(-2));
+  f.kernels = kernel.dim() == 3 ? f.batch : 1;
+  f.kernel = kernel_view(kernel);
+}
+
 struct Call : Launcher {
   FftConv f{};
   int length, r;
 
   Call(const Tensor& x, const Tensor& kernel) : Launcher(x) {
-    f.batch = x.size(0), f.heads = x.size(2), f.channels = x.size(3);
-    f.steps = x.size(1);
-    f.lags = std::min(x.size(1), kernel.size(-2));
-    f.kernels = kernel.dim() == 3 ? f.batch : 1;
+    describe(f, x, kernel);
     f.x = view(x);
-    f.kernel = kernel_view(kernel);
     length = length_for(f.steps, on.shared);
     r = std::max(1, length / 4096);
   }
@@ -205,13 +211,7 @@ bool takes_product(int64_t steps, int64_t lags, int64_t channels, int capability
 struct ProductCall : Launcher {
   Toeplitz f{};
 
-  ProductCall(const Tensor& x, const Tensor& kernel) : Launcher(x) {
-    f.batch = x.size(0), f.heads = x.size(2), f.channels = x.size(3);
-    f.steps = x.size(1);
-    f.lags = std::min(x.size(1), kernel.size(-2));
-    f.kernels = kernel.dim() == 3 ? f.batch : 1;
-    f.kernel = kernel_view(kernel);
-  }
+  ProductCall(const Tensor& x, const Tensor& kernel) : Launcher(x) { describe(f, x, kernel); }
 
   static bool takes(const Tensor& x, const Tensor& kernel) {
     return x.scalar_type() == kernel.scalar_type() && type_of(x) != Type::f32 &&

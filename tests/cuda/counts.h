@@ -25,6 +25,12 @@ struct Counts {
 
 inline void count(const char* what, int bytes) { ++counts.global[what + std::to_string(bytes)]; }
 
+inline void store_words(int words, void* to, const uint32_t* from) {
+  count("store", 4 * words);
+  if (reinterpret_cast<uintptr_t>(to) % (4 * words)) counts.error = "misaligned store";
+  memcpy(to, from, 4 * words);
+}
+
 inline float from_half(uint32_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float size = exponent == 31  ? (fraction ? NAN : INFINITY)

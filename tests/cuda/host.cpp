@@ -106,9 +106,7 @@ struct Block {
   }
   template <int words>
   void store(void* to, const uint32_t* from) {
-    count("store", 4 * words);
-    if (reinterpret_cast<uintptr_t>(to) % (4 * words)) counts.error = "misaligned store";
-    memcpy(to, from, 4 * words);
+    store_words(words, to, from);
   }
   template <class T>
   static T read_one(const void* from) {

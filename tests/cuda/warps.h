@@ -239,9 +239,7 @@ struct WarpBlock {
 
   template <int words>
   void store(void* to, const uint32_t* from) {
-    count("store", 4 * words);
-    if (reinterpret_cast<uintptr_t>(to) % (4 * words)) counts.error = "misaligned store";
-    memcpy(to, from, 4 * words);
+    store_words(words, to, from);
   }
   template <int bytes>
   uint32_t load_one(const void* from) {
