@@ -33,6 +33,15 @@ def entering(states, initial, every, reverse=False):
     return torch.cat([first, states[:, every - 1 : -1 : every]], dim=1)
 
 
+def room(x, *others):
+    """Memory like x for what is made of all these, or None: memory that was there before a
+    result has no derivatives, and torch.func may be asking for some.
+    """
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, *others))):
+        return None
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def adjoint(gates, asked, g_next, reverse=False):
     """g_t = asked_t + conj(gates_{t+1}) g_{t+1}, from g_{n-1} = asked_{n-1} + g_next.
 
@@ -40,13 +49,13 @@ def adjoint(gates, asked, g_next, reverse=False):
     states. `reverse` is the direction of the scan that is transposed.
     """
     late, body = (slice(None, -1), slice(1, None)) if reverse else (slice(1, None), slice(None, -1))
-    last = asked[:, 0 if reverse else -1] + g_next
-    if asked.shape[1] == 1:
-        return last.unsqueeze(1)
-    gates = torch.conj_physical(gates if gates.shape[1] == 1 else gates[:, late])
-    g = scan(gates, asked[:, body], last, not reverse)
-    pieces = [last.unsqueeze(1), g] if reverse else [g, last.unsqueeze(1)]
-    return torch.cat(pieces, dim=1)
+    last = 0 if reverse else -1
+    g = torch.empty_like(asked, memory_format=torch.contiguous_format)
+    g[:, last] = asked[:, last] + g_next
+    if asked.shape[1] > 1:
+        gates = torch.conj_physical(gates if gates.shape[1] == 1 else gates[:, late])
+        scan(gates, asked[:, body], g[:, last], not reverse, g[:, body])
+    return g
 
 
 def with_last(carries, state):
@@ -59,17 +68,18 @@ def joined(pieces):
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def scan(gates, inputs, initial, reverse=False):
+def scan(gates, inputs, initial, reverse=False, out=None):
     """h_t = gates_t · h_{t-1} + inputs_t from h_{-1} = initial; every state (b, n, …).
 
     gates (b, n, …) broadcasts against inputs (b, n, …); one time step of gates
     (b, 1, …) holds for all. Three sweeps of √n vectorised steps: reduce every chunk to
     its end, scan the ends, run every chunk from its entry. Only products of gates are
-    formed, never quotients, so gates of 0 are exact.
+    formed, never quotients, so gates of 0 are exact. `out` is where the states go, if given.
     """
     n = inputs.shape[1]
+    out = room(inputs, gates, initial) if out is None else out
     if n <= DIRECT:
-        return torch.stack(_steps(gates, inputs, 1, initial, reverse), dim=1)
+        return _steps(gates, inputs, 1, initial, reverse, out)
     constant = gates.shape[1] == 1
     # The error of one gate's power is the same in every chunk and adds up: few chunks then.
     length = 1 << (math.isqrt(n - 1).bit_length() if constant
@@ -84,7 +94,7 @@ def scan(gates, inputs, initial, reverse=False):
     chunk_inputs = inputs[:, whole].unflatten(1, (chunks, length))
 
     product = end = None
-    for gate, step in _in_order(chunk_gates, chunk_inputs, 2, reverse):
+    for gate, step in zip(*(_in_order(t, 2, reverse, length) for t in (chunk_gates, chunk_inputs))):
         end = step if end is None else torch.addcmul(step, gate, end)
         if not constant:
             product = gate if product is None else product * gate
@@ -94,28 +104,34 @@ def scan(gates, inputs, initial, reverse=False):
     first = initial.unsqueeze(1)
     entries = (torch.cat([ends[:, 1:], first], dim=1) if reverse
                else torch.cat([first, ends[:, :-1]], dim=1))
-    states = torch.stack(_steps(chunk_gates, chunk_inputs, 2, entries, reverse), dim=2)
+    states = _steps(chunk_gates, chunk_inputs, 2, entries, reverse,
+                    None if out is None else out[:, whole].unflatten(1, (chunks, length)))
+    if rest:
+        last = ends[:, 0] if reverse else ends[:, -1]
+        tail_states = _steps(gates if constant else gates[:, tail], inputs[:, tail], 1, last,
+                             reverse, None if out is None else out[:, tail])
+    if out is not None:
+        return out
     states = states.flatten(1, 2)
     if rest == 0:
         return states
-    last = ends[:, 0] if reverse else ends[:, -1]
-    tail_gates = gates if constant else gates[:, tail]
-    tail_states = torch.stack(_steps(tail_gates, inputs[:, tail], 1, last, reverse), dim=1)
     return torch.cat([tail_states, states] if reverse else [states, tail_states], dim=1)
 
 
-def _in_order(gates, inputs, axis, reverse):
-    """The steps along an axis, in the direction of the scan; a constant gate repeats."""
-    steps = inputs.unbind(axis)
-    gates = gates.unbind(axis)
-    pairs = list(zip(gates if len(gates) == len(steps) else gates * len(steps), steps))
-    return reversed(pairs) if reverse else pairs
+def _in_order(tensor, axis, reverse, count):
+    """The `count` steps along an axis, in the direction of the scan; a constant one repeats."""
+    steps = tensor.unbind(axis)
+    steps = steps if len(steps) == count else steps * count
+    return steps[::-1] if reverse else steps
 
 
-def _steps(gates, inputs, axis, state, reverse):
-    """The states along an axis, in order of time."""
+def _steps(gates, inputs, axis, state, reverse, out):
+    """The states along an axis, in `out` if there is one."""
+    count = inputs.shape[axis]
+    places = [None] * count if out is None else _in_order(out, axis, reverse, count)
     states = []
-    for gate, step in _in_order(gates, inputs, axis, reverse):
-        state = torch.addcmul(step, gate, state)
+    for gate, step, place in zip(_in_order(gates, axis, reverse, count),
+                                 _in_order(inputs, axis, reverse, count), places):
+        state = torch.addcmul(step, gate, state, out=place)
         states.append(state)
-    return states[::-1] if reverse else states
+    return torch.stack(states[::-1] if reverse else states, axis) if out is None else out

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches, with_last
+from fastmix.fallback._scan import adjoint, entering, joined, room, scan, stretches, with_last
 
 
 def _per_channel(values, d, dtype):
@@ -10,9 +10,9 @@ def _per_channel(values, d, dtype):
     return None if values is None else values.to(dtype)[:, None].expand(-1, d).flatten()
 
 
-def _states(x, decay, gain, state):
+def _states(x, decay, gain, state, out=None):
     """x (b, m, h·d) → y (b, m, h·d); decay, gain (h·d,); state (b, h·d)."""
-    return scan(decay[None, None], x if gain is None else x * gain, state)
+    return scan(decay[None, None], x if gain is None else x * gain, state, out=out)
 
 
 def forward(x, decay, gain, initial_state, carry_every):
@@ -26,13 +26,16 @@ def forward(x, decay, gain, initial_state, carry_every):
     decay, gain = _per_channel(decay, d, wide), _per_channel(gain, d, wide)
     state = (x.new_zeros(b, h * d, dtype=wide) if initial_state is None
              else initial_state.flatten(1))
+    whole = room(x, decay, state) if x.dtype == wide else None
     out, carries = [], []
     for at in stretches(n, b * h * d, carry_every):
-        y = _states(x[:, at].flatten(2).to(wide), decay, gain, state)
+        y = _states(x[:, at].flatten(2).to(wide), decay, gain, state,
+                    None if whole is None else whole[:, at].flatten(2))
         carries.append(entering(y, state, carry_every))
         state = y[:, -1]
         out.append(y.to(x.dtype))
-    return (joined(out).unflatten(2, (h, d)), state.unflatten(1, (h, d)).clone(),
+    out = joined(out).unflatten(2, (h, d)) if whole is None else whole
+    return (out, state.unflatten(1, (h, d)).clone(),
             with_last(carries, state).unflatten(2, (h, d)))
 
 
@@ -55,11 +58,14 @@ def backward(grad, grad_state, carries, x, decay, gain, initial_state, carry_eve
         y = _states(inputs, per_channel, gains, entry)
         g = adjoint(per_channel[None, None], grad[:, at].flatten(2).to(wide), g_next)
         g_next = per_channel * g[:, 0]
-        grad_decay += (g[:, 0] * entry).sum(0) + (g[:, 1:] * y[:, :-1]).sum((0, 1))
-        if gain is not None:
-            grad_gain += (g * inputs).sum((0, 1))
-            g = g * gains
-        grad_x[:, at] = g.unflatten(2, (h, d))
+        before = y[:, :-1].mul_(g[:, 1:])
+        grad_decay += (g[:, 0] * entry).sum(0) + before.sum((0, 1))
+        to = grad_x[:, at].flatten(2)
+        if gain is None:
+            to.copy_(g)
+        else:
+            grad_gain += torch.mul(g, inputs, out=y).sum((0, 1))
+            torch.mul(g, gains, out=to)
     grad_decay, grad_gain = (t.unflatten(0, (h, d)).sum(1) for t in (grad_decay, grad_gain))
     return (grad_x, grad_decay.to(decay.dtype), None if gain is None else grad_gain.to(gain.dtype),
             None if initial_state is None else g_next.unflatten(1, (h, d)).clone())

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches, with_last
+from fastmix.fallback._scan import adjoint, entering, joined, room, scan, stretches, with_last
 
 
 def _dtypes(gates, inputs):
@@ -27,15 +27,17 @@ def forward(gates, inputs, initial_state, reverse, carry_every):
     dtype, wide = _dtypes(gates, inputs)
     state = torch.zeros_like(inputs[:, 0]) if initial_state is None else initial_state
     state = state.to(wide)
+    whole = room(inputs, gates, state) if inputs.dtype == wide else None
     out, carries = [], []
     for at in _stretches(inputs, carry_every, reverse):
-        states = scan(gates[:, at].to(wide), inputs[:, at].to(wide), state, reverse)
+        states = scan(gates[:, at].to(wide), inputs[:, at].to(wide), state, reverse,
+                      None if whole is None else whole[:, at])
         carries.append(entering(states, state, carry_every, reverse))
         state = states[:, 0 if reverse else -1]
         out.append(states.to(dtype))
     if reverse:
         out, carries = out[::-1], carries[::-1]
-    return joined(out), with_last(carries, state)
+    return joined(out) if whole is None else whole, with_last(carries, state)
 
 
 def backward(grad, carries, gates, inputs, initial_state, reverse, carry_every):
