@@ -7,6 +7,8 @@ import torch
 
 from fastmix import ops, reference
 
+F64 = torch.float64
+
 
 @dataclass
 class Case:
@@ -163,3 +165,27 @@ def distance(a, b):
     """Largest difference relative to the largest of b."""
     assert a.shape == b.shape, (a.shape, b.shape)
     return largest(a - b) / max(largest(b), 1e-30)
+
+
+def squared_errors(ours, plain, exact, floor=1 / 8):
+    """Mean squares of the errors of ours, of plain PyTorch rounded alike, and of `floor` ulps:
+    (tensors, 3)."""
+    return torch.tensor([
+        [error.abs().square().mean().item() for error in (
+            o.to(e.dtype) - e, p.to(o.dtype).to(e.dtype) - e, floor * torch.finfo(o.dtype).eps * e)]
+        for o, p, e in zip(ours, plain, exact, strict=True)], dtype=F64)
+
+
+def check_errors(draw, draws=(3, 12, 48), most=2):
+    """Holds the sum of `draw()`, squared_errors, to at most `most` times plain PyTorch's.
+
+    Extremes are luck: it is the root of the mean square over several draws. Where a few numbers
+    outweigh all others that is luck too, so a failure is judged on more, the failed included.
+    """
+    total = 0
+    for count in draws:
+        total += sum(draw() for _ in range(count))
+        ours, plain, floor = total.sqrt().unbind(1)
+        if (ours <= most * plain + floor).all():
+            return
+    raise AssertionError(f"errors are {(ours / plain).tolist()} times plain PyTorch's")

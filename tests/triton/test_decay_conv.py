@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, distance, leaves, weigh
+from cases import CASES, check_errors, distance, leaves, squared_errors, weigh
 
 import fastmix
 from fastmix import ops, reference
@@ -92,26 +92,19 @@ def test_strides_and_expanded_gradients(cut):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding(cut, dtype):
-    """At most twice the error of the definition in float32, rounded to the dtype.
+    """At most twice the error of the definition in float32, rounded to the dtype."""
+    def draw():
+        t = {k: v.to(dtype if k != "initial_state" else torch.float32)
+             for k, v in drawn("decay_conv", 131, torch.float32).items()}
+        with fastmix.force("triton"):
+            ours, grads, weights = gradients(CASES["decay_conv"].run, leaves(t))
+        plain, exact = (
+            gradients(CASES["decay_conv"].define, leaves({k: v.to(wide) for k, v in t.items()}),
+                      [w.to(wide) for w in weights])[:2] for wide in (torch.float32, F64))
+        return squared_errors(*([*outputs, *grads[:3]] for outputs, grads in (
+            (ours, grads), plain, exact)), floor=0)
 
-    A parameter's gradient is a few numbers, so a failure is judged on more draws.
-    """
-    ours, plain = torch.zeros(5, dtype=F64), torch.zeros(5, dtype=F64)
-    for draws in (3, 12, 48, 192):
-        for _ in range(draws):
-            t = {k: v.to(dtype if k != "initial_state" else torch.float32)
-                 for k, v in drawn("decay_conv", 131, torch.float32).items()}
-            with fastmix.force("triton"):
-                o, g, weights = gradients(CASES["decay_conv"].run, leaves(t))
-            (p, pg), (e, eg) = (
-                gradients(CASES["decay_conv"].define, leaves({k: v.to(wide) for k, v in t.items()}),
-                          [w.to(wide) for w in weights])[:2] for wide in (torch.float32, F64))
-            for i, (a, b, c) in enumerate(zip((*o, *g[:3]), (*p, *pg[:3]), (*e, *eg[:3]))):
-                ours[i] += (a - c).square().mean().cpu()
-                plain[i] += (b.to(a.dtype) - c).square().mean().cpu()
-        if (ours <= 4 * plain).all():
-            return
-    assert (ours <= 4 * plain).all(), (ours / plain).sqrt()
+    check_errors(draw, (3, 12, 48, 192))
 
 
 def test_slow_decay_keeps_its_accuracy():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import distance
+from cases import check_errors, distance, squared_errors
 
 import fastmix
 from fastmix import ops, reference
@@ -156,18 +156,6 @@ def test_empty_batch(activation):
         assert g.shape == t.shape and g.eq(0).all()
 
 
-def squared_errors(tensors, grad, **options):
-    """Of ours and of plain PyTorch in float32, both rounded, against float64; per result."""
-    ours = kernels_of(tensors, grad, **options)
-    plain, exact = (
-        differentiate(reference.windowed_sgu, {k: t.to(d) for k, t in tensors.items()},
-                      grad.to(d), **options) for d in (torch.float32, F64))
-    return torch.tensor([
-        [(o - e).square().mean(), (p.to(o.dtype) - e).square().mean(),
-         (torch.finfo(o.dtype).eps / 8 * e).square().mean()]
-        for o, p, e in zip(ours, plain, exact, strict=True)])
-
-
 # Half precision windows up to 128 walk.
 @pytest.mark.parametrize("n, w, activation, dtype, parameters", [
     (40, 6, "gelu", torch.float32, None), (40, 6, "gelu", torch.float16, None),
@@ -175,19 +163,17 @@ def squared_errors(tensors, grad, **options):
     (40, 6, "gelu", torch.float16, torch.float32), (45, 20, None, torch.bfloat16, torch.float32),
     (131, 129, "silu", torch.bfloat16, None)])
 def test_rounding_is_at_most_twice_the_definitions(n, w, activation, dtype, parameters):
-    """The norm's gradients are eight numbers each, so a failure is judged on more draws."""
-    total = 0
-    for draws in (3, 12, 48) if n < 100 else (1, 4):
-        for _ in range(draws):
-            tensors = draw(n, w, c=8, dtype=dtype)
-            if parameters is not None:
-                tensors.update({k: torch.randn_like(t, dtype=parameters)
-                                for k, t in tensors.items() if k not in ("x", "gate_residual")})
-            total = total + squared_errors(tensors, output_grad(tensors), activation=activation)
-        ours, plain, floor = total.sqrt().unbind(1)
-        # The norm's gradients are too few to measure: tests/test_values.py draws more.
-        most = torch.tensor([4.0 if name.startswith("norm") else 2.0
-                             for name in ["out", *tensors]])
-        if (ours <= most * plain + floor).all():
-            return
-    assert (ours <= most * plain + floor).all(), (ours / plain).tolist()
+    def errors():
+        tensors = draw(n, w, c=8, dtype=dtype)
+        if parameters is not None:
+            tensors.update({k: torch.randn_like(t, dtype=parameters)
+                            for k, t in tensors.items() if k not in ("x", "gate_residual")})
+        grad, options = output_grad(tensors), dict(activation=activation)
+        plain, exact = (
+            differentiate(reference.windowed_sgu, {k: t.to(d) for k, t in tensors.items()},
+                          grad.to(d), **options) for d in (torch.float32, F64))
+        return squared_errors(kernels_of(tensors, grad, **options), plain, exact)
+
+    # The norm's gradients are too few to measure: tests/test_values.py draws more.
+    check_errors(errors, (3, 12, 48) if n < 100 else (1, 4), torch.tensor(
+        [4.0 if name.startswith("norm") else 2.0 for name in ["out", *draw(n, w)]]))
