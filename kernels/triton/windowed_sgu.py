@@ -103,7 +103,7 @@ def _tiles(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides,
     batch, window, head, row, channel = place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
     wide: tl.constexpr = norm[0].dtype.element_ty
     # Slopes of activations would enlarge a rounded mixture's error.
-    exact: tl.constexpr = outside[2] is not None
+    exact: tl.constexpr = outside[2] is not None and ACTIVATION != "identity"
     affine = load_affine(norm, head, channel, DIM)
     i = row + tl.arange(0, ROWS)
     begin = (first + window) * WINDOW
@@ -140,7 +140,7 @@ def _walk(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides, 
     wide: tl.constexpr = norm[0].dtype.element_ty
     size: tl.constexpr = PER * WINDOW
     # Slopes of activations would enlarge a rounded mixture's error.
-    exact: tl.constexpr = outside[2] is not None
+    exact: tl.constexpr = outside[2] is not None and ACTIVATION != "identity"
     affine = load_affine(norm, head, channel, DIM)
     i = tl.arange(0, ROWS)
     kept = i < size
@@ -168,16 +168,15 @@ def _walk(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides, 
                 channel, n, origin, after_rows, HEADS, DIM, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["n", "windows", "first", "per_group", "items", "origin"])
+@triton.jit(do_not_specialize=["n", "windows", "first", "per_group", "items", "origin", "more"])
 def _weight_backward(gate, gate_strides, norm, dmixed, dmixed_strides, dweight, dbias, n, windows,
-                     first, per_group, items, origin,
+                     first, per_group, items, origin, more,
                      HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
                      STAGES: tl.constexpr, ROUNDED: tl.constexpr, OPERAND: tl.constexpr,
                      PRECISION: tl.constexpr):
-    """A group of windows' part of dweight (groups, h, w, 2w) and dbias (groups, h, w), added.
-
-    Windows are counted through the batch.
+    """A group of windows' part of dweight (groups, h, w, 2w) and dbias (groups, h, w); `more` adds
+    to what is there. Windows are counted through the batch.
     """
     index = tl.program_id(0)
     wide: tl.constexpr = norm[0].dtype.element_ty
@@ -190,14 +189,15 @@ def _weight_backward(gate, gate_strides, norm, dmixed, dmixed_strides, dweight, 
     index = index // down
     head = index % HEADS
     group = index // HEADS
-    if column > row + ROWS - 1 + WINDOW:
-        return  # above the diagonal
     r = row + tl.arange(0, ROWS)
     j = column + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS, ROWS], dtype=wide)
     sums = tl.zeros([ROWS], dtype=wide)
     begin = group * per_group
     end = tl.minimum(begin + per_group, items)
+    above = column > row + ROWS - 1 + WINDOW  # the diagonal
+    if above:
+        end = begin
     for item in tl.range(begin * parts, end * parts, num_stages=STAGES):
         window = first + item // parts % windows
         batch = item // parts // windows
@@ -219,9 +219,11 @@ def _weight_backward(gate, gate_strides, norm, dmixed, dmixed_strides, dweight, 
     at = rows[:, None] * (2 * WINDOW) + j[None, :]
     used = (r < WINDOW)[:, None] & (j < 2 * WINDOW)[None, :]
     total = tl.where(j[None, :] <= (r + WINDOW)[:, None], tl.trans(total), 0)
-    tl.store(dweight + at, tl.load(dweight + at, mask=used) + total, mask=used)
+    total += tl.load(dweight + at, mask=used & (more != 0), other=0)
+    tl.store(dweight + at, total, mask=used)
     if column == 0:
-        tl.store(dbias + rows, tl.load(dbias + rows, mask=r < WINDOW) + sums, mask=r < WINDOW)
+        sums += tl.load(dbias + rows, mask=(r < WINDOW) & (more != 0), other=0)
+        tl.store(dbias + rows, sums, mask=r < WINDOW)
 
 
 @triton.jit(do_not_specialize=["n", "windows", "first", "origin", "out_origin"])
@@ -293,11 +295,11 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_stri
                        DIM)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "n", "per_group", "origin"])
+@triton.jit(do_not_specialize=["first", "rows", "n", "per_group", "origin", "more"])
 def _norm_backward(gate, strides, norm, dnormed, dnormed_t, dx, dnorm, first, rows, origin, n, c,
-                   per_group, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+                   per_group, more, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     """dnormed → dgate in dx, maybe in its place, for rows from `first` on, and a group of rows'
-    part of dnorm (groups, 2, c), added. dnormed starts at row `origin`."""
+    part of dnorm (groups, 2, c); `more` adds to what is there. dnormed starts at row `origin`."""
     mean, inverse, scale, _ = norm
     group = tl.num_programs(0) - 1 - tl.program_id(0)
     wide: tl.constexpr = mean.dtype.element_ty
@@ -333,8 +335,10 @@ def _norm_backward(gate, strides, norm, dnormed, dnormed_t, dx, dnorm, first, ro
                  grad.to(dx.dtype.element_ty), mask=used)
     if dnorm is not None:
         at = dnorm + group.to(tl.int64) * (2 * c) + channel
-        tl.store(at, tl.load(at, mask=inside) + tl.sum(by_scale, axis=0), mask=inside)
-        tl.store(at + c, tl.load(at + c, mask=inside) + tl.sum(by_shift, axis=0), mask=inside)
+        known = inside & (more != 0)
+        tl.store(at, tl.load(at, mask=known, other=0) + tl.sum(by_scale, axis=0), mask=inside)
+        tl.store(at + c, tl.load(at + c, mask=known, other=0) + tl.sum(by_shift, axis=0),
+                 mask=inside)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -425,6 +429,12 @@ def _device():
     return target.arch in (90, 100, 101, 103), 3
 
 
+def _multiprocessors(x):
+    if not x.is_cuda:
+        return 132  # an H200's
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
 def _registers(wanted):
     """The option that lets ptxas take 128 registers: left to itself it takes fewer and spills."""
     if not wanted or interpreted() or (
@@ -488,16 +498,20 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
     if mixed_types:
         dnormed = torch.empty(hi - lo, min(n, (end - first) * plan.w), c, **own)
     weight_tiles, weight_options = plan.weight_tiles()
-    groups = max(1, min(PROGRAMS // weight_tiles, b * plan.windows))
-    dweight = torch.zeros(groups, *weight.shape, dtype=plan.wide, device=x.device)
-    dbias = torch.zeros(groups, *bias.shape, dtype=plan.wide, device=x.device)
-    row_groups = min(2 * PROGRAMS, b * n)
-    dnorm = None if scale is None and shift is None else torch.zeros(
-        row_groups, 2, c, dtype=plan.wide, device=x.device)
+    # Two programs at once on every multiprocessor, each with sums of its own.
+    groups = max(1, min(_multiprocessors(x) * 2, PROGRAMS) // weight_tiles)
+    groups = min(groups, b * plan.windows)
+    dweight = torch.empty(groups, *weight.shape, dtype=plan.wide, device=x.device)
+    dbias = torch.empty(groups, *bias.shape, dtype=plan.wide, device=x.device)
+    block, rows = max(1, plan.rows // 2), (hi - lo) * min(n, (end - first) * plan.w)
+    share = max(block, -(-rows // (2 * PROGRAMS)))
+    dnorm = None if scale is None and shift is None else torch.empty(
+        -(-rows // share), 2, c, dtype=plan.wide, device=x.device)
     for lo, hi, first, end in stretches:
         def part(t):
             return None if t is None else t[lo:hi]
 
+        more = int(lo > 0 or first > 0)
         gate = part(x)[..., c:], x.stride(), (part(mean), part(inverse), scale, shift)
         after, origin = (scratch, first * plan.w) if dmixed is None else (part(dmixed), 0)
         if activation != "none":
@@ -512,7 +526,7 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
         items = (hi - lo) * (end - first)
         _weight_backward[(groups * weight_tiles,)](
             *gate, after, after.stride(), dweight, dbias, n, end - first, first,
-            -(-items // groups), items, origin, **weight_options)
+            -(-items // groups), items, origin, more, **weight_options)
         out, out_origin = (dnormed, first * plan.w) if mixed_types else (part(dx)[..., c:], 0)
         plan.launch(_tiles_backward, _walk_backward, hi - lo, end - first, weight, weight.stride(),
                     after, after.stride(), out, out.stride(), n, end - first, first, origin,
@@ -520,11 +534,9 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
         row = lo * n + first * plan.w
         rows = (hi - lo) * n if hi - lo > 1 else min(end * plan.w, n) - first * plan.w
         out, origin = (dnormed, row) if mixed_types else (dx[..., c:], 0)
-        block = max(1, plan.rows // 2)
-        share = max(block, -(-rows // row_groups))
         _norm_backward[(-(-rows // share),)](
             plan.gate[0], x.stride(), plan.norm, out, out.stride(1), dx, dnorm, row, rows, origin,
-            n, c, share, ROWS=block, STAGES=3, **plan.row)
+            n, c, share, more, ROWS=block, STAGES=3, **plan.row)
     return (dx, _total(dweight, weight), _total(dbias, bias),
             None if scale is None else _total(dnorm[:, 0], norm_weight),
             None if shift is None else _total(dnorm[:, 1], norm_bias), dresidual)
