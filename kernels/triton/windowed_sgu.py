@@ -498,7 +498,7 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
     if mixed_types:
         dnormed = torch.empty(hi - lo, min(n, (end - first) * plan.w), c, **own)
     weight_tiles, weight_options = plan.weight_tiles()
-    # Two programs at once on every multiprocessor, each with sums of its own.
+    # Two programs for every multiprocessor, each with sums of its own.
     groups = max(1, min(_multiprocessors(x) * 2, PROGRAMS) // weight_tiles)
     groups = min(groups, b * plan.windows)
     dweight = torch.empty(groups, *weight.shape, dtype=plan.wide, device=x.device)
