@@ -6,6 +6,7 @@ where a copy is read that nobody waited for.
 """
 
 import ctypes
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -367,6 +368,11 @@ def test_no_kernel_is_worse_than_the_table(whole_library):
     if "cannot be told" in ran.stdout:
         pytest.skip(ran.stdout)
     assert ran.returncode == 0 and "none worse" in ran.stdout, ran.stdout + ran.stderr[-2000:]
+
+
+def test_no_kernel_of_the_table_has_a_stack():
+    table = json.loads((ROOT / "bench" / "results" / "cuda-static.json").read_text())
+    assert [row for row in table["kernels"] if row["stack"]] == []
 
 
 def test_tensors_without_kernels_are_told_why():

@@ -355,8 +355,9 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
     const int groups = (f.channels + S::at_once - 1) / S::at_once,
               heads = std::max(1, f.batch * f.heads / S::teams),
               blocks = call.on.multiprocessors * 512 / S::threads;
-    f.share = (groups + std::max(1, blocks / heads) - 1) / std::max(1, blocks / heads);
-    f.parts = (groups + f.share - 1) / f.share;
+    const int share = (groups + std::max(1, blocks / heads) - 1) / std::max(1, blocks / heads);
+    f.parts = (groups + share - 1) / share;
+    f.share = groups == 1 ? std::min(f.channels, S::at_once) : share * S::at_once;
     if (!S::keeps_shared) kept = int64_t{f.batch} * f.heads * f.parts * S::length;
   });
   const Tensor sums = scratch(x, int64_t{f.batch} * f.heads * f.parts * call.length),
