@@ -118,8 +118,10 @@ struct Call : Launcher {
     Launcher::run<kernel>(length, f);
   }
 
-  Tensor spectra(const Tensor& x) {
-    Tensor made = scratch(x, int64_t{f.kernels} * f.heads * (2 * r - 1) * (length / r));
+  // The backward multiplies by u itself.
+  Tensor spectra(const Tensor& x, bool wrapped) {
+    f.wrapped = wrapped ? r - 1 : 0;
+    Tensor made = scratch(x, int64_t{f.kernels} * f.heads * (f.wrapped + r) * (length / r));
     f.spectra = data(made);
     run<Kernel::spectra>();
     return made;
@@ -325,7 +327,7 @@ Tensor fft_conv(Tensor x, Tensor kernel) {
   }
   Call call(x, kernel);
   call.f.out = view(out);
-  const Tensor spectra = call.spectra(x);
+  const Tensor spectra = call.spectra(x, true);
   call.run<Kernel::forward>();
   return out;
 }
@@ -347,7 +349,7 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
   f.grad = view(grad);
   f.out = view(grad_x);
   f.grad_kernel = kernel_view(grad_kernel);
-  const Tensor spectra = call.spectra(x);
+  const Tensor spectra = call.spectra(x, false);
   int64_t kept = 0;
   with_shape<Kernel::backward>(f.x.type, call.length, call.on.shared, [&](auto shape) {
     using S = decltype(shape);

@@ -29,7 +29,8 @@ struct FftConv {
   int parts, share;   // that a head's channels are cut into, backward; channels of a part
   View x, grad, out;  // (b, n, h, d); out is of the dtype of x
   View kernel, grad_kernel;  // (b or 1, m, 1, h): its heads are channels
-  Complex* spectra;   // (kernels, h, 2 r - 1, M)
+  int wrapped;        // how many values of a spectrum are there times u as well: r - 1, or 0
+  Complex* spectra;   // (kernels, h, wrapped + r, M)
   Complex* sums;      // (b, h, parts, r, M): of the kernels' gradients
   Complex* kept;      // (blocks, r, M): spectra of x, where shared memory is short
 };
@@ -370,9 +371,9 @@ HD Channels channels_of(const FftConv& f, int head, int c) {
 // … and its kernel, whose spectra are here.
 HD int kernel_of(const FftConv& f, int head) { return f.kernels == 1 ? head % f.heads : head; }
 
-template <class S>
+template <class S, bool wrapped>
 HD const Complex* spectrum_of(const FftConv& f, int kernel) {
-  return f.spectra + int64_t{kernel} * (2 * S::r - 1) * S::M;
+  return f.spectra + int64_t{kernel} * (wrapped ? 2 * S::r - 1 : S::r) * S::M;
 }
 
 // f(j, address) for those of a thread's sixteen lags that such a kernel has.
@@ -389,7 +390,7 @@ HD void each_lag(const View& view, const FftConv& args, int kernel, int thread, 
 }
 
 // Spectra of kernels, as the others read them: for r = 1 values in pairs of all threads
-// together; else the r values of a point, and the last r - 1 of them times u as well.
+// together; else the r values of a point, and before them the last r - 1 of them times u.
 template <class S>
 struct Spectra {
   static constexpr int shared = S::shared;
@@ -418,13 +419,13 @@ struct Spectra {
       });
     } else {
       work.last(work.points);
-      Complex* to = f.spectra + int64_t{block.index()} * (2 * S::r - 1) * S::M;
+      Complex* to = f.spectra + int64_t{block.index()} * (f.wrapped + S::r) * S::M;
       work.each_leaf([&](int place) {
         const Complex u = S::Stages::point(place);
         unrolled<S::r>([&](auto e) {
           const Complex k = work.points.get(W::leaf(place, e));
-          block.store_complex(to + (S::r - 1 + e) * S::M + place, k);
-          if (e > 0) block.store_complex(to + (e - 1) * S::M + place, u * k);
+          block.store_complex(to + (f.wrapped + e) * S::M + place, k);
+          if (e > 0 && f.wrapped > 0) block.store_complex(to + (e - 1) * S::M + place, u * k);
         });
       });
     }
@@ -456,7 +457,7 @@ struct Forward {
     };
     const int only = kernel_at(0);  // of a block with one unit: the compiler divides just once
     auto spectrum = [&](int thread) {
-      return spectrum_of<S>(f, S::teams == 1 ? only : kernel_at(thread));
+      return spectrum_of<S, true>(f, S::teams == 1 ? only : kernel_at(thread));
     };
     typename W::template Own<Queue<S>> queue(block);
     block.stretch([&](int thread) {
@@ -520,7 +521,8 @@ struct Backward {
       return channels_of<S>(f, own / f.parts, own < 0 ? -1 : own % f.parts * f.share + first);
     };
     auto spectrum = [&](int thread) {
-      return spectrum_of<S>(f, kernel_of(f, (unit(thread) < 0 ? 0 : unit(thread)) / f.parts));
+      return spectrum_of<S, false>(
+          f, kernel_of(f, (unit(thread) < 0 ? 0 : unit(thread)) / f.parts));
     };
     auto sums = [&](int thread) { return f.sums + int64_t{unit(thread)} * S::length; };
     typename W::template Own<Queue<S>> x(block), grad(block);
@@ -566,7 +568,7 @@ struct Backward {
         });
       } else {
         work.last(work.points);
-        const Complex* kernel = spectrum(0) + (S::r - 1) * S::M;
+        const Complex* kernel = spectrum(0);
         Complex* to = sums(0);
         work.each_leaf([&](int place) {
           Complex w[S::r], a[S::r];
@@ -591,8 +593,9 @@ struct Backward {
             block.store_complex(to + e * S::M + place, sum);
           });
           Complex k[2 * S::r - 1];
-          unrolled<2 * S::r - 1>([&](auto e) {
-            k[e] = conj(block.load_complex(kernel + (e - (S::r - 1)) * S::M + place));
+          unrolled<S::r>([&](auto e) {
+            k[S::r - 1 + e] = conj(block.load_complex(kernel + e * S::M + place));
+            if constexpr (e > 0) k[e - 1] = conj(u) * k[S::r - 1 + e];
           });
           unrolled<S::r>([&](auto j) {
             Complex sum = w[0] * k[S::r - 1 - j];
