@@ -6,6 +6,7 @@ where a copy is read that nobody waited for.
 """
 
 import ctypes
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,18 @@ def test_the_shapes_fit_the_devices(host):
                     length, size, direction)
 
 
+@pytest.mark.parametrize("kernels", [(2,), ()])
+def test_scratch_of_the_backward_is_a_twentieth_of_its_tensors(host, kernels):
+    """b = 8, n = 8192, h = 8, d = 64 on Hopper, a thirty-second of both: four multiprocessors."""
+    x, kernel = torch.randn(2, 8192, 1, 64).bfloat16(), torch.randn(*kernels, 8192, 1).bfloat16()
+    host.start(HOPPER, 90)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.ops.fastmix_cuda_host.fft_conv_backward(x, x, kernel)
+    made = sum(event.self_cpu_memory_usage for event in profile.events()
+               if event.name == "aten::empty")
+    assert 0 < made - x.nbytes - kernel.nbytes <= 0.05 * (4 * x.nbytes + 2 * kernel.nbytes)
+
+
 def test_the_same_bits_twice(host):
     x, kernel = torch.randn(2, 3000, 2, 6), torch.randn(3000, 2)
     assert all(map(torch.equal, host(x, kernel, x), host(x, kernel, x)))
@@ -367,6 +380,11 @@ def test_no_kernel_is_worse_than_the_table(whole_library):
     if "cannot be told" in ran.stdout:
         pytest.skip(ran.stdout)
     assert ran.returncode == 0 and "none worse" in ran.stdout, ran.stdout + ran.stderr[-2000:]
+
+
+def test_no_kernel_of_the_table_has_a_stack():
+    table = json.loads((ROOT / "bench" / "results" / "cuda-static.json").read_text())
+    assert [row for row in table["kernels"] if row["stack"]] == []
 
 
 def test_tensors_without_kernels_are_told_why():

@@ -118,8 +118,10 @@ struct Call : Launcher {
     Launcher::run<kernel>(length, f);
   }
 
-  Tensor spectra(const Tensor& x) {
-    Tensor made = scratch(x, int64_t{f.kernels} * f.heads * (2 * r - 1) * (length / r));
+  // The backward multiplies by u itself.
+  Tensor spectra(const Tensor& x, bool wrapped) {
+    f.wrapped = wrapped ? r - 1 : 0;
+    Tensor made = scratch(x, int64_t{f.kernels} * f.heads * (f.wrapped + r) * (length / r));
     f.spectra = data(made);
     run<Kernel::spectra>();
     return made;
@@ -325,7 +327,7 @@ Tensor fft_conv(Tensor x, Tensor kernel) {
   }
   Call call(x, kernel);
   call.f.out = view(out);
-  const Tensor spectra = call.spectra(x);
+  const Tensor spectra = call.spectra(x, true);
   call.run<Kernel::forward>();
   return out;
 }
@@ -347,7 +349,7 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
   f.grad = view(grad);
   f.out = view(grad_x);
   f.grad_kernel = kernel_view(grad_kernel);
-  const Tensor spectra = call.spectra(x);
+  const Tensor spectra = call.spectra(x, false);
   int64_t kept = 0;
   with_shape<Kernel::backward>(f.x.type, call.length, call.on.shared, [&](auto shape) {
     using S = decltype(shape);
@@ -355,8 +357,9 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
     const int groups = (f.channels + S::at_once - 1) / S::at_once,
               heads = std::max(1, f.batch * f.heads / S::teams),
               blocks = call.on.multiprocessors * 512 / S::threads;
-    f.share = (groups + std::max(1, blocks / heads) - 1) / std::max(1, blocks / heads);
-    f.parts = (groups + f.share - 1) / f.share;
+    const int share = (groups + std::max(1, blocks / heads) - 1) / std::max(1, blocks / heads);
+    f.parts = (groups + share - 1) / share;
+    f.share = groups == 1 ? std::min(f.channels, S::at_once) : share * S::at_once;
     if (!S::keeps_shared) kept = int64_t{f.batch} * f.heads * f.parts * S::length;
   });
   const Tensor sums = scratch(x, int64_t{f.batch} * f.heads * f.parts * call.length),

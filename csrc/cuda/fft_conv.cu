@@ -37,6 +37,7 @@ struct Block {
   __device__ __forceinline__ int again(int) const {
     int index;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    __builtin_assume(index >= 0);
     return index;
   }
 
@@ -107,8 +108,9 @@ struct Block {
   static __device__ __forceinline__ float from_half(uint32_t bits) {
     return __half2float(__ushort_as_half(bits));
   }
-  static __device__ __forceinline__ uint32_t to_half(float x) {
-    return __half_as_ushort(__float2half_rn(x));
+  template <Type type>
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    return packed<type>(low, high);
   }
 };
 

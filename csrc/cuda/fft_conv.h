@@ -26,10 +26,11 @@ struct FftConv {
   int batch, steps, heads, channels;
   int lags;           // of the kernel that matter: at most `steps`
   int kernels;        // batch, or 1: one kernel for all
-  int parts, share;   // that a head's channels are cut into, backward; what one takes at once, each
+  int parts, share;   // that a head's channels are cut into, backward; channels of a part
   View x, grad, out;  // (b, n, h, d); out is of the dtype of x
   View kernel, grad_kernel;  // (b or 1, m, 1, h): its heads are channels
-  Complex* spectra;   // (kernels, h, 2 r - 1, M)
+  int wrapped;        // how many values of a spectrum are there times u as well: r - 1, or 0
+  Complex* spectra;   // (kernels, h, wrapped + r, M)
   Complex* sums;      // (b, h, parts, r, M): of the kernels' gradients
   Complex* kept;      // (blocks, r, M): spectra of x, where shared memory is short
 };
@@ -84,9 +85,11 @@ HD uint32_t as_bits(float x) {
   return bits;
 }
 
-HD uint32_t to_bfloat16(float x) {
-  const uint32_t bits = as_bits(x);
-  return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+// Two numbers of 16 bits, the first one low.
+template <class Block>
+HD uint32_t pack(Type type, float low, float high) {
+  return type == Type::bf16 ? Block::template pack<Type::bf16>(low, high)
+                            : Block::template pack<Type::f16>(low, high);
 }
 
 // The first channel of a row; what is behind it moves up, with `bits` at the end.
@@ -120,10 +123,12 @@ HD void peek(const Queue<S>& queue, int i, Type type, float* x) {
 // Drops that channel, and queues y at the end.
 template <class Block, class S>
 HD void push(Queue<S>& queue, int i, Type type, const float* y) {
-  unrolled<16>([&](auto j) {
-    queue_up<S>(queue.word[16 * i + j], S::bytes == 4         ? as_bits(y[j])
-                                        : type == Type::bf16 ? to_bfloat16(y[j])
-                                                             : Block::to_half(y[j]));
+  unrolled<8>([&](auto j) {
+    uint32_t* rows[] = {queue.word[16 * i + 2 * j], queue.word[16 * i + 2 * j + 1]};
+    const float low = y[2 * j], high = y[2 * j + 1];
+    const uint32_t both = S::bytes == 4 ? 0 : pack<Block>(type, low, high);
+    queue_up<S>(rows[0], S::bytes == 4 ? as_bits(low) : both);
+    queue_up<S>(rows[1], S::bytes == 4 ? as_bits(high) : both >> 16);
   });
 }
 
@@ -138,7 +143,7 @@ HD float number(Block& block, Type type, const char* from) {
 template <class Block>
 HD void put_number(Block& block, Type type, char* to, float x) {
   if (type == Type::f32) return block.template store_one<4>(to, as_bits(x));
-  block.template store_one<2>(to, type == Type::bf16 ? to_bfloat16(x) : Block::to_half(x));
+  block.template store_one<2>(to, pack<Block>(type, x, 0));
 }
 
 // Some neighbouring channels of a head: what a slot of threads reads and writes at once.
@@ -347,11 +352,28 @@ struct Work {
 
 // ---- the kernels
 
-// The kernel that a slot of threads transforms: the index-th of all heads of all kernels.
+// Which of `units` a slot of threads works at, or -1: the last block's may have none.
 template <class S>
-HD int kernel_of(const FftConv& f, int block, int thread) {
-  const int unit = block * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
-  return unit < f.kernels * f.heads ? unit : -1;
+HD int unit_of(int units, int block, int thread) {
+  if (S::teams == 1) return block;
+  const int unit = block * S::teams + thread / S::slot;
+  return unit < units ? unit : -1;
+}
+
+// Of all heads of all samples one: its channels from c on, if there are any …
+template <class S>
+HD Channels channels_of(const FftConv& f, int head, int c) {
+  if (c < 0 || c >= f.channels) return {0, 0, 0, 0};
+  return {head / f.heads, head % f.heads, c,
+          f.channels - c < S::at_once ? f.channels - c : S::at_once};
+}
+
+// … and its kernel, whose spectra are here.
+HD int kernel_of(const FftConv& f, int head) { return f.kernels == 1 ? head % f.heads : head; }
+
+template <class S, bool wrapped>
+HD const Complex* spectrum_of(const FftConv& f, int kernel) {
+  return f.spectra + int64_t{kernel} * (wrapped ? 2 * S::r - 1 : S::r) * S::M;
 }
 
 // f(j, address) for those of a thread's sixteen lags that such a kernel has.
@@ -368,7 +390,7 @@ HD void each_lag(const View& view, const FftConv& args, int kernel, int thread, 
 }
 
 // Spectra of kernels, as the others read them: for r = 1 values in pairs of all threads
-// together; else the r values of a point, and the last r - 1 of them times u as well.
+// together; else the r values of a point, and before them the last r - 1 of them times u.
 template <class S>
 struct Spectra {
   static constexpr int shared = S::shared;
@@ -382,14 +404,14 @@ struct Spectra {
     block.stretch([&](int thread) { work.tabulate(thread); });
     work.forward([&](int thread, int i, float* x) {
       unrolled<16>([&](auto j) { x[j] = 0; });
-      const int kernel = kernel_of<S>(f, block.index(), thread);
+      const int kernel = unit_of<S>(units(f), block.index(), thread);
       each_lag<S>(f.kernel, f, kernel, thread, i, [&](auto j, const char* from) {
         x[j] = number<Block>(block, f.kernel.type, from);
       });
     });
     if constexpr (S::r == 1) {
       block.stretch([&](int thread) {
-        const int kernel = kernel_of<S>(f, block.index(), thread);
+        const int kernel = unit_of<S>(units(f), block.index(), thread);
         Complex* to = kernel < 0 ? nullptr : f.spectra + int64_t{kernel} * S::M;
         work.third_in(thread, [&](auto i, Complex* v) {
           if (to != nullptr) block.store_pair(to + W::pair(thread, i / 2), v);
@@ -397,13 +419,13 @@ struct Spectra {
       });
     } else {
       work.last(work.points);
-      Complex* to = f.spectra + int64_t{block.index()} * (2 * S::r - 1) * S::M;
+      Complex* to = f.spectra + int64_t{block.index()} * (f.wrapped + S::r) * S::M;
       work.each_leaf([&](int place) {
         const Complex u = S::Stages::point(place);
         unrolled<S::r>([&](auto e) {
           const Complex k = work.points.get(W::leaf(place, e));
-          block.store_complex(to + (S::r - 1 + e) * S::M + place, k);
-          if (e > 0) block.store_complex(to + (e - 1) * S::M + place, u * k);
+          block.store_complex(to + (f.wrapped + e) * S::M + place, k);
+          if (e > 0 && f.wrapped > 0) block.store_complex(to + (e - 1) * S::M + place, u * k);
         });
       });
     }
@@ -420,33 +442,29 @@ struct Forward {
 
   HD static int units(const FftConv& f) { return f.batch * f.heads * groups(f); }
 
-  HD static Channels channels(const FftConv& f, int unit) {
-    if (unit >= units(f)) return {0, 0, 0, 0};
-    const int head = unit / groups(f),
-                  c = unit % groups(f) * S::at_once;
-    return {head / f.heads, head % f.heads, c,
-            f.channels - c < S::at_once ? f.channels - c : S::at_once};
-  }
-
   template <class Block>
   HD static void run(Block& block, const FftConv& f) {
     using W = Work<S, Block>;
     W work(block);
     const Type type = f.x.type;
+    auto unit = [&](int thread) { return unit_of<S>(units(f), block.index(), thread); };
     auto at = [&](int thread) {
-      return channels(f, block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot));
+      const int own = unit(thread);
+      return channels_of<S>(f, own / groups(f), own < 0 ? -1 : own % groups(f) * S::at_once);
     };
+    auto kernel_at = [&](int thread) {
+      return kernel_of(f, (unit(thread) < 0 ? 0 : unit(thread)) / groups(f));
+    };
+    const int only = kernel_at(0);  // of a block with one unit: the compiler divides just once
     auto spectrum = [&](int thread) {
-      const Channels mine = at(thread);
-      const int kernel = (f.kernels == 1 ? 0 : mine.b) * f.heads + mine.h;
-      return f.spectra + int64_t{kernel} * (2 * S::r - 1) * S::M;
+      return spectrum_of<S, true>(f, S::teams == 1 ? only : kernel_at(thread));
     };
     typename W::template Own<Queue<S>> queue(block);
     block.stretch([&](int thread) {
       work.tabulate(thread);
       read<Block, S>(block, f.x, f.channels, f.steps, at(thread), thread, queue.of(thread));
     });
-    ROLLED for (int c = 0; c < S::at_once && c < f.channels; ++c) {
+    ROLLED for (int left = S::at_once < f.channels ? S::at_once : f.channels; left > 0; --left) {
       work.forward(queue, type);
       if constexpr (S::r == 1) {
         block.stretch([&](int thread) {
@@ -497,107 +515,102 @@ struct Backward {
     using W = Work<S, Block>;
     W work(block);
     const Type type = f.x.type;
-    auto unit = [&](int thread) {
-      const int own = block.index() * S::teams + (S::teams == 1 ? 0 : thread / S::slot);
-      return own < units(f) ? own : -1;
-    };
-    auto at = [&](int thread, int group) -> Channels {
-      const int own = unit(thread), c = (own % f.parts * f.share + group) * S::at_once;
-      if (own < 0 || c >= f.channels) return {0, 0, 0, 0};
-      const int head = own / f.parts;
-      return {head / f.heads, head % f.heads, c,
-              f.channels - c < S::at_once ? f.channels - c : S::at_once};
+    auto unit = [&](int thread) { return unit_of<S>(units(f), block.index(), thread); };
+    auto at = [&](int thread, int first) {
+      const int own = unit(thread);
+      return channels_of<S>(f, own / f.parts, own < 0 ? -1 : own % f.parts * f.share + first);
     };
     auto spectrum = [&](int thread) {
-      const int own = unit(thread) < 0 ? 0 : unit(thread), head = own / f.parts;
-      return f.spectra + int64_t{f.kernels == 1 ? head % f.heads : head} * (2 * S::r - 1) * S::M;
+      return spectrum_of<S, false>(
+          f, kernel_of(f, (unit(thread) < 0 ? 0 : unit(thread)) / f.parts));
     };
     auto sums = [&](int thread) { return f.sums + int64_t{unit(thread)} * S::length; };
     typename W::template Own<Queue<S>> x(block), grad(block);
     block.stretch([&](int thread) { work.tabulate(thread); });
-    ROLLED for (int group = 0; group < f.share; ++group) {
-      block.own([&](int thread) {
-        read<Block, S>(block, f.x, f.channels, f.steps, at(thread, group), thread, x.of(thread));
-        read<Block, S>(block, f.grad, f.channels, f.steps, at(thread, group), thread,
-                       grad.of(thread));
-      });
-      ROLLED for (int c = 0; c < S::at_once && c < f.channels; ++c) {
-        work.forward(x, type);
-        work.drop(x, type);
-        if constexpr (S::keeps_shared) {
-          work.last(work.kept);
-        } else {
-          work.last(work.points);
-          work.each_leaf([&](int place) {
-            unrolled<S::r>([&](auto e) {
-              block.store_complex(f.kept + (int64_t{block.index()} * S::r + e) * S::M + place,
-                                  work.points.get(W::leaf(place, e)));
-            });
+    ROLLED for (int c = 0; c < f.share; ++c) {
+      if (c % S::at_once == 0)
+        block.own([&](int thread) {
+          read<Block, S>(block, f.x, f.channels, f.steps, at(thread, c), thread, x.of(thread));
+          read<Block, S>(block, f.grad, f.channels, f.steps, at(thread, c), thread,
+                         grad.of(thread));
+        });
+      work.forward(x, type);
+      work.drop(x, type);
+      if constexpr (S::keeps_shared) {
+        work.last(work.kept);
+      } else {
+        work.last(work.points);
+        work.each_leaf([&](int place) {
+          unrolled<S::r>([&](auto e) {
+            block.store_complex(f.kept + (int64_t{block.index()} * S::r + e) * S::M + place,
+                                work.points.get(W::leaf(place, e)));
           });
-        }
-        work.forward(grad, type);
-        if constexpr (S::r == 1) {
-          block.stretch([&](int thread) {
-            typename W::Shared kept = W::of(work.kept, thread, 0);
-            const Complex* kernel = spectrum(thread);
-            Complex* to = unit(thread) < 0 ? nullptr : sums(thread);
-            work.third(thread, [&](auto i, Complex* v) {
-              Complex k[2], sum[2] = {};
-              if (to != nullptr && group + c > 0) block.load_pair(to + W::pair(thread, i / 2), sum);
-              unrolled<2>([&](auto j) {
-                sum[j] = sum[j] + conj(kept.get(17 * (thread % S::slot) + i + j)) * v[j];
-              });
-              if (to != nullptr) block.store_pair(to + W::pair(thread, i / 2), sum);
-              block.load_pair(kernel + W::pair(thread, i / 2), k);
-              v[0] = v[0] * conj(k[0]);
-              v[1] = v[1] * conj(k[1]);
-              block.in_order();
-            });
-          });
-        } else {
-          work.last(work.points);
-          const Complex* kernel = spectrum(0) + (S::r - 1) * S::M;
-          Complex* to = sums(0);
-          work.each_leaf([&](int place) {
-            Complex w[S::r], a[S::r];
-            unrolled<S::r>([&](auto e) {
-              w[e] = work.points.get(W::leaf(place, e));
-              const Complex* far = f.kept + (int64_t{block.index()} * S::r + e) * S::M + place;
-              a[e] = S::keeps_shared ? work.kept.get(W::leaf(place, e)) : block.load_complex(far);
-            });
-            // The kernel's e-th value met a_j in w_{j+e}, times u where that passes the end.
-            const Complex u = S::Stages::point(place);
-            unrolled<S::r>([&](auto e) {
-              Complex sum = conj(a[0]) * w[e], wrapped{0, 0};
-              unrolled<S::r - 1>([&](auto j) {
-                const Complex product = conj(a[j + 1]) * w[(e + j + 1) % S::r];
-                if (e + j + 1 < S::r)
-                  sum = sum + product;
-                else
-                  wrapped = wrapped + product;
-              });
-              sum = sum + conj(u) * wrapped;
-              if (group + c > 0) sum = sum + block.load_complex(to + e * S::M + place);
-              block.store_complex(to + e * S::M + place, sum);
-            });
-            Complex k[2 * S::r - 1];
-            unrolled<2 * S::r - 1>([&](auto e) {
-              k[e] = conj(block.load_complex(kernel + (e - (S::r - 1)) * S::M + place));
-            });
-            unrolled<S::r>([&](auto j) {
-              Complex sum = w[0] * k[S::r - 1 - j];
-              unrolled<S::r - 1>([&](auto i) { sum = sum + w[i + 1] * k[i + 1 - j + S::r - 1]; });
-              work.points.put(W::leaf(place, j), sum);
-            });
-          });
-          work.last_back();
-        }
-        work.back(grad, type);
+        });
       }
-      block.own([&](int thread) {
-        write<Block, S>(block, f.out, f.channels, f.steps, at(thread, group), thread,
-                        grad.of(thread));
-      });
+      work.forward(grad, type);
+      if constexpr (S::r == 1) {
+        block.stretch([&](int thread) {
+          typename W::Shared kept = W::of(work.kept, thread, 0);
+          const Complex* kernel = spectrum(thread);
+          Complex* to = unit(thread) < 0 ? nullptr : sums(thread);
+          work.third(thread, [&](auto i, Complex* v) {
+            Complex k[2], sum[2] = {};
+            if (to != nullptr && c > 0) block.load_pair(to + W::pair(thread, i / 2), sum);
+            unrolled<2>([&](auto j) {
+              sum[j] = sum[j] + conj(kept.get(17 * (thread % S::slot) + i + j)) * v[j];
+            });
+            if (to != nullptr) block.store_pair(to + W::pair(thread, i / 2), sum);
+            block.load_pair(kernel + W::pair(thread, i / 2), k);
+            v[0] = v[0] * conj(k[0]);
+            v[1] = v[1] * conj(k[1]);
+            block.in_order();
+          });
+        });
+      } else {
+        work.last(work.points);
+        const Complex* kernel = spectrum(0);
+        Complex* to = sums(0);
+        work.each_leaf([&](int place) {
+          Complex w[S::r], a[S::r];
+          unrolled<S::r>([&](auto e) {
+            w[e] = work.points.get(W::leaf(place, e));
+            const Complex* far = f.kept + (int64_t{block.index()} * S::r + e) * S::M + place;
+            a[e] = S::keeps_shared ? work.kept.get(W::leaf(place, e)) : block.load_complex(far);
+          });
+          // The kernel's e-th value met a_j in w_{j+e}, times u where that passes the end.
+          const Complex u = S::Stages::point(place);
+          unrolled<S::r>([&](auto e) {
+            Complex sum = conj(a[0]) * w[e], wrapped{0, 0};
+            unrolled<S::r - 1>([&](auto j) {
+              const Complex product = conj(a[j + 1]) * w[(e + j + 1) % S::r];
+              if (e + j + 1 < S::r)
+                sum = sum + product;
+              else
+                wrapped = wrapped + product;
+            });
+            sum = sum + conj(u) * wrapped;
+            if (c > 0) sum = sum + block.load_complex(to + e * S::M + place);
+            block.store_complex(to + e * S::M + place, sum);
+          });
+          Complex k[2 * S::r - 1];
+          unrolled<S::r>([&](auto e) {
+            k[S::r - 1 + e] = conj(block.load_complex(kernel + e * S::M + place));
+            if constexpr (e > 0) k[e - 1] = conj(u) * k[S::r - 1 + e];
+          });
+          unrolled<S::r>([&](auto j) {
+            Complex sum = w[0] * k[S::r - 1 - j];
+            unrolled<S::r - 1>([&](auto i) { sum = sum + w[i + 1] * k[i + 1 - j + S::r - 1]; });
+            work.points.put(W::leaf(place, j), sum);
+          });
+        });
+        work.last_back();
+      }
+      work.back(grad, type);
+      if (c % S::at_once == S::at_once - 1 || c == f.share - 1)
+        block.own([&](int thread) {
+          write<Block, S>(block, f.out, f.channels, f.steps,
+                          at(thread, c / S::at_once * S::at_once), thread, grad.of(thread));
+        });
     }
   }
 };
@@ -624,7 +637,7 @@ struct Lags {
     };
     if constexpr (S::r == 1) {
       block.stretch([&](int thread) {
-        const int kernel = kernel_of<S>(f, block.index(), thread);
+        const int kernel = unit_of<S>(units(f), block.index(), thread);
         work.third_back(thread, [&](auto i, Complex* v) {
           v[0] = v[1] = {0, 0};
           each_part(kernel, [&](const Complex* from) {
@@ -648,7 +661,7 @@ struct Lags {
       work.last_back();
     }
     work.back([&](int thread, int i, const float* y) {
-      const int kernel = kernel_of<S>(f, block.index(), thread);
+      const int kernel = unit_of<S>(units(f), block.index(), thread);
       each_lag<S>(f.grad_kernel, f, kernel, thread, i, [&](auto j, char* to) {
         put_number<Block>(block, f.grad_kernel.type, to, y[j]);
       });

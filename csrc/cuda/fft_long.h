@@ -251,7 +251,7 @@ struct Rows {
   }
 
   // The numbers of the index-th of all in scratch that have N of them; an int counts them all.
-  HD Complex* of(Complex* all, int index) const { return all + index * f.length + from; }
+  HD Complex* of(Complex* all, int index) const { return all + (index * f.length + from); }
 
   // A thread's row begins here; and there is the i-th of its pairs of a spectrum.
   HD static int row(int thread) { return thread / S::slot * S::M; }

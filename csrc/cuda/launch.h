@@ -16,6 +16,19 @@ struct Device {
 
 Device device(int index);
 
+#ifdef __CUDACC__
+// Two numbers of a type, the first one low.
+template <Type type>
+__device__ __forceinline__ uint32_t packed(float low, float high) {
+  uint32_t word;
+  if constexpr (type == Type::bf16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+#endif
+
 // Queues a kernel on the current device; what went wrong, or nullptr.
 template <Kernel kernel>
 const char* launch(int length, const Args<kernel>& args, const Device& on, void* stream);

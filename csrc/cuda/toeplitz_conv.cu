@@ -110,15 +110,9 @@ struct Block {
 #undef MULTIPLY
   }
 
-  // Two numbers of a type, the first one low.
   template <Type type>
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    uint32_t word;
-    if constexpr (type == Type::bf16)
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    else
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
+    return packed<type>(low, high);
   }
 
   template <int words>

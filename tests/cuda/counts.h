@@ -31,6 +31,11 @@ inline void store_words(int words, void* to, const uint32_t* from) {
   memcpy(to, from, 4 * words);
 }
 
+inline uint32_t to_bfloat16(float x) {
+  const uint32_t bits = as_bits(x);
+  return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+
 inline float from_half(uint32_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
@@ -48,6 +53,12 @@ inline uint32_t to_half(float x) {
   const int step = std::max(exponent - 11, -24);  // nearbyint rounds halves to even
   const int count = std::nearbyint(std::ldexp(size, -step));
   return sign | (step == -24 ? count : (step + 24 << 10) + count);
+}
+
+template <Type type>
+uint32_t packed(float low, float high) {
+  if (type == Type::bf16) return to_bfloat16(low) | to_bfloat16(high) << 16;
+  return to_half(low) | to_half(high) << 16;
 }
 
 }  // namespace

@@ -142,7 +142,10 @@ struct Block {
   }
 
   static float from_half(uint32_t bits) { return cuda::from_half(bits); }
-  static uint32_t to_half(float x) { return cuda::to_half(x); }
+  template <Type type>
+  static uint32_t pack(float low, float high) {
+    return packed<type>(low, high);
+  }
 };
 
 }  // namespace

@@ -231,8 +231,7 @@ struct WarpBlock {
 
   template <Type type>
   static uint32_t pack(float low, float high) {
-    if (type == Type::bf16) return to_bfloat16(low) | to_bfloat16(high) << 16;
-    return to_half(low) | to_half(high) << 16;
+    return packed<type>(low, high);
   }
 
   // ---- tensors
