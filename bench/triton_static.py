@@ -136,7 +136,7 @@ def examine(function, kernel):
 # ---- the table: python bench/triton_static.py [--check] [--targets sm90 …]
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = ("bfloat16", "float32", "float64")  # the last for sm90 alone
+DTYPES = ("bfloat16", "float32", "float64")
 
 
 def table_path():
@@ -196,8 +196,7 @@ def measure(targets, dtypes, progress=lambda text: None):
     rows = []
     for target in targets:
         with recording(target) as found:
-            for operator, shape, dtype, launch in _launches(
-                    d for d in dtypes if d != "float64" or target == "sm90"):
+            for operator, shape, dtype, launch in _launches(dtypes):
                 progress(f"{target} {operator} {shape} {dtype}")
                 before = set(found)
                 launch()
