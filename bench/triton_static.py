@@ -197,6 +197,9 @@ def measure(targets, dtypes, progress=lambda text: None):
     for target in targets:
         with recording(target) as found:
             for operator, shape, dtype, launch in _launches(dtypes):
+                if (operator == "gate_loop" and shape[3] > 1 and dtype == torch.float64
+                        and target == "gfx942"):
+                    continue  # Triton fails to compile its products
                 progress(f"{target} {operator} {shape} {dtype}")
                 before = set(found)
                 launch()

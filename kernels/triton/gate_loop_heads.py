@@ -410,7 +410,7 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
             *_strided(q, k, v, grad, gates), states, adjoints, grad_q, grad_k, grad_v, asked,
             n, h, chunks, ROUNDED=logits and given.dtype == torch.bfloat16, **narrow)
         if q.dtype == torch.float64:
-            options["num_warps"] = 2
+            options["num_warps"] = 1 if 0 < arch() < 90 else 2
         options["ROWS"] = min(options["C"], 32) if arch() else options["C"]
         _gate_gradients[(b * h * chunks,)](
             *_strided(q, k, v, grad, gates), asked, grad_gates if logits else _real(grad_gates),

@@ -547,7 +547,7 @@ def _total(parts, like):
     """parts (groups, …) → their sum in the dtype of `like`."""
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     groups = min(256, triton.next_power_of_2(parts.shape[0]))
-    block = min(512, 4096 // groups)
+    block = min(512, 16384 // parts.element_size() // groups)
     _add_groups[(-(-out.numel() // block),)](
         parts, out, parts.shape[0], parts.stride(0), out.numel(), GROUPS=groups, BLOCK=block)
     return out
