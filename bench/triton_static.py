@@ -136,7 +136,7 @@ def examine(function, kernel):
 # ---- the table: python bench/triton_static.py [--check] [--targets sm90 …]
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = ("bfloat16", "float32", "float64")  # the last for sm90 alone
+DTYPES = ("bfloat16", "float32", "float64")
 
 
 def table_path():
@@ -196,8 +196,10 @@ def measure(targets, dtypes, progress=lambda text: None):
     rows = []
     for target in targets:
         with recording(target) as found:
-            for operator, shape, dtype, launch in _launches(
-                    d for d in dtypes if d != "float64" or target == "sm90"):
+            for operator, shape, dtype, launch in _launches(dtypes):
+                if (operator == "gate_loop" and shape[3] > 1 and dtype == torch.float64
+                        and target == "gfx942"):
+                    continue  # Triton fails to compile its products
                 progress(f"{target} {operator} {shape} {dtype}")
                 before = set(found)
                 launch()

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmix._triton.scan import (entering, flat, load_rows, offset, place, power, segments,
-                                  tile)
+from fastmix._triton.scan import entering, flat, load_rows, offset, place, power, segments, tile
+from fastmix._triton.target import arch, registers
 
 RUNTIME = ["n", "blocks", "count", "length"]
 
@@ -267,6 +267,11 @@ def _plan(x, held):
     return (b * blocks * count,), (n, blocks, count, length, d, h * d), sizes
 
 
+def _bound(x, sizes, most):
+    """Wide tiles of float32 take about as many registers as three programs leave each other."""
+    return registers(most) if x.dtype == torch.float32 and sizes["num_warps"] == 4 else {}
+
+
 def forward(x, decay, gain, initial_state, carry_every):
     b, n, h, d = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -286,7 +291,7 @@ def forward(x, decay, gain, initial_state, carry_every):
     _forward[grid](x, decay, None if gain is None else gain.contiguous(),
                    None if initial_state is None else initial_state.contiguous(), ends, out,
                    state, carries if carry_every else None, *common, *x.stride(),
-                   EVERY=carry_every, **sizes)
+                   EVERY=carry_every, **sizes, **_bound(x, sizes, 176 if arch() < 90 else 168))
     return out, state, carries
 
 
@@ -306,11 +311,12 @@ def backward(grad, grad_state, carries, x, decay, gain, initial_state, carry_eve
     count = common[2]
     if count > 1:
         ends = x.new_empty(b, count, 2, h * d, dtype=wide)
-        _ends[grid](grad, decays, ends, *common, *grad.stride(), BACKWARD=True, **sizes)
+        _ends[grid](grad, decays, ends, *common, *grad.stride(), BACKWARD=True, **sizes,
+                    **({} if x.dtype == torch.float64 else registers(64)))
     sums = x.new_empty(1 if gain is None else 2, b * count, h, d, dtype=wide)
     _backward[grid](grad, x, decays, None if gain is None else gain.contiguous(),
                     grad_state.contiguous(), ends, grad_x, sums, grad_initial, *common,
-                    *grad.stride(), *x.stride(), **sizes)
+                    *grad.stride(), *x.stride(), **sizes, **_bound(x, sizes, 168))
     sums = sums.sum((1, 3))
     grad_decay = sums[0]
     if initial_state is not None:

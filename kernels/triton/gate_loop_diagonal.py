@@ -220,13 +220,14 @@ def _forward(q, k, v, gates, entries, out, last, carries,
             tl.store(carry, re, kept)
             tl.store(carry + 1, im, kept)
             carry += 2 * h
-        for j in tl.static_range(STEPS):
-            mask = inside & (j < left)
-            re, im = _times(a_re[j], a_im[j], re, im)
-            re += u[j]
-            result = _wide(qs[j]) * re
-            tl.store(out, result.to(out.dtype.element_ty), mask)
-            out += h
+        if n > 0:  # always: a branch keeps the compiler from mixing walk and scan, and spilling
+            for j in tl.static_range(STEPS):
+                mask = inside & (j < left)
+                re, im = _times(a_re[j], a_im[j], re, im)
+                re += u[j]
+                result = _wide(qs[j]) * re
+                tl.store(out, result.to(out.dtype.element_ty), mask)
+                out += h
 
         out += (ROWS - 1) * STEPS * h
         time += ROWS * STEPS
@@ -381,8 +382,9 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
     a_im, b_re, b_im = tl.zeros_like(a_re), tl.zeros_like(a_re), tl.zeros_like(a_re)
     forward: tl.constexpr = -1 if REVERSE else 1
     for _ in tl.range(0, length // ROWS, STEPS, num_stages=1):
+        left = _left(n, time, STEPS)
         for j in tl.static_range(STEPS):
-            mask = inside & (time + forward * j < n)
+            mask = inside & (forward * j < left)
             z = _fetch_pairs(gates, g_part, g_n, mask, 1, PACKED, 1)
             re, im = _pair(z, 0, PACKED, 1)
             re, im = _gate(re, im, mask, ACTIVATE)

@@ -16,13 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmix._triton import interpreted
 from fastmix._triton.gate import activate_backward
 from fastmix._triton.gate_tree import (
     block_sums, double, load_gates, load_logits, part_of, spread, times, tree)
 from fastmix._triton.matrices import (
     dot, dot_sums, load_rows, load_state, load_strided_state, rounded, store_rows, store_state,
     sums_dot)
+from fastmix._triton.target import arch, registers
 
 
 @triton.jit(do_not_specialize=["n", "heads", "chunks"])
@@ -289,17 +289,9 @@ def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides
 # ---- launchers
 
 
-def _arch():
-    """The compute capability, 90 for 9.0; 0 where there is none: on AMD, in the interpreter."""
-    if interpreted():
-        return 0
-    target = triton.runtime.driver.active.get_current_target()
-    return target.arch if target.backend == "cuda" else 0
-
-
 def _precision(dtype):
     """How products with float32 operands are formed."""
-    if dtype == torch.float64 or not _arch():
+    if dtype == torch.float64 or not arch():
         return "ieee"
     if dtype == torch.float32:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -309,7 +301,7 @@ def _precision(dtype):
 def _chunk(dtype):
     """Steps per chunk: 64, fewer where products are not for tensor cores of 16-bit data, or
     those spread 64 steps over too few registers."""
-    sixteen = 64 if _arch() in (0, 90, 100, 101, 103) else 32
+    sixteen = 64 if arch() in (0, 90, 100, 101, 103) else 32
     return {torch.float32: 32, torch.float64: 16}.get(dtype, sixteen)
 
 
@@ -323,7 +315,13 @@ def _options(q, v, logits, width=32, **others):
     return dict(LOGITS=logits, SUMS=tl.float64 if q.dtype == torch.float64 else tl.float32,
                 DK=dk, DV=dv, BK=block(dk, min(c, 64)), BV=block(dv, min(c, width)), C=c,
                 LEVELS=c.bit_length() - 1, PRECISION=_precision(q.dtype),
-                num_warps=4 if _arch() in (0, 90) else 8, **others)
+                num_warps=4 if arch() in (0, 90) else 8, **others)
+
+
+def _narrow(options, dtype):
+    """With fewer rows of a state at once, where 16-bit data and all of them would spill."""
+    narrow = dtype.itemsize == 2 and 0 < arch() < 100
+    return dict(options, BK=min(options["BK"], options["C"] // 2 if narrow else 64))
 
 
 def _real(x):
@@ -351,8 +349,8 @@ def _states(q, k, v, gates, logits, initial_state):
     if b:
         options = _options(q, v, logits)
         small = options["BK"] * options["BV"] == 256
-        if _arch() and (q.dtype == torch.float64 or _arch() < 90 and not small):
-            options["maxnreg"] = 255  # left to itself ptxas stops at 128 and spills
+        if q.dtype == torch.float64 or arch() < 90 and not small:
+            options |= registers(255)
         _walk_states[_walk_grid(b, h, options)](
             *_strided(k, v, gates, _real(initial_state)), states, last, n, h, chunks, **options)
     return states, last
@@ -369,7 +367,7 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
         options = _options(q, v, logits, width=64)
         grid = (b * h * chunks * triton.cdiv(dv, options["BV"]),)
         _outputs[grid](*_strided(q, k, v, gates), states, out, n, h, chunks, num_stages=2,
-                       **options)
+                       **_narrow(options, q.dtype))
     apart = carry_every // _chunk(q.dtype)
     if not carry_every:
         states = states.new_empty(b, 0, h, dk, dv, 2)
@@ -394,19 +392,26 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
         chunks = states.shape[1] - 1
         adjoints = states.new_empty(b, chunks, h, dk, dv, 2)
         options = _options(q, v, logits)
+        if q.dtype == torch.float32 and arch():
+            options["num_warps"] = 8  # in four it spills on CUDA 9
         _walk_adjoints[_walk_grid(b, h, options)](
             *_strided(q, grad, gates, _real(grad_state)), adjoints, _real(grad_initial),
             n, h, chunks, **options)
         asked = states.new_empty(b, chunks, h, 4, options["C"])
         options = _options(q, v, logits, num_stages=1)
         # A wave on AMD has as many registers in a program of four as there are in eight.
-        options["num_warps"] = 8 if _arch() else 4
+        options["num_warps"] = 8 if arch() else 4
+        narrow = _narrow(options, q.dtype)
+        if q.dtype == torch.float32 and arch() == 90 and max(dk, dv) > 64:
+            narrow |= registers(168)
+        if q.dtype == torch.float64 and arch():
+            narrow["num_stages"] = 2  # loaded to shared memory, past registers
         _gradients[(b * h * chunks,)](
             *_strided(q, k, v, grad, gates), states, adjoints, grad_q, grad_k, grad_v, asked,
-            n, h, chunks, ROUNDED=logits and given.dtype == torch.bfloat16, **options)
+            n, h, chunks, ROUNDED=logits and given.dtype == torch.bfloat16, **narrow)
         if q.dtype == torch.float64:
-            options["num_warps"] = 2
-        options["ROWS"] = min(options["C"], 32) if _arch() else options["C"]
+            options["num_warps"] = 1 if 0 < arch() < 90 else 2
+        options["ROWS"] = min(options["C"], 32) if arch() else options["C"]
         _gate_gradients[(b * h * chunks,)](
             *_strided(q, k, v, grad, gates), asked, grad_gates if logits else _real(grad_gates),
             n, h, chunks, **options)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from fastmix._triton.scan import ends_of, entering, flat, offset, place, segments
+from fastmix._triton.target import arch, registers
 
 RUNTIME = ["n", "blocks", "count", "length", "carried"]
 
@@ -381,15 +382,17 @@ def _plan(gates, inputs, rows):
     gates = gates.reshape(b, n, heads, -1).expand(b, n, heads, d)
     complexes = gates.is_complex(), inputs.is_complex()
     runs = 16 if any(complexes) else 32
+    warp = 4  # channels
     if torch.promote_types(gates.dtype, inputs.dtype) in (torch.float64, torch.complex128):
         rows = max(rows // 2, 64 // runs)
+        warp = 2 if any(complexes) and arch() else 4
     cols = min(32, triton.next_power_of_2(heads * d))
     shared = one_gate and d % cols == 0
     blocks = triton.cdiv(heads * d, cols)
     count, length = segments(n, b * blocks, max(runs * rows, 64))
     return gates, inputs, (b * blocks * count,), (n, blocks, count, length), dict(
         SHARED=shared, GATES=complexes[0], INPUTS=complexes[1], STATES=any(complexes),
-        RUNS=runs, COLS=cols, ROWS=rows, num_warps=max(cols // 4, 1))
+        RUNS=runs, COLS=cols, ROWS=rows, num_warps=max(cols // warp, 1))
 
 
 def _empty(shape, dtype, like):
@@ -416,7 +419,8 @@ def forward(gates, inputs, initial_state, reverse, carry_every):
                     BACKWARD=False, **sizes)
     initial_state = None if initial_state is None else _parts(initial_state.contiguous())
     _forward[grid](_parts(gates), _parts(inputs), initial_state, ends, _parts(out),
-                   _parts(carries), *cut, carried, channels, *strides, EVERY=carry_every, **sizes)
+                   _parts(carries), *cut, carried, channels, *strides, EVERY=carry_every, **sizes,
+                   **(registers(255) if dtype == torch.float64 else {}))
     return out, carries
 
 
@@ -446,7 +450,8 @@ def backward(grad, carries, gates, inputs, initial_state, reverse, carry_every):
                     _parts(grad_gates), _parts(grad_inputs),
                     None if grad_initial is None else _parts(grad_initial), *cut,
                     carries.shape[1], channels, *grad.stride(), *gates.stride(),
-                    *inputs.stride(), EVERY=carry_every, **sizes)
+                    *inputs.stride(), EVERY=carry_every, **sizes,
+                    **(registers(168) if carries.dtype == torch.complex64 and arch() < 90 else {}))
     if not direct:
         grad_gates = grad_gates.view(b, n, shapes[0][2:].numel(), -1).sum(-1).to(dtypes[0])
     return (grad_gates.view(shapes[0]), grad_inputs,

@@ -364,7 +364,7 @@ class _Plan:
         self.wide = torch.promote_types(x.dtype, torch.float32)
         alike = all(p is None or p.dtype == x.dtype for p in (weight, bias, norm_weight, norm_bias))
         self.operand = x.dtype if alike else self.wide
-        roomy, stages = _device()
+        roomy, stages, steps = _device()
         self.most, walking, still, self.steps, self.stages = {
             2: (128, 32, 64 if roomy else 32, 64, stages), 4: (64, 32, 64, 16, 2),
             8: (32, 16, 32, 16, 1)}[self.operand.itemsize]
@@ -372,6 +372,7 @@ class _Plan:
         self.channels = min(walking if self.walks else still, _power(d))
         self.parts = h * -(-d // self.channels)
         self.depth = min(self.steps, _power(d))
+        self.steps = min(self.steps, steps)
         self.shape = dict(HEADS=h, DIM=d, WINDOW=self.w)
         self.types = dict(
             OPERAND=TYPES[self.wide if interpreted() else self.operand],
@@ -420,13 +421,13 @@ class _Plan:
 
 def _device():
     """→ whether the weights of 128 rows fit into shared memory beside two tiles, in tensor cores
-    that read them there; and the stages of pipelined loads."""
+    that read them there; the stages of pipelined loads; and how many steps _tiles takes at once."""
     if interpreted():
-        return True, 2
+        return True, 2, 64
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda":
-        return False, 2
-    return target.arch in (90, 100, 101, 103), 3
+        return False, 2, 32  # 64 spill with Triton 3.6
+    return target.arch in (90, 100, 101, 103), 3, 64
 
 
 def _multiprocessors(x):
@@ -558,7 +559,7 @@ def _total(parts, like):
     """parts (groups, …) → their sum in the dtype of `like`."""
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     groups = min(256, triton.next_power_of_2(parts.shape[0]))
-    block = min(512, 4096 // groups)
+    block = min(512, 16384 // parts.element_size() // groups)
     _add_groups[(-(-out.numel() // block),)](
         parts, out, parts.shape[0], parts.stride(0), out.numel(), GROUPS=groups, BLOCK=block)
     return out

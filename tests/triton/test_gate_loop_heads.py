@@ -99,14 +99,14 @@ def test_rounding_is_at_most_twice_the_definitions(dtype, logits):
     (torch.bfloat16, torch.bfloat16), (torch.float16, None)])
 def test_rounding_with_the_chunks_and_parts_of(arch, edge, dtype, logits, monkeypatch):
     """CUDA 8.0 has chunks of 32 steps of 16-bit data, 9.0 the weights of 64 steps in parts."""
-    monkeypatch.setattr(gate_loop_heads, "_arch", lambda: arch)
+    monkeypatch.setattr(gate_loop_heads, "arch", lambda: arch)
     check_rounding(dtype, logits, edge)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter: a GPU runs what is its own")
 def test_definition_with_weights_in_parts(monkeypatch):
     """What only 16-bit data has on a GPU, exactly."""
-    monkeypatch.setattr(gate_loop_heads, "_arch", lambda: 90)
+    monkeypatch.setattr(gate_loop_heads, "arch", lambda: 90)
     monkeypatch.setattr(gate_loop_heads, "_chunk", lambda dtype: 64)
     tensors = draw(67, 5, 3, True, True)
     weights = weights_for(tensors, F64)
