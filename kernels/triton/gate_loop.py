@@ -4,7 +4,10 @@ The scan is in gate_loop_diagonal.py, the chunks are in gate_loop_heads.py, both
 arguments and results of `forward` and `backward` here, which are the fallback's.
 """
 
+import torch
+
 from fastmix._triton import gate_loop_diagonal, gate_loop_heads
+from fastmix._triton.target import is_amd
 
 LARGEST_HEAD = 256
 
@@ -13,6 +16,8 @@ def refuses(q, k, v, *others):
     largest = max(q.shape[-1], v.shape[-1])
     if largest > LARGEST_HEAD:
         return f"head dims go up to {LARGEST_HEAD}, got {largest}"
+    if largest > 1 and q.dtype == torch.float64 and is_amd():
+        return "Triton compiles no products of float64 for AMD GPUs"
 
 
 def _kernels(q, v):

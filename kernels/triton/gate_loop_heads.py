@@ -318,9 +318,9 @@ def _options(q, v, logits, width=32, **others):
                 num_warps=4 if arch() in (0, 90) else 8, **others)
 
 
-def _narrow(options, dtype):
+def _narrow(options, dtype, oldest):
     """With fewer rows of a state at once, where 16-bit data and all of them would spill."""
-    narrow = dtype.itemsize == 2 and 0 < arch() < 100
+    narrow = dtype.itemsize == 2 and oldest <= arch() < 100
     return dict(options, BK=min(options["BK"], options["C"] // 2 if narrow else 64))
 
 
@@ -367,7 +367,7 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
         options = _options(q, v, logits, width=64)
         grid = (b * h * chunks * triton.cdiv(dv, options["BV"]),)
         _outputs[grid](*_strided(q, k, v, gates), states, out, n, h, chunks, num_stages=2,
-                       **_narrow(options, q.dtype))
+                       **_narrow(options, q.dtype, 90))
     apart = carry_every // _chunk(q.dtype)
     if not carry_every:
         states = states.new_empty(b, 0, h, dk, dv, 2)
@@ -401,7 +401,7 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
         options = _options(q, v, logits, num_stages=1)
         # A wave on AMD has as many registers in a program of four as there are in eight.
         options["num_warps"] = 8 if arch() else 4
-        narrow = _narrow(options, q.dtype)
+        narrow = _narrow(options, q.dtype, 80)
         if q.dtype == torch.float32 and arch() == 90 and max(dk, dv) > 64:
             narrow |= registers(168)
         if q.dtype == torch.float64 and arch():

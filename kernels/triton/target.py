@@ -13,6 +13,11 @@ def arch():
     return target.arch if target.backend == "cuda" else 0
 
 
+def is_amd():
+    return not interpreted() and (
+        triton.runtime.driver.active.get_current_target().backend == "hip")
+
+
 def registers(most):
     """The option that lets ptxas take `most` registers: left to itself it may aim at fewer, for
     one more program on a multiprocessor, and spill."""

@@ -7,7 +7,7 @@ from cases import (
 
 import fastmix
 from fastmix import reference
-from fastmix._triton import gate_loop_heads
+from fastmix._triton import gate_loop, gate_loop_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F64 = torch.float64
@@ -190,3 +190,12 @@ def test_empty_batch():
     weights = [w[:0] for w in weights_for(made, F64)]
     for found, like in zip(kernels(empty, weights), kernels(made, weights_for(made, F64))):
         assert found.shape == (0, *like.shape[1:]) and found.dtype == like.dtype
+
+
+def test_float64_is_refused_where_triton_cannot_compile_it(monkeypatch):
+    monkeypatch.setattr(gate_loop, "is_amd", lambda: True)
+    tensors = draw(5, 2, 2, True, False)
+    with pytest.raises(RuntimeError, match="no products of float64 for AMD GPUs"):
+        kernels(tensors)
+    kernels(in_dtype(tensors, torch.float32))
+    kernels(draw(5, 1, 1, True, False))
