@@ -25,6 +25,7 @@ import triton.language as tl
 
 from fastmix._triton import interpreted
 from fastmix._triton.activation import activate
+from fastmix._triton.target import arch, registers
 from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, place
 
 SCRATCH = 1 << 25  # bytes of the mixture's gradient at once
@@ -297,7 +298,8 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_stri
 
 @triton.jit(do_not_specialize=["first", "rows", "n", "per_group", "origin", "more"])
 def _norm_backward(gate, strides, norm, dnormed, dnormed_t, dx, dnorm, first, rows, origin, n, c,
-                   per_group, more, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+                   per_group, more,
+                   ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     """dnormed → dgate in dx, maybe in its place, for rows from `first` on, and a group of rows'
     part of dnorm (groups, 2, c); `more` adds to what is there. dnormed starts at row `origin`."""
     mean, inverse, scale, _ = norm
@@ -404,10 +406,11 @@ class _Plan:
             # Blocks of 128 rows, unless the last one would be half empty.
             rows = self.most if self.most < 128 or -(-self.w // 64) % 2 == 0 else 64
             blocks = -(-self.w // rows)
+            if tiles is _tiles_backward and self.operand.itemsize != 4:
+                options |= registers(128)
             tiles[(sequences * windows * blocks * self.parts,)](
                 *args, ROWS=rows, STEPS=self.steps, CHANNELS=self.channels, STAGES=self.stages,
-                num_warps=8 if rows * self.channels >= 4096 else 4, **options,
-                **_registers(tiles is _tiles_backward and self.operand.itemsize != 4))
+                num_warps=8 if rows * self.channels >= 4096 else 4, **options)
 
     def weight_tiles(self):
         """→ how many tiles dweight has, and its kernel's options."""
@@ -416,7 +419,7 @@ class _Plan:
         return count, dict(self.shape, ROWS=rows, COLUMNS=columns,
                            CHANNELS=self.depth, STAGES=self.stages,
                            num_warps=8 if rows * columns >= 4096 else 4, **self.rounded,
-                           **self.types, **_registers(self.operand.itemsize == 4))
+                           **self.types, **(registers(128) if self.operand.itemsize == 4 else {}))
 
 
 def _device():
@@ -424,24 +427,15 @@ def _device():
     that read them there; the stages of pipelined loads; and how many steps _tiles takes at once."""
     if interpreted():
         return True, 2, 64
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend != "cuda":
+    if not arch():
         return False, 2, 32  # 64 spill with Triton 3.6
-    return target.arch in (90, 100, 101, 103), 3, 64
+    return arch() in (90, 100, 101, 103), 3, 64
 
 
 def _multiprocessors(x):
     if not x.is_cuda:
         return 132  # an H200's
     return torch.cuda.get_device_properties(x.device).multi_processor_count
-
-
-def _registers(wanted):
-    """The option that lets ptxas take 128 registers: left to itself it takes fewer and spills."""
-    if not wanted or interpreted() or (
-            triton.runtime.driver.active.get_current_target().backend != "cuda"):
-        return {}
-    return dict(maxnreg=128)
 
 
 def _power(size):
