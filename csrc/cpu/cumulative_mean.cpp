@@ -27,13 +27,14 @@ namespace {
 constexpr int64_t kRun = 64;  // steps summed in the compute type
 
 // Adds the steps of a chunk to `total`; if `writes`, writes their means and fetches `next`.
-template <class C, bool writes>
+template <class T, bool writes>
 void run(const CumulativeMean& f, const Link& link, const Link& next, double* total,
          Scratch& scratch) {
+  using C = Computed<T>;
   const int64_t count = link.count, start = link.order * f.chain.steps,
                 end = smaller(start + f.chain.steps, f.n);
-  C *wide = scratch.take<C>(count), *base = scratch.take<C>(count),
-    *sum = scratch.take<C>(count), *y = scratch.take<C>(count);
+  T* gathered = scratch.take<T>(count);
+  C *base = scratch.take<C>(count), *sum = scratch.take<C>(count);
   for (int64_t i0 = start; i0 < end; i0 += kRun) {
     for (int64_t c = 0; c < count; ++c) {
       base[c] = static_cast<C>(total[c]);
@@ -41,7 +42,8 @@ void run(const CumulativeMean& f, const Link& link, const Link& next, double* to
     }
     for (int64_t i = i0; i < smaller(i0 + kRun, end); ++i) {
       const int64_t t = f.backward ? f.n - 1 - i : i;
-      const C* x = read(f.x, link.b, t, link.c0, count, wide);
+      const T* x = read(f.x, link.b, t, link.c0, count, gathered);
+      const Row<T> y(f.out, link.b, t, link.c0);
       const int64_t ahead = next.order * f.chain.steps + i - start;
       if (writes && next.count > 0 && ahead < f.n)
         prefetch(f.x, next.b, f.backward ? f.n - 1 - ahead : ahead, next.c0, next.count);
@@ -50,37 +52,38 @@ void run(const CumulativeMean& f, const Link& link, const Link& next, double* to
         using V = decltype(zero);
         const V now = load<V>(sum + c) + (f.backward ? share * load<V>(x + c) : load<V>(x + c));
         store(sum + c, now);
-        if (writes) store(y + c, f.backward ? load<V>(base + c) + now
-                                            : share * (load<V>(base + c) + now));
+        if (writes)
+          y.put(c, f.backward ? load<V>(base + c) + now : share * (load<V>(base + c) + now));
       });
-      if (writes) write(f.out, link.b, t, link.c0, count, y);
     }
     for (int64_t c = 0; c < count; ++c) total[c] += sum[c];
   }
   streamed();
 }
 
-template <class C>
+template <class T>
 void unit(const CumulativeMean& f, const Link& link, const Link& next) {
   Scratch scratch;
   double *added = scratch.take<double>(link.count), *total = scratch.take<double>(link.count);
   memset(added, 0, link.count * sizeof(double));
-  if (link.order + 1 < f.chain.chunks) run<C, false>(f, link, next, added, scratch);
+  if (link.order + 1 < f.chain.chunks) run<T, false>(f, link, next, added, scratch);
   await(link);
   for (int64_t c = 0; c < link.count; ++c) {
     total[c] = link.state[c];
     link.state[c] += added[c];
   }
   hand_on(link);
-  run<C, true>(f, link, next, total, scratch);
+  run<T, true>(f, link, next, total, scratch);
 }
 
 }  // namespace
 
 void cumulative_mean(const CumulativeMean& f, int64_t begin, int64_t end) {
-  const auto work = f.x.type == Type::f64 ? unit<double> : unit<float>;
-  each_link(f.chain, end - begin,
-            [&](const Link& link, const Link& next) { work(f, link, next); });
+  by_type(f.x.type, [&](auto stored) {
+    each_link(f.chain, end - begin, [&](const Link& link, const Link& next) {
+      unit<decltype(stored)>(f, link, next);
+    });
+  });
 }
 
 }  // namespace fastmix::FASTMIX_CPU

@@ -56,16 +56,16 @@ C* parameter(Scratch& scratch, const double* values, const Unit& u) {
 
 // The state that enters a chunk; the next chunk gets decay^steps times it, and what this one
 // adds: its last state if it starts from zero. Against time, the same of decay · g.
-template <class C, bool backward>
+template <class T, bool backward, class C>
 C* enter(const DecayConv& f, const Unit& u, const C* decay, const C* gain, Scratch& scratch) {
   C* state = scratch.take<C>(u.count);
   const bool followed = u.order + 1 < f.chain.chunks;
   if (followed) {
-    C* wide = scratch.take<C>(u.count);
+    T* gathered = scratch.take<T>(u.count);
     memset(state, 0, u.count * sizeof(C));
     for (int64_t i = u.start; i < u.end; ++i) {
       const int64_t t = backward ? u.end - 1 - (i - u.start) : i;
-      const C* in = read(backward ? f.grad : f.x, u.b, t, u.c0, u.count, wide);
+      const T* in = read(backward ? f.grad : f.x, u.b, t, u.c0, u.count, gathered);
       each_vector<C>(u.count, [&](auto zero, int64_t c) LAMBDA {
         using V = decltype(zero);
         const V a = load<V>(decay + c), s = load<V>(state + c), x = load<V>(in + c);
@@ -84,23 +84,26 @@ C* enter(const DecayConv& f, const Unit& u, const C* decay, const C* gain, Scrat
   return state;
 }
 
-template <class C>
+template <class T>
 void forward(const DecayConv& f, const Unit& u, const Unit& next) {
+  using C = Computed<T>;
   Scratch scratch;
   const C* decay = parameter<C>(scratch, f.decay, u);
   const C* gain = parameter<C>(scratch, f.gain, u);
-  C* state = enter<C, false>(f, u, decay, gain, scratch);
-  C* wide = scratch.take<C>(u.count);
+  C* state = enter<T, false>(f, u, decay, gain, scratch);
+  T* gathered = scratch.take<T>(u.count);
   for (int64_t t = u.start; t < u.end; ++t) {
     if (f.carry_every && t % f.carry_every == 0)
       write(f.carries, u.b, t / f.carry_every, u.c0, u.count, state);
-    const C* x = read(f.x, u.b, t, u.c0, u.count, wide);
+    const T* x = read(f.x, u.b, t, u.c0, u.count, gathered);
+    const Row<T> y(f.out, u.b, t, u.c0);
     fetch(f.x, next, t - u.start);
     each_vector<C>(u.count, [&](auto zero, int64_t c) LAMBDA {
       using V = decltype(zero);
-      store(state + c, load<V>(decay + c) * load<V>(state + c) + load<V>(gain + c) * load<V>(x + c));
+      const V now = load<V>(decay + c) * load<V>(state + c) + load<V>(gain + c) * load<V>(x + c);
+      store(state + c, now);
+      y.put(c, now);
     });
-    write(f.out, u.b, t, u.c0, u.count, state);
   }
   streamed();
   if (u.end < f.n) return;
@@ -109,16 +112,16 @@ void forward(const DecayConv& f, const Unit& u, const Unit& next) {
 }
 
 // With g_t = grad_t + decay · g_{t+1}: dx = gain · g, dgain = Σ g x, ddecay = Σ g_t y_{t-1}.
-template <class C>
+template <class T>
 void backward(const DecayConv& f, const Unit& u, const Unit& next) {
+  using C = Computed<T>;
   const int64_t count = u.count, every = f.carry_every;
   Scratch scratch;
   const C* decay = parameter<C>(scratch, f.decay, u);
   const C* gain = parameter<C>(scratch, f.gain, u);
-  C* g = enter<C, true>(f, u, decay, gain, scratch);  // decay · g_{t+1}
-  C* wide = scratch.take<C>(count);
-  C* wide_grad = scratch.take<C>(count);
-  C* dx = scratch.take<C>(count);
+  C* g = enter<T, true>(f, u, decay, gain, scratch);  // decay · g_{t+1}
+  T* gathered_x = scratch.take<T>(count);
+  T* gathered_grad = scratch.take<T>(count);
   C* by_decay = scratch.take<C>(count);
   C* by_gain = scratch.take<C>(count);
   C* before = scratch.take<C>(every * count);  // y_{t-1} for the steps of a chunk
@@ -128,9 +131,9 @@ void backward(const DecayConv& f, const Unit& u, const Unit& next) {
   memset(grad_gain, 0, count * sizeof(double));
   for (int64_t start = (u.end - 1) / every * every; start >= u.start; start -= every) {
     const int64_t end = smaller(start + every, u.end);
-    memcpy(before, read(f.kept, u.b, start / every, u.c0, count, wide), count * sizeof(C));
+    memmove(before, read(f.kept, u.b, start / every, u.c0, count, before), count * sizeof(C));
     for (int64_t t = start; t + 1 < end; ++t) {
-      const C* x = read(f.x, u.b, t, u.c0, count, wide);
+      const T* x = read(f.x, u.b, t, u.c0, count, gathered_x);
       const C* y = before + (t - start) * count;
       C* next = before + (t + 1 - start) * count;
       each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
@@ -141,8 +144,9 @@ void backward(const DecayConv& f, const Unit& u, const Unit& next) {
     memset(by_decay, 0, count * sizeof(C));
     memset(by_gain, 0, count * sizeof(C));
     for (int64_t t = end - 1; t >= start; --t) {
-      const C* x = read(f.x, u.b, t, u.c0, count, wide);
-      const C* grad = read(f.grad, u.b, t, u.c0, count, wide_grad);
+      const T* x = read(f.x, u.b, t, u.c0, count, gathered_x);
+      const T* grad = read(f.grad, u.b, t, u.c0, count, gathered_grad);
+      const Row<T> dx(f.grad_x, u.b, t, u.c0);
       fetch(f.grad, next, u.end - 1 - t);
       const C* y = before + (t - start) * count;
       each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
@@ -151,9 +155,8 @@ void backward(const DecayConv& f, const Unit& u, const Unit& next) {
         store(by_decay + c, load<V>(by_decay + c) + now * load<V>(y + c));
         store(by_gain + c, load<V>(by_gain + c) + now * load<V>(x + c));
         store(g + c, load<V>(decay + c) * now);
-        store(dx + c, load<V>(gain + c) * now);
+        dx.put(c, load<V>(gain + c) * now);
       });
-      write(f.grad_x, u.b, t, u.c0, count, dx);
     }
     for (int64_t c = 0; c < count; ++c) {
       grad_decay[c] += by_decay[c];
@@ -167,16 +170,18 @@ void backward(const DecayConv& f, const Unit& u, const Unit& next) {
 }  // namespace
 
 void decay_conv_forward(const DecayConv& f, int64_t begin, int64_t end) {
-  const auto work = f.x.type == Type::f64 ? forward<double> : forward<float>;
-  each_link(f.chain, end - begin, [&](const Link& link, const Link& next) {
-    work(f, unit_of(f, link, false), unit_of(f, next, false));
+  by_type(f.x.type, [&](auto stored) {
+    each_link(f.chain, end - begin, [&](const Link& link, const Link& next) {
+      forward<decltype(stored)>(f, unit_of(f, link, false), unit_of(f, next, false));
+    });
   });
 }
 
 void decay_conv_backward(const DecayConv& f, int64_t begin, int64_t end) {
-  const auto work = f.x.type == Type::f64 ? backward<double> : backward<float>;
-  each_link(f.chain, end - begin, [&](const Link& link, const Link& next) {
-    work(f, unit_of(f, link, true), unit_of(f, next, true));
+  by_type(f.x.type, [&](auto stored) {
+    each_link(f.chain, end - begin, [&](const Link& link, const Link& next) {
+      backward<decltype(stored)>(f, unit_of(f, link, true), unit_of(f, next, true));
+    });
   });
 }
 

@@ -213,17 +213,19 @@ template <class C>
 struct Head {
   const GateLoop& f;
   int64_t b, head, length;     // of a full chunk
+  int64_t ahead;               // from a chunk to the one that comes next, in steps
   int64_t steps_, dk_, dv_;    // row lengths
   int64_t steps = 0;
   C *q, *k, *v, *kt;           // (steps, dk), …, (dk, steps)
   C *w_re, *w_im, *p_re, *p_im;  // (steps, steps), (steps)
   C *a_re, *a_im, *z;
   C *state_re, *state_im;      // (dk, dv)
-  C *x, *y, *wide;             // (steps, larger of dk and dv)
+  C *x, *y;                    // (steps, larger of dk and dv)
   Complex<C>* numbers;
 
   Head(const GateLoop& f, int64_t b, int64_t head, Scratch& scratch) : f(f), b(b), head(head) {
     length = f.dk <= 16 && f.dv <= 16 ? 16 : 64;
+    ahead = length;
     steps_ = padded<C>(length);
     dk_ = padded<C>(f.dk);
     dv_ = padded<C>(f.dv);
@@ -242,7 +244,6 @@ struct Head {
     state_im = zeros(scratch, f.dk * dv_);
     x = zeros(scratch, length * larger(dk_, dv_));
     y = zeros(scratch, length * larger(dk_, dv_));
-    wide = zeros(scratch, larger(f.dk, f.dv));
     numbers = scratch.take<Complex<C>>(f.dk * f.dv);
   }
 
@@ -253,8 +254,12 @@ struct Head {
   }
 
   void rows(const Source& s, int64_t t0, int64_t d, C* to, int64_t row) {
-    for (int64_t i = 0; i < steps; ++i)
-      memcpy(to + i * row, read(s, b, t0 + i, head * d, d, wide), d * sizeof(C));
+    for (int64_t i = 0; i < steps; ++i, to += row) {
+      const C* from = read(s, b, t0 + i, head * d, d, to);
+      if (from != to) memcpy(to, from, d * sizeof(C));
+      const int64_t next = t0 + ahead + i;
+      if (next >= 0 && next < f.n) prefetch(s, b, next, head * d, d);
+    }
   }
 
   void write_rows(const Sink& s, int64_t t0, int64_t d, const C* from, int64_t row) {
@@ -397,6 +402,7 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
     const int64_t first = carry * f.carry_every, end = smaller(first + f.carry_every, f.n);
     const int64_t last_chunk = (end - 1 - first) / length;
     c.read_state(f.kept, carry, c.state_re, c.state_im);
+    c.ahead = length;
     for (int64_t i = 0; i <= last_chunk; ++i) {
       memcpy(enter_re + i * size, c.state_re, size * sizeof(C));
       memcpy(enter_im + i * size, c.state_im, size * sizeof(C));
@@ -404,6 +410,7 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
       c.load_chunk(first + i * length);
       c.advance_state();
     }
+    c.ahead = -length;
     for (int64_t i = last_chunk; i >= 0; --i) {
       const int64_t t0 = first + i * length;
       c.load_chunk(t0);

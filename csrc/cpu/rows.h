@@ -61,83 +61,13 @@ struct Chain {
 
 #include <sched.h>
 #include <stdlib.h>
-#include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
-// Everything in here has internal linkage: one copy per file and instruction set.
+#include "numbers.h"
+
 namespace fastmix::FASTMIX_CPU {
 namespace {
 
-#define INLINE inline __attribute__((always_inline))
-#define LAMBDA __attribute__((always_inline))
-
-// Bytes of a SIMD register.
-#if defined(__AVX512F__)
-constexpr int kRegister = 64;
-#elif defined(__AVX__)
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
-
 INLINE bool present(const Source& s) { return s.data != nullptr; }
-
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-template <class C>
-struct Simd {
-  typedef C Vector __attribute__((vector_size(kRegister)));
-  static constexpr int64_t lanes = kRegister / sizeof(C);
-};
-
-// V is a number or a vector of them.
-template <class V, class C>
-INLINE V load(const C* p) {
-  V v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class V, class C>
-INLINE void store(C* p, V v) {
-  memcpy(p, &v, sizeof v);
-}
-
-// Past the caches, for rows that nothing reads soon: no line is fetched to be overwritten.
-// Needs p aligned to a vector, and `streamed` at the end of a unit of work.
-template <class V, class C>
-INLINE void stream(C* p, V v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof v == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
-#elif defined(__AVX__)
-  if constexpr (sizeof v == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
-#elif defined(__SSE2__)
-  if constexpr (sizeof v == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
-#endif
-  store(p, v);
-}
-
-INLINE void streamed() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
-// Calls f(zero, c) for channels c …: zero is a vector while one fits, and then a number.
-template <class C, class F>
-INLINE void each_vector(int64_t count, F f) {
-  int64_t c = 0;
-  for (; c + Simd<C>::lanes <= count; c += Simd<C>::lanes) f(typename Simd<C>::Vector{}, c);
-  for (; c < count; ++c) f(C(0), c);
-}
-
-template <class C>
-struct Complex {
-  C re, im;
-};
 
 // The part of a chain that a thread works on. `order` is the chunk's place in the scan.
 struct Link {
@@ -202,100 +132,6 @@ class Scratch {
   int used_ = 0;
 };
 
-INLINE float from_bf16(uint16_t bits) {
-  uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  memcpy(&value, &wide, 4);
-  return value;
-}
-
-INLINE uint16_t to_bf16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
-}
-
-// Half precision in integer arithmetic, for where the hardware does not convert.
-INLINE float from_f16(uint16_t bits) {
-  uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, rest = bits & 0x7fff;
-  uint32_t shifted = rest << 13;
-  if (rest >= 0x7c00) {
-    shifted |= 0x7f800000;
-  } else if (rest >= 0x400) {
-    shifted += 112u << 23;
-  } else {
-    float small = static_cast<float>(rest) * 5.9604644775390625e-8f;  // 2^-24
-    memcpy(&shifted, &small, 4);
-  }
-  shifted |= sign;
-  float value;
-  memcpy(&value, &shifted, 4);
-  return value;
-}
-
-INLINE uint16_t to_f16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  uint32_t sign = (bits >> 16) & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-  if (bits >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
-  if (bits < 0x38800000) {  // subnormal: adding ½ leaves the rounded value in the low bits
-    float size;
-    memcpy(&size, &bits, 4);
-    size += 0.5f;
-    memcpy(&bits, &size, 4);
-    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
-  }
-  bits += 0xfff + ((bits >> 13) & 1);
-  return static_cast<uint16_t>(sign | ((bits - (112u << 23)) >> 13));
-}
-
-// A contiguous run of numbers, widened and narrowed.
-template <class C, class T>
-INLINE void convert(const T* __restrict from, C* __restrict to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<C>(from[i]);
-}
-
-template <class C>
-void widen_bf16(const uint16_t* __restrict from, C* __restrict to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from_bf16(from[i]);
-}
-
-template <class C>
-void narrow_bf16(const C* __restrict from, uint16_t* __restrict to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = to_bf16(static_cast<float>(from[i]));
-}
-
-template <class C>
-void widen_f16(const uint16_t* __restrict from, C* __restrict to, int64_t count) {
-  int64_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= count; i += 8) {
-    float eight[8];
-    _mm256_storeu_ps(eight,
-        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-    convert(eight, to + i, 8);
-  }
-#endif
-  for (; i < count; ++i) to[i] = from_f16(from[i]);
-}
-
-template <class C>
-void narrow_f16(const C* __restrict from, uint16_t* __restrict to, int64_t count) {
-  int64_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= count; i += 8) {
-    float eight[8];
-    convert(from + i, eight, 8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-        _mm256_cvtps_ph(_mm256_loadu_ps(eight), _MM_FROUND_TO_NEAREST_INT));
-  }
-#endif
-  for (; i < count; ++i) to[i] = to_f16(static_cast<float>(from[i]));
-}
-
 template <class C>
 constexpr Type type_of();
 template <>
@@ -303,9 +139,24 @@ constexpr Type type_of<double>() { return Type::f64; }
 template <>
 constexpr Type type_of<float>() { return Type::f32; }
 template <>
+constexpr Type type_of<Bf16>() { return Type::bf16; }
+template <>
+constexpr Type type_of<F16>() { return Type::f16; }
+template <>
 constexpr Type type_of<Complex<double>>() { return Type::c128; }
 template <>
 constexpr Type type_of<Complex<float>>() { return Type::c64; }
+
+// Calls f(zero) with a number as real tensors of that type store it.
+template <class F>
+INLINE void by_type(Type type, F f) {
+  switch (type) {
+    case Type::f64: return f(double{});
+    case Type::f32: return f(float{});
+    case Type::bf16: return f(Bf16{});
+    default: return f(F16{});
+  }
+}
 
 INLINE int64_t bytes_of(Type type) {
   switch (type) {
@@ -321,32 +172,47 @@ INLINE const char* address(const Source& s, int64_t b, int64_t t, int64_t h, int
          (b * s.b + t * s.n + h * s.h + d * s.d) * bytes_of(s.type);
 }
 
+// A number of a tensor, as a C.
 template <class C>
 INLINE C widened(const char* p, Type type) {
-  switch (type) {
-    case Type::f64: return static_cast<C>(*reinterpret_cast<const double*>(p));
-    case Type::f32: return static_cast<C>(*reinterpret_cast<const float*>(p));
-    case Type::bf16: return static_cast<C>(from_bf16(*reinterpret_cast<const uint16_t*>(p)));
-    default: return static_cast<C>(from_f16(*reinterpret_cast<const uint16_t*>(p)));
+  C number;
+  by_type(type, [&](auto stored) {
+    using T = decltype(stored);
+    number = static_cast<C>(load<Computed<T>>(reinterpret_cast<const T*>(p)));
+  });
+  return number;
+}
+
+template <class T, class C>
+void widen(const char* p, C* __restrict to, int64_t count) {
+  const T* from = reinterpret_cast<const T*>(p);
+  if constexpr (sizeof(Computed<T>) == sizeof(C)) {
+    each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
+      store(to + c, load<decltype(zero)>(from + c));
+    });
+  } else {
+    for (int64_t c = 0; c < count; ++c) to[c] = static_cast<C>(load<Computed<T>>(from + c));
   }
 }
 
-// Real and complex numbers alike, with a real one read as a complex one where asked for.
-template <class C>
+// Real and complex numbers alike, with a real one read as a complex one where asked for, and
+// numbers of 16 bits as they are.
+template <class C, bool half = kHalf<C>>
 struct Reader {
   static void run(const char* p, Type type, C* to, int64_t count) {
-    switch (type) {
-      case Type::f64: return convert(reinterpret_cast<const double*>(p), to, count);
-      case Type::f32: return convert(reinterpret_cast<const float*>(p), to, count);
-      case Type::bf16: return widen_bf16(reinterpret_cast<const uint16_t*>(p), to, count);
-      default: return widen_f16(reinterpret_cast<const uint16_t*>(p), to, count);
-    }
+    by_type(type, [&](auto stored) { widen<decltype(stored)>(p, to, count); });
   }
   static C one(const char* p, Type type) { return widened<C>(p, type); }
 };
 
+template <class T>
+struct Reader<T, true> {
+  static void run(const char* p, Type, T* to, int64_t count) { memcpy(to, p, count * sizeof(T)); }
+  static T one(const char* p, Type) { return *reinterpret_cast<const T*>(p); }
+};
+
 template <class C>
-struct Reader<Complex<C>> {
+struct Reader<Complex<C>, false> {
   static Complex<C> one(const char* p, Type type) {
     if (type == type_of<Complex<C>>()) return *reinterpret_cast<const Complex<C>*>(p);
     return {widened<C>(p, type), C(0)};
@@ -396,25 +262,43 @@ const C* read(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count, 
   return scratch;
 }
 
+// Channels c0 … of one step, to be written vector by vector.
+template <class T>
+struct Row {
+  T* to;
+  bool streaming;
+
+  Row(const Sink& s, int64_t b, int64_t t, int64_t c0)
+      : to(static_cast<T*>(s.data) + (b * s.n_size + t) * s.channels + c0) {
+    // A row that starts within a vector, as a head's may, is stored the common way.
+    constexpr uintptr_t bytes = sizeof(T) * Simd<Computed<T>>::lanes;
+    streaming = s.streaming && reinterpret_cast<uintptr_t>(to) % bytes == 0;
+  }
+
+  template <class V>
+  INLINE void put(int64_t c, V v) const {
+    streaming ? stream(to + c, v) : store(to + c, v);
+  }
+};
+
+template <class T, class C>
+void narrow(const C* __restrict values, int64_t count, Row<T> row) {
+  using To = Computed<T>;
+  if constexpr (sizeof(To) == sizeof(C)) {
+    each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
+      row.put(c, load<decltype(zero)>(values + c));
+    });
+  } else {
+    for (int64_t c = 0; c < count; ++c) store(row.to + c, static_cast<To>(values[c]));
+  }
+}
+
 // Channels c0 … of one step, rounded to the tensor's dtype.
 template <class C>
-void write(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count,
-                  const C* values) {
-  char* p = static_cast<char*>(s.data) +
-            ((b * s.n_size + t) * s.channels + c0) * bytes_of(s.type);
-  // A row that starts within a vector, as a head's may, is stored the common way.
-  if (s.type == type_of<C>() && s.streaming && reinterpret_cast<uintptr_t>(p) % kRegister == 0) {
-    C* to = reinterpret_cast<C*>(p);
-    return each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
-      stream(to + c, load<decltype(zero)>(values + c));
-    });
-  }
-  switch (s.type) {
-    case Type::f64: return convert(values, reinterpret_cast<double*>(p), count);
-    case Type::f32: return convert(values, reinterpret_cast<float*>(p), count);
-    case Type::bf16: return narrow_bf16(values, reinterpret_cast<uint16_t*>(p), count);
-    default: return narrow_f16(values, reinterpret_cast<uint16_t*>(p), count);
-  }
+void write(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count, const C* values) {
+  by_type(s.type, [&](auto stored) {
+    narrow(values, count, Row<decltype(stored)>(s, b, t, c0));
+  });
 }
 
 // Complex values, into a complex tensor or the real part of them into a real one.
