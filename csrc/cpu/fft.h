@@ -38,10 +38,6 @@ constexpr int64_t kRow = 2 * Simd<C>::lanes;
 constexpr int64_t kColumns = kRegister == 64 ? 4 : 8;
 constexpr int64_t kNear = 32 << 10;  // bytes of a block that takes its levels one by one
 
-// bfloat16 as the upper halves of 32 bits.
-typedef uint16_t Halves __attribute__((vector_size(kRegister / 2)));
-typedef uint32_t Words __attribute__((vector_size(kRegister)));
-
 // One number per lane and step, from anywhere: zero in lanes from `count` on and steps
 // outside first … n-1.
 template <class C>
@@ -71,8 +67,7 @@ struct Lanes {
     if (adjacent && count == Simd<C>::lanes) {
       if (type == type_of<C>()) return load<Vector<C>>(p);
       if constexpr (sizeof(C) == 4) {
-        if (type == Type::bf16)
-          return (Vector<C>)(__builtin_convertvector(load<Halves>(p), Words) << 16);
+        if (type == Type::bf16) return load<Vector<C>>(reinterpret_cast<const Bf16*>(p));
       }
     }
     return gathered(t);
@@ -261,14 +256,16 @@ void enter(const FftPlan& p, const Lanes<C>& in, C* at, C* tile) {
   const C* matrix = static_cast<const C*>(p.table);
   const int64_t inner = p.radix[0], apart = p.length / R / inner;
   const Rows<C> near{tile, kColumns};
+  V rows[R * 8 * kColumns];
   for (int64_t t = 0; t < apart; t += kColumns, at += kColumns * kRow<C>) {
+    for (int64_t k = 0; k < R * inner; ++k)
+      for (int64_t i = 0; i < kColumns; ++i) rows[k * kColumns + i] = in(k * apart + t + i);
     for (int64_t k = 0; k < inner; ++k)
       for (int64_t i = 0; i < kColumns; ++i) {
         V a[R];
         for (int q = 0; q < R; ++q) {
-          const int64_t step = (q * inner + k) * apart + t + i;
-          a[q] = in(step);
-          in.prefetch(step + kColumns);
+          a[q] = rows[(q * inner + k) * kColumns + i];
+          in.prefetch((q * inner + k) * apart + t + kColumns + i);
         }
         for (int j = 0; j < R; ++j) {
           Complex<V> sum = {a[0], V{}};

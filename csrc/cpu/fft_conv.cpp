@@ -72,9 +72,9 @@ struct Channels {
       }
       if constexpr (sizeof(C) == 4) {
         if (f.out.type == Type::bf16) {
-          const Words bits = (Words)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-          return store(static_cast<uint16_t*>(f.out.data) + at,
-                       __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0, Halves));
+          Bf16* to = static_cast<Bf16*>(f.out.data) + at;
+          __builtin_prefetch(to + kColumns * f.out.channels, 1, 2);
+          return store(to, v);
         }
       }
     }
