@@ -289,6 +289,7 @@ void leave(const FftPlan& p, C* at, C* tile, int64_t n, const Out& out) {
   const C* matrix = static_cast<const C*>(p.table);
   const int64_t inner = p.radix[0], apart = p.length / R / inner;
   const Rows<C> near{tile, kColumns};
+  V rows[R * 8 * kColumns];
   for (int64_t t = 0; t < apart; t += kColumns, at += kColumns * kRow<C>) {
     for (int64_t j = 0; j < R; ++j)
       pass<true>(inner, near.from(j * inner, 1), Rows<C>{at, apart}.from(j * inner, 1),
@@ -301,10 +302,12 @@ void leave(const FftPlan& p, C* at, C* tile, int64_t n, const Out& out) {
           V sum = a[0].re * matrix[2 * q] + a[0].im * matrix[2 * q + 1];
           for (int j = 1; j < R; ++j)
             sum += a[j].re * matrix[2 * (j * R + q)] + a[j].im * matrix[2 * (j * R + q) + 1];
-          const int64_t step = (q * inner + k) * apart + t + i;
-          if (step < n) out(step, sum);
+          rows[(q * inner + k) * kColumns + i] = sum;
         }
       }
+    for (int64_t k = 0; k < R * inner; ++k)
+      for (int64_t i = 0; i < kColumns; ++i)
+        if (k * apart + t + i < n) out(k * apart + t + i, rows[k * kColumns + i]);
   }
 }
 
