@@ -73,7 +73,6 @@ struct Channels {
       if constexpr (sizeof(C) == 4) {
         if (f.out.type == Type::bf16) {
           Bf16* to = static_cast<Bf16*>(f.out.data) + at;
-          __builtin_prefetch(to + kColumns * f.out.channels, 1, 2);
           return store(to, v);
         }
       }
@@ -83,11 +82,6 @@ struct Channels {
     write(f.out, b, t, c0, count, values);
   }
 };
-
-template <int count, int... I>
-struct Indices : Indices<count - 1, count - 1, I...> {};
-template <int... I>
-struct Indices<0, I...> {};
 
 // From a and b, sums of lanes i and i + s where bit s of i is 0: of a there, of b where 1.
 template <int s, class V, int... I>

@@ -41,6 +41,12 @@ struct Complex {
   C re, im;
 };
 
+// Indices<count>() is an Indices<0, 0, …, count - 1>: what a shuffle's lanes are made from.
+template <int count, int... I>
+struct Indices : Indices<count - 1, count - 1, I...> {};
+template <int... I>
+struct Indices<0, I...> {};
+
 // As many numbers of 16 bits as a register has of 32.
 typedef uint16_t Halves __attribute__((vector_size(kRegister / 2)));
 typedef uint32_t Words __attribute__((vector_size(kRegister)));
@@ -55,13 +61,13 @@ struct Bf16 {
     memcpy(&value, &wide, 4);
     return value;
   }
-  static INLINE Floats wide(Halves bits) {
-#if defined(__AVX512BW__)  // into the upper half of each float, in one step
-    return (Floats)_mm512_maskz_permutexvar_epi16(
-        0xaaaaaaaa, (__m512i)spread(), _mm512_castsi256_si512((__m256i)bits));
-#else
-    return (Floats)(__builtin_convertvector(bits, Words) << 16);
-#endif
+  static INLINE Floats wide(Halves bits) { return wide(bits, Indices<kRegister / 2>()); }
+
+  // A shuffle with zeros: half the work of an integer conversion and a shift.
+  template <int... I>
+  static INLINE Floats wide(Halves bits, Indices<0, I...>) {
+    constexpr int zero = sizeof...(I) / 2;
+    return (Floats)__builtin_shufflevector(bits, Halves{}, (I % 2 ? I / 2 : zero)...);
   }
 
   static INLINE uint16_t narrow(float value) {
@@ -71,23 +77,9 @@ struct Bf16 {
     return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
   }
   static INLINE Halves narrow(Floats values) {
-#if defined(__AVX512BW__)
-    const __m512i bits = (__m512i)values;
-    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-    const __m512i half = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
-    const __m512i rounded = _mm512_add_epi32(bits, half);
-    const __m512i sane = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask((__m512)values, (__m512)values, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-    return (Halves)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)gatherhi(), sane));
-#else
     const Words bits = (Words)values, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return __builtin_convertvector(values == values ? rounded : Words{} + 0x7fc0, Halves);
-#endif
   }
-#if defined(__AVX512BW__)
-  typedef uint16_t V32 __attribute__((vector_size(64)));
-  static INLINE V32 spread() { return V32{0,0,0,1,0,2,0,3,0,4,0,5,0,6,0,7,0,8,0,9,0,10,0,11,0,12,0,13,0,14,0,15}; }
-  static INLINE V32 gatherhi() { return V32{1,3,5,7,9,11,13,15,17,19,21,23,25,27,29,31}; }
-#endif
 };
 
 // In integer arithmetic where the hardware does not convert.
