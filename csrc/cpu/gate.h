@@ -101,10 +101,16 @@ struct Polar {
   bool zero;
 };
 
-// A straight line of selections: a compiler can do many at once.
-template <class C>
-INLINE Polar<C> polar(C re, C im) {
+// A straight line of selections: a compiler can do many at once. Where z is not `safe` to be
+// squared as it is, which is nearly nowhere, only `careful` is right.
+template <bool careful, class C>
+INLINE Polar<C> polar(C re, C im, int& safe) {
   using R = Range<C>;
+  if constexpr (!careful) {
+    const C square = re * re + im * im, length = R::root(square);
+    safe &= (square > R::small * R::small) & (square < R::large * R::large);
+    return {re, im, length, length, exp_below_zero(-length), false};
+  }
   const C x = re < 0 ? -re : re, y = im < 0 ? -im : im, most = x < y ? y : x;
   const C scale = most < R::small ? R::up : most > R::large ? R::down : C(1);
   const C back = most < R::small ? R::down : most > R::large ? R::up : C(1);
@@ -115,31 +121,48 @@ INLINE Polar<C> polar(C re, C im) {
   return {re, im, zero ? C(1) : length, size, exp_below_zero(-size), zero};
 }
 
-// z: count pairs of real and imaginary part → a
-template <class C>
-void activate(const C* __restrict z, C* __restrict re, C* __restrict im, int64_t count) {
+// Says whether every z was safe.
+template <bool careful, class C>
+bool activate(const C* __restrict z, C* __restrict re, C* __restrict im, int64_t count) {
+  int safe = 1;
   for (int64_t c = 0; c < count; ++c) {
-    const Polar<C> p = polar(z[2 * c], z[2 * c + 1]);
+    const Polar<C> p = polar<careful>(z[2 * c], z[2 * c + 1], safe);
     const C share = C(1) / (p.length * (C(1) + p.e));
     re[c] = p.zero ? C(0.5) : p.re * share;
     im[c] = p.im * share;
   }
+  return safe;
+}
+
+// z: count pairs of real and imaginary part → a
+template <class C>
+void activate(const C* z, C* re, C* im, int64_t count) {
+  activate<false>(z, re, im, count) || activate<true>(z, re, im, count);
+}
+
+template <bool careful, class C>
+bool activate_backward(const C* __restrict z, const C* __restrict re, const C* __restrict im,
+                       C* __restrict grad, int64_t count) {
+  int safe = 1;
+  for (int64_t c = 0; c < count; ++c) {
+    const Polar<C> p = polar<careful>(z[2 * c], z[2 * c + 1], safe);
+    const C share = C(1) / (p.length * (C(1) + p.e));
+    const C sigmoid = share * p.length, inverse = share + share * p.e;
+    const C unit_re = p.re * inverse, unit_im = p.im * inverse;
+    const C size = p.size < Range<C>::least ? Range<C>::least : p.size;
+    const C along = (unit_re * re[c] + unit_im * im[c]) * (p.e * sigmoid * sigmoid);
+    const C across = (unit_re * im[c] - unit_im * re[c]) * (careful ? sigmoid / size : share);
+    grad[2 * c] = unit_re * along - unit_im * across;
+    grad[2 * c + 1] = unit_im * along + unit_re * across;
+  }
+  return safe;
 }
 
 // Gradient of a → of z. Along z the slope is σ'(|z|), across it σ(|z|) / |z|; 0 at z = 0.
 template <class C>
-void activate_backward(const C* __restrict z, const C* __restrict re, const C* __restrict im,
-                       C* __restrict grad, int64_t count) {
-  for (int64_t c = 0; c < count; ++c) {
-    const Polar<C> p = polar(z[2 * c], z[2 * c + 1]);
-    const C sigmoid = C(1) / (C(1) + p.e), inverse = C(1) / p.length;
-    const C unit_re = p.re * inverse, unit_im = p.im * inverse;
-    const C size = p.size < Range<C>::least ? Range<C>::least : p.size;
-    const C along = (unit_re * re[c] + unit_im * im[c]) * (p.e * sigmoid * sigmoid);
-    const C across = (unit_re * im[c] - unit_im * re[c]) * (sigmoid / size);
-    grad[2 * c] = unit_re * along - unit_im * across;
-    grad[2 * c + 1] = unit_im * along + unit_re * across;
-  }
+void activate_backward(const C* z, const C* re, const C* im, C* grad, int64_t count) {
+  activate_backward<false>(z, re, im, grad, count) ||
+      activate_backward<true>(z, re, im, grad, count);
 }
 
 }  // namespace
