@@ -18,26 +18,28 @@ enum class Activation : int8_t { none, identity, tanh, sigmoid, gelu, silu };
 namespace fastmix::FASTMIX_CPU {
 namespace {
 
-// Mean and inverse deviation of a row.
-template <class C>
-void row_statistics(const C* x, int64_t count, double eps, C* mean, C* inverse) {
-  // Eight sums at once, each by itself in order: what a compiler may then vectorise.
+// Σ term(c), sixteen sums at once and each by itself in order: what a compiler may vectorise.
+template <class C, class F>
+INLINE double sum_over(int64_t count, F term) {
   C part[16] = {};
   int64_t c = 0;
   for (; c + 16 <= count; c += 16)
-    for (int j = 0; j < 16; ++j) part[j] += x[c + j];
-  for (; c < count; ++c) part[0] += x[c];
+    for (int j = 0; j < 16; ++j) part[j] += term(c + j);
+  for (; c < count; ++c) part[0] += term(c);
   double sum = 0;
   for (int j = 0; j < 16; ++j) sum += part[j];
-  const C middle = static_cast<C>(sum / count);
-  for (int j = 0; j < 16; ++j) part[j] = 0;
-  for (c = 0; c + 16 <= count; c += 16)
-    for (int j = 0; j < 16; ++j) part[j] += (x[c + j] - middle) * (x[c + j] - middle);
-  for (; c < count; ++c) part[0] += (x[c] - middle) * (x[c] - middle);
-  sum = 0;
-  for (int j = 0; j < 16; ++j) sum += part[j];
+  return sum;
+}
+
+// Mean and inverse deviation of a row.
+template <class C>
+void row_statistics(const C* x, int64_t count, double eps, C* mean, C* inverse) {
+  const C middle = static_cast<C>(sum_over<C>(count, [&](int64_t c) LAMBDA { return x[c]; }) / count);
+  const double squares = sum_over<C>(count, [&](int64_t c) LAMBDA {
+    return (x[c] - middle) * (x[c] - middle);
+  });
   *mean = middle;
-  *inverse = static_cast<C>(1 / sqrt(sum / count + eps));
+  *inverse = static_cast<C>(1 / sqrt(squares / count + eps));
 }
 
 template <class C>

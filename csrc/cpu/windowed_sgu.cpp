@@ -80,9 +80,15 @@ struct Sgu {
   // The row of each head: (h, w, d)
   C* at(C* heads, int64_t head, int64_t r) const { return heads + (head * f.w + r) * d_; }
 
+  // Channels c0 … c0+c-1 of a step that will be read soon.
+  void fetch(const Source& s, int64_t b, int64_t t, int64_t c0) const {
+    if (t < f.n) prefetch(s, b, t, c0, f.c);
+  }
+
   void normalise(int64_t b, int64_t window, Gate<C>& gate) {
     const int64_t rows = rows_of(window);
     for (int64_t r = 0; r < rows; ++r) {
+      fetch(f.x, b, window * f.w + r + kAhead, f.c);
       const C* x = read(f.x, b, window * f.w + r, f.c, f.c, wide);
       row_statistics(x, f.c, f.eps, gate.mean + r, gate.inverse + r);
       const C mean = gate.mean[r], inverse = gate.inverse[r];
@@ -133,24 +139,30 @@ struct Sgu {
 };
 
 template <class C>
-void forward(const WindowedSgu& f, int64_t index) {
-  const int64_t b = index / f.windows, window = index % f.windows;
+void forward(const WindowedSgu& f, int64_t begin, int64_t end) {
   Scratch scratch;
   Sgu<C> s(f, scratch);
   Gate<C> before = s.gate(scratch, false), own = s.gate(scratch, false);
-  if (window > 0) s.normalise(b, window - 1, before);
-  s.normalise(b, window, own);
-  s.mix(window, before, own);
-  for (int64_t r = 0; r < s.rows_of(window); ++r) {
-    const int64_t t = window * f.w + r;
-    const C* mixed = s.mixed_row(b, window, r);
-    if (f.activation == Activation::none) {
-      write(f.out, b, t, 0, f.c, mixed);
-      continue;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t b = index / f.windows, window = index % f.windows;
+    if (window > 0 && index == begin) s.normalise(b, window - 1, before);
+    s.normalise(b, window, own);
+    s.mix(window, before, own);
+    for (int64_t r = 0; r < s.rows_of(window); ++r) {
+      const int64_t t = window * f.w + r;
+      s.fetch(f.x, b, t + kAhead, 0);
+      const C* mixed = s.mixed_row(b, window, r);
+      if (f.activation == Activation::none) {
+        write(f.out, b, t, 0, f.c, mixed);
+        continue;
+      }
+      const C* res = read(f.x, b, t, 0, f.c, s.wide_res);
+      apply_gate(f.activation, mixed, res, s.value, f.c);
+      write(f.out, b, t, 0, f.c, s.value);
     }
-    const C* res = read(f.x, b, t, 0, f.c, s.wide_res);
-    apply_gate(f.activation, mixed, res, s.value, f.c);
-    write(f.out, b, t, 0, f.c, s.value);
+    const Gate<C> gate = before;
+    before = own;
+    own = gate;
   }
   streamed();
 }
@@ -167,30 +179,16 @@ void write_grad_gate(Sgu<C>& s, int64_t b, int64_t window, const Gate<C>& gate, 
     const C mean = gate.mean[r], inverse = gate.inverse[r];
     for (int64_t head = 0; head < f.h; ++head)
       memcpy(s.row + head * s.d, s.at(grad_rows, head, r), s.d * sizeof(C));
-    C sums[2][16] = {};
     for (int64_t c = 0; c < f.c; ++c) {
       normal[c] = (x[c] - mean) * inverse;
       by_scale[c] += s.row[c] * normal[c];
       by_shift[c] += s.row[c];
       grad[c] = s.row[c] * s.scale[c];
     }
-    int64_t c = 0;
-    for (; c + 16 <= f.c; c += 16)
-      for (int j = 0; j < 16; ++j) {
-        sums[0][j] += grad[c + j];
-        sums[1][j] += grad[c + j] * normal[c + j];
-      }
-    for (; c < f.c; ++c) {
-      sums[0][0] += grad[c];
-      sums[1][0] += grad[c] * normal[c];
-    }
-    double total = 0, along = 0;
-    for (int j = 0; j < 16; ++j) {
-      total += sums[0][j];
-      along += sums[1][j];
-    }
+    const double total = sum_over<C>(f.c, [&](int64_t c) LAMBDA { return grad[c]; });
+    const double along = sum_over<C>(f.c, [&](int64_t c) LAMBDA { return grad[c] * normal[c]; });
     const C level = static_cast<C>(total / f.c), tilt = static_cast<C>(along / f.c);
-    for (c = 0; c < f.c; ++c) grad[c] = inverse * (grad[c] - level - normal[c] * tilt);
+    for (int64_t c = 0; c < f.c; ++c) grad[c] = inverse * (grad[c] - level - normal[c] * tilt);
     write(f.grad_x, b, t, f.c, f.c, grad);
   }
 }
@@ -211,6 +209,8 @@ void window_backward(Sgu<C>& s, int64_t b, int64_t window, const Gate<C>& before
   const int64_t rows = s.rows_of(window);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = window * f.w + r;
+    s.fetch(f.x, b, t + kAhead, 0);
+    s.fetch(f.grad, b, t + kAhead, 0);
     const C* mixed = s.mixed_row(b, window, r);
     const C* grad = read(f.grad, b, t, 0, f.c, s.wide);
     C *grad_mixed = s.slope, *grad_res = s.value;
@@ -227,9 +227,8 @@ void window_backward(Sgu<C>& s, int64_t b, int64_t window, const Gate<C>& before
     write(f.grad_x, b, t, 0, f.c, grad_res);
     if (f.grad_residual.data) write(f.grad_residual, b, t, 0, f.c, grad_mixed);
     for (int64_t head = 0; head < f.h; ++head) {
-      double sum = 0;
-      for (int64_t c = 0; c < s.d; ++c) sum += grad_mixed[head * s.d + c];
-      grad_bias[head * f.w + r] += sum;
+      const C* of_head = grad_mixed + head * s.d;
+      grad_bias[head * f.w + r] += sum_over<C>(s.d, [&](int64_t c) LAMBDA { return of_head[c]; });
     }
   }
   if (only_mixture) return;
@@ -322,8 +321,7 @@ void backward(const WindowedSgu& f, int64_t run) {
 }  // namespace
 
 void windowed_sgu_forward(const WindowedSgu& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    f.x.type == Type::f64 ? forward<double>(f, i) : forward<float>(f, i);
+  f.x.type == Type::f64 ? forward<double>(f, begin, end) : forward<float>(f, begin, end);
 }
 
 void windowed_sgu_backward(const WindowedSgu& f, int64_t begin, int64_t end) {
