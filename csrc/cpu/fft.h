@@ -68,6 +68,7 @@ struct Lanes {
       if (type == type_of<C>()) return load<Vector<C>>(p);
       if constexpr (sizeof(C) == 4) {
         if (type == Type::bf16) return load<Vector<C>>(reinterpret_cast<const Bf16*>(p));
+        if (type == Type::f16) return load<Vector<C>>(reinterpret_cast<const F16*>(p));
       }
     }
     return gathered(t);
@@ -249,7 +250,8 @@ void descend(const FftPlan& p, int level, int64_t block, C* const* at, int64_t r
 }
 
 // The first step, from real numbers, and the level after it. The matrix is multiplied out,
-// which takes no longer than to read them.
+// which takes no longer than to read them. A tile's numbers lie far apart: they are read
+// together, so that the core waits for many at once, and asked for one tile before.
 template <int R, class C>
 void enter(const FftPlan& p, const Lanes<C>& in, C* at, C* tile) {
   using V = Vector<C>;
@@ -282,7 +284,7 @@ void enter(const FftPlan& p, const Lanes<C>& in, C* at, C* tile) {
   }
 }
 
-// And back, real parts only: out(t, values) for the first n.
+// And back, real parts only: out(t, values) for the first n, a tile's together.
 template <int R, class C, class Out>
 void leave(const FftPlan& p, C* at, C* tile, int64_t n, const Out& out) {
   using V = Vector<C>;

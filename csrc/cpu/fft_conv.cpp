@@ -71,10 +71,8 @@ struct Channels {
         return f.streaming ? stream(to, v) : store(to, v);
       }
       if constexpr (sizeof(C) == 4) {
-        if (f.out.type == Type::bf16) {
-          Bf16* to = static_cast<Bf16*>(f.out.data) + at;
-          return store(to, v);
-        }
+        if (f.out.type == Type::bf16) return store(static_cast<Bf16*>(f.out.data) + at, v);
+        if (f.out.type == Type::f16) return store(static_cast<F16*>(f.out.data) + at, v);
       }
     }
     C values[Simd<C>::lanes];

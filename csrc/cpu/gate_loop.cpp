@@ -362,7 +362,8 @@ void heads_forward(const GateLoop& f, int64_t b, int64_t head) {
     gemm<C>(c.steps, c.steps_, f.dk, {c.q, c.dk_, 1}, {c.kt, c.steps_}, {scores, c.steps_},
             false, kFull);
     c.weigh(scores, scores);
-    gemm<C>(c.steps, c.dv_, c.steps, {scores, c.steps_, 1}, {c.v, c.dv_}, {out, c.dv_}, false, kLower);
+    gemm<C>(c.steps, c.dv_, c.steps, {scores, c.steps_, 1}, {c.v, c.dv_}, {out, c.dv_}, false,
+            kLower);
     c.scale_rows(c.dk_, c.q, c.p_re, 1, C(1), c.x);
     gemm<C>(c.steps, c.dv_, f.dk, {c.x, c.dk_, 1}, {c.state_re, c.dv_}, {out, c.dv_}, true,
             kFull);

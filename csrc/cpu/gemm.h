@@ -77,13 +77,14 @@ INLINE void gemm_rows(int64_t i, int64_t k, Left<C> a, const C* b, int64_t b_row
   // What all rows of the block share; then what each has before and after that.
   int64_t first = larger(0, i + rows - 1 + band.low), end = smaller(k, i + band.high);
   if (end < first) first = end = smaller(k, larger(0, first));
-  gemm_block<C, rows, vectors>(end - first, {a.data + i * a.row + first * a.column, a.row, a.column},
-                               b + first * b_row, b_row, c + i * c_row, c_row, add);
+  const Left<C> shared{a.data + i * a.row + first * a.column, a.row, a.column};
+  gemm_block<C, rows, vectors>(end - first, shared, b + first * b_row, b_row, c + i * c_row,
+                               c_row, add);
   if (band.low == -kFar && band.high == kFar) return;
   for (int64_t r = i; r < i + rows; ++r) {
     const C* row = a.data + r * a.row;
-    gemm_row(larger(0, r + band.low), smaller(first, r + band.high), row, a.column, b, b_row, c + r * c_row,
-             vectors * Simd<C>::lanes);
+    gemm_row(larger(0, r + band.low), smaller(first, r + band.high), row, a.column, b, b_row,
+             c + r * c_row, vectors * Simd<C>::lanes);
     gemm_row(larger(end, r + band.low), smaller(k, r + band.high), row, a.column, b, b_row,
              c + r * c_row, vectors * Simd<C>::lanes);
   }

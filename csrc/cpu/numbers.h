@@ -188,13 +188,16 @@ template <class V, class T>
 INLINE void stream(T* p, V v) {
   if constexpr (kHalf<T>) return stream(&p->bits, T::narrow(v));
 #if defined(__AVX512F__)
-  if constexpr (sizeof v == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+  if constexpr (sizeof v == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
 #endif
 #if defined(__AVX__)
-  if constexpr (sizeof v == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+  if constexpr (sizeof v == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
 #endif
 #if defined(__SSE2__)
-  if constexpr (sizeof v == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+  if constexpr (sizeof v == 16)
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
 #endif
   store(p, v);
 }

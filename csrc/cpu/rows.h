@@ -195,8 +195,7 @@ void widen(const char* p, C* __restrict to, int64_t count) {
   }
 }
 
-// Real and complex numbers alike, with a real one read as a complex one where asked for, and
-// numbers of 16 bits as they are.
+// Numbers of any type, as C wants them: a real one read as a complex one where asked for.
 template <class C, bool half = kHalf<C>>
 struct Reader {
   static void run(const char* p, Type type, C* to, int64_t count) {
@@ -207,8 +206,15 @@ struct Reader {
 
 template <class T>
 struct Reader<T, true> {
-  static void run(const char* p, Type, T* to, int64_t count) { memcpy(to, p, count * sizeof(T)); }
-  static T one(const char* p, Type) { return *reinterpret_cast<const T*>(p); }
+  static T one(const char* p, Type type) {
+    if (type == type_of<T>()) return *reinterpret_cast<const T*>(p);
+    T number;
+    store(&number, widened<float>(p, type));
+    return number;
+  }
+  static void run(const char* p, Type type, T* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = one(p + i * bytes_of(type), type);
+  }
 };
 
 template <class C>

@@ -34,7 +34,8 @@ INLINE double sum_over(int64_t count, F term) {
 // Mean and inverse deviation of a row.
 template <class C>
 void row_statistics(const C* x, int64_t count, double eps, C* mean, C* inverse) {
-  const C middle = static_cast<C>(sum_over<C>(count, [&](int64_t c) LAMBDA { return x[c]; }) / count);
+  const double sum = sum_over<C>(count, [&](int64_t c) LAMBDA { return x[c]; });
+  const C middle = static_cast<C>(sum / count);
   const double squares = sum_over<C>(count, [&](int64_t c) LAMBDA {
     return (x[c] - middle) * (x[c] - middle);
   });

@@ -73,9 +73,10 @@ Tensor fresh(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
   Tensor x = torch::stable::new_empty(like, shape, type);
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t page = 4096, large = 4 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) + page - 1) / page * page;
-  const uintptr_t bytes = x.numel() * x.element_size();
-  if (bytes >= large) madvise(reinterpret_cast<void*>(begin), (bytes - page) / page * page, MADV_HUGEPAGE);
+  const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t begin = (data + page - 1) / page * page, bytes = x.numel() * x.element_size();
+  if (bytes >= large)
+    madvise(reinterpret_cast<void*>(begin), (bytes - page) / page * page, MADV_HUGEPAGE);
 #endif
   return x;
 }

@@ -254,7 +254,8 @@ void backward(const WindowedSgu& f, int64_t run) {
   Sgu<C> s(f, scratch);
   Gate<C> before = s.gate(scratch, true), own = s.gate(scratch, true);
   // Gradients of the normalised gate, of the window before and of this one.
-  C *grad_before = s.zeros(scratch, f.h * f.w * s.d_), *grad_own = s.zeros(scratch, f.h * f.w * s.d_);
+  C *grad_before = s.zeros(scratch, f.h * f.w * s.d_),
+    *grad_own = s.zeros(scratch, f.h * f.w * s.d_);
   Sums<C> sums{s.zeros(scratch, f.h * f.w * s.w_), s.zeros(scratch, f.h * f.w * s.w_),
                scratch.take<C>(f.c), scratch.take<C>(f.c)};
   double *grad_bias = f.grad_bias + run * f.h * f.w,
