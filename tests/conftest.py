@@ -1,5 +1,8 @@
 import os
 
+# Workers of pytest-xdist share the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Inductor's cache knows an operator by its name only, not by the version of its code.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
