@@ -81,23 +81,17 @@ struct Channels {
   }
 };
 
-// From a and b, sums of lanes i and i + s where bit s of i is 0: of a there, of b where 1.
-template <int s, class V, int... I>
-INLINE V folded(V a, V b, Indices<0, I...>) {
-  constexpr int lanes = sizeof...(I);
-  return __builtin_shufflevector(a, b, (I & s ? lanes + I - s : I)...) +
-         __builtin_shufflevector(a, b, (I & s ? lanes + I : I + s)...);
-}
-
 // The sums over lanes of as many vectors as there are lanes.
 template <class C, int s = 1>
-INLINE Vector<C> lane_sums(const Vector<C>* v) {
+INLINE Vector<C> lane_sums(Vector<C>* v) {
   constexpr int lanes = Simd<C>::lanes;
   if constexpr (s == lanes) return *v;
   else {
     Vector<C> halves[lanes / s / 2];
-    for (int i = 0; i < lanes / s / 2; ++i)
-      halves[i] = folded<s>(v[2 * i], v[2 * i + 1], Indices<lanes>());
+    for (int i = 0; i < lanes / s / 2; ++i) {
+      exchange<s>(v[2 * i], v[2 * i + 1], Indices<lanes>());
+      halves[i] = v[2 * i] + v[2 * i + 1];
+    }
     return lane_sums<C, 2 * s>(halves);
   }
 }

@@ -443,15 +443,11 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
       gemm<C>(steps, dk_, f.dv, {dy, dv_, 1}, {turned_re, dk_}, {c.x, dk_}, false, kFull);
       gemm<C>(steps, dk_, f.dv, {dy, dv_, 1}, {turned_im, dk_}, {c.y, dk_}, false, kFull);
       for (int64_t s = 0; s < steps; ++s) {
-        C by_re = 0, by_im = 0;
-        for (int64_t j = 0; j < f.dk; ++j) {
-          const int64_t at = s * dk_ + j;
-          dq[at] += c.p_re[s] * c.x[at] - c.p_im[s] * c.y[at];
-          by_re += c.q[at] * c.x[at];
-          by_im -= c.q[at] * c.y[at];
-        }
-        dp_re[s] = by_re;
-        dp_im[s] = by_im;
+        const C *q = c.q + s * dk_, *x = c.x + s * dk_, *y = c.y + s * dk_;
+        C* to = dq + s * dk_;
+        for (int64_t j = 0; j < f.dk; ++j) to[j] += c.p_re[s] * x[j] - c.p_im[s] * y[j];
+        dp_re[s] = sum_over<C>(f.dk, [&](int64_t j) LAMBDA { return q[j] * x[j]; });
+        dp_im[s] = -sum_over<C>(f.dk, [&](int64_t j) LAMBDA { return q[j] * y[j]; });
       }
 
       // Into the state that leaves: x = v Re Gᵀ, y = v Im Gᵀ.
@@ -461,15 +457,13 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
       gemm<C>(steps, dk_, f.dv, {c.v, dv_, 1}, {turned_im, dk_}, {c.y, dk_}, false, kFull);
       const C *e_re = c.w_re + last * steps_, *e_im = c.w_im + last * steps_;
       for (int64_t r = 0; r < steps; ++r) {
-        C by_re = 0, by_im = 0;
-        for (int64_t j = 0; j < f.dk; ++j) {
-          const int64_t at = r * dk_ + j;
-          dk[at] += e_re[r] * c.x[at] + e_im[r] * c.y[at];
-          by_re += c.k[at] * c.x[at];
-          by_im += c.k[at] * c.y[at];
-        }
-        dw_re[last * steps_ + r] += by_re;
-        dw_im[last * steps_ + r] += by_im;
+        const C *k = c.k + r * dk_, *x = c.x + r * dk_, *y = c.y + r * dk_;
+        C* to = dk + r * dk_;
+        for (int64_t j = 0; j < f.dk; ++j) to[j] += e_re[r] * x[j] + e_im[r] * y[j];
+        dw_re[last * steps_ + r] +=
+            sum_over<C>(f.dk, [&](int64_t j) LAMBDA { return k[j] * x[j]; });
+        dw_im[last * steps_ + r] +=
+            sum_over<C>(f.dk, [&](int64_t j) LAMBDA { return k[j] * y[j]; });
       }
       c.scale_rows(dk_, c.k, e_re, 1, C(1), c.x);
       gemm<C>(steps, dv_, f.dk, {c.x, dk_, 1}, {g_re, dv_}, {dv, dv_}, true, kFull);
@@ -479,15 +473,19 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
       // P_last carried the state across: its gradient is Σ G conj(S), and G becomes
       // conj(P_last) G + Σ_s conj(P_s) q_s grad_sᵀ.
       const C re = c.p_re[last], im = c.p_im[last];
-      for (int64_t row = 0; row < f.dk; ++row)
+      for (int64_t at = 0; at < size; at += dv_) {
+        C *r = g_re + at, *m = g_im + at;
+        const C *x = s_re + at, *y = s_im + at;
+        dp_re[last] +=
+            sum_over<C>(f.dv, [&](int64_t j) LAMBDA { return r[j] * x[j] + m[j] * y[j]; });
+        dp_im[last] +=
+            sum_over<C>(f.dv, [&](int64_t j) LAMBDA { return m[j] * x[j] - r[j] * y[j]; });
         for (int64_t j = 0; j < f.dv; ++j) {
-          const int64_t at = row * dv_ + j;
-          const C r = g_re[at], m = g_im[at];
-          dp_re[last] += r * s_re[at] + m * s_im[at];
-          dp_im[last] += m * s_re[at] - r * s_im[at];
-          g_re[at] = re * r + im * m;
-          g_im[at] = re * m - im * r;
+          const C before = r[j];
+          r[j] = re * before + im * m[j];
+          m[j] = re * m[j] - im * before;
         }
+      }
       c.scale_rows(dk_, c.q, c.p_re, 1, C(1), c.x);
       gemm<C>(f.dk, dv_, steps, {c.x, 1, dk_}, {dy, dv_}, {g_re, dv_}, true, kFull);
       c.scale_rows(dk_, c.q, c.p_im, 1, C(-1), c.x);
@@ -514,10 +512,12 @@ void heads_backward(const GateLoop& f, int64_t b, int64_t head) {
           sum_re = column_re * p + column_im * m;
           sum_im = column_im * p - column_re * m;
           const C *before_re = c.w_re + (s - 1) * steps_, *before_im = c.w_im + (s - 1) * steps_;
-          for (int64_t r = 0; r < s; ++r) {
-            sum_re += row_re[r] * before_re[r] + row_im[r] * before_im[r];
-            sum_im += row_im[r] * before_re[r] - row_re[r] * before_im[r];
-          }
+          sum_re += sum_over<C>(s, [&](int64_t r) LAMBDA {
+            return row_re[r] * before_re[r] + row_im[r] * before_im[r];
+          });
+          sum_im += sum_over<C>(s, [&](int64_t r) LAMBDA {
+            return row_im[r] * before_re[r] - row_re[r] * before_im[r];
+          });
         }
         da_re[s] = sum_re;
         da_im[s] = sum_im;

@@ -112,14 +112,34 @@ void gemm(int64_t m, int64_t n, int64_t k, Left<C> a, Rows<const C> b, Rows<C> c
     gemm_columns<C, 1>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
 }
 
+// A square of as many rows as lanes: every step exchanges one bit of the row's number with
+// that bit of the lane's.
+template <class C, int s = 1>
+INLINE void turn(typename Simd<C>::Vector* rows) {
+  constexpr int lanes = Simd<C>::lanes;
+  if constexpr (s < lanes) {
+    for (int i = 0; i < lanes; ++i)
+      if (!(i & s)) exchange<s>(rows[i], rows[i + s], Indices<lanes>());
+    turn<C, 2 * s>(rows);
+  }
+}
+
 // (m, n) → (n, m)
 template <class C>
-INLINE void transpose(int64_t m, int64_t n, const C* from, int64_t from_row, C* to,
-                      int64_t to_row) {
-  for (int64_t i0 = 0; i0 < m; i0 += 16)
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t i = i0; i < smaller(m, i0 + 16); ++i)
-        to[j * to_row + i] = from[i * from_row + j];
+void transpose(int64_t m, int64_t n, const C* from, int64_t from_row, C* to, int64_t to_row) {
+  using V = typename Simd<C>::Vector;
+  constexpr int64_t lanes = Simd<C>::lanes;
+  const int64_t squares_m = m / lanes * lanes, squares_n = n / lanes * lanes;
+  for (int64_t i = 0; i < squares_m; i += lanes)
+    for (int64_t j = 0; j < squares_n; j += lanes) {
+      V rows[lanes];
+      for (int r = 0; r < lanes; ++r) rows[r] = load<V>(from + (i + r) * from_row + j);
+      turn<C>(rows);
+      for (int r = 0; r < lanes; ++r) store(to + (j + r) * to_row + i, rows[r]);
+    }
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = i < squares_m ? squares_n : 0; j < n; ++j)
+      to[j * to_row + i] = from[i * from_row + j];
 }
 
 }  // namespace

@@ -216,6 +216,30 @@ INLINE void each_vector(int64_t count, F f) {
   for (; c < count; ++c) f(C(0), c);
 }
 
+// Σ term(c), sixteen sums at once and each by itself in order: what a compiler may vectorise.
+template <class C, class F>
+INLINE double sum_over(int64_t count, F term) {
+  C part[16] = {};
+  int64_t c = 0;
+  for (; c + 16 <= count; c += 16)
+    for (int j = 0; j < 16; ++j) part[j] += term(c + j);
+  for (; c < count; ++c) part[0] += term(c);
+  double sum[16];
+  for (int j = 0; j < 16; ++j) sum[j] = part[j];
+  for (int half = 8; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
+  return sum[0];
+}
+
+// Lanes i of b and i + s of a change places, for every i without the bit s.
+template <int s, class V, int... I>
+INLINE void exchange(V& a, V& b, Indices<0, I...>) {
+  constexpr int lanes = sizeof...(I);
+  const V first = __builtin_shufflevector(a, b, (I & s ? lanes + I - s : I)...);
+  b = __builtin_shufflevector(a, b, (I & s ? lanes + I : I + s)...);
+  a = first;
+}
+
 }  // namespace
 }  // namespace fastmix::FASTMIX_CPU
 

@@ -18,19 +18,6 @@ enum class Activation : int8_t { none, identity, tanh, sigmoid, gelu, silu };
 namespace fastmix::FASTMIX_CPU {
 namespace {
 
-// Σ term(c), sixteen sums at once and each by itself in order: what a compiler may vectorise.
-template <class C, class F>
-INLINE double sum_over(int64_t count, F term) {
-  C part[16] = {};
-  int64_t c = 0;
-  for (; c + 16 <= count; c += 16)
-    for (int j = 0; j < 16; ++j) part[j] += term(c + j);
-  for (; c < count; ++c) part[0] += term(c);
-  double sum = 0;
-  for (int j = 0; j < 16; ++j) sum += part[j];
-  return sum;
-}
-
 // Mean and inverse deviation of a row.
 template <class C>
 void row_statistics(const C* x, int64_t count, double eps, C* mean, C* inverse) {
