@@ -47,6 +47,20 @@ def uncompiled(run, monkeypatch):
     return run
 
 
+def test_a_half_type_beside_float32(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCH)
+    import dtypes
+    monkeypatch.setattr(dtypes, "SECONDS", 0)
+    dtypes.main([*SMALL, "--dtype", "float16"])
+    table = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {row for row, *_ in table} == ROWS - {"linear_scan complex"}
+    for _, *cells in table:
+        wide, half, ratio = ([float(number) for number in cell.split("/")] for cell in cells)
+        assert min(*wide, *half) > 0
+        assert ratio == pytest.approx([w / h for w, h in zip(wide, half)], rel=0.05)
+
+
 def test_whole_report(uncompiled, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_bytes(b"It was the best of times, it was the worst of times. " * 9)

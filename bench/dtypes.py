@@ -1,0 +1,47 @@
+"""A half type against float32: each operator in both, called in turns in one process.
+
+    python bench/dtypes.py --seq 8192
+"""
+
+import argparse
+import sys
+
+import torch
+
+import operators
+import rows
+
+SECONDS = 6  # for an operator, forward and again with backward
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq", type=int, default=8192, help="time steps")
+    parser.add_argument("--dim", type=int, default=512, help="width")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    dtypes = {name: getattr(torch, name) for name in ("float32", args.dtype)}
+    print(f"| operator | float32 ms, forward / fwd+bwd | {args.dtype} ms | times as fast |")
+    print("|---|---:|---:|---:|")
+    for make in (make for makers in operators.ROWS.values() for make in makers):
+        case = make(1, min(args.seq, 2048) if make is operators.causal_sgu else args.seq,
+                    args.dim, args.heads)
+        if any(t.is_complex() for _, t in case.inputs.values()):
+            continue  # complex64 in either
+        contests = {name: rows.Contest(case, dtype, torch.device(args.device))
+                    for name, dtype in dtypes.items()}
+        steps = {name: contest.ours(None) for name, contest in contests.items()}
+        for step in steps.values():  # compiles, the first time
+            step.forward_backward()
+        times = contests["float32"].times(steps, SECONDS)
+        wide, half = ([times[name][f"{mode}_ms"]["median"] for mode in rows.MODES]
+                      for name in dtypes)
+        print(f"| {case.row} | {wide[0]:.3g} / {wide[1]:.3g} | {half[0]:.3g} / {half[1]:.3g} "
+              f"| {wide[0] / half[0]:.2f} / {wide[1] / half[1]:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
