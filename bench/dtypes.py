@@ -10,6 +10,7 @@ import torch
 
 import operators
 import rows
+from run import CAUSAL_STEPS
 
 SECONDS = 6  # for an operator, forward and again with backward
 
@@ -27,16 +28,16 @@ def main(argv):
     print(f"| operator | float32 ms, forward / fwd+bwd | {args.dtype} ms | times as fast |")
     print("|---|---:|---:|---:|")
     for make in (make for makers in operators.ROWS.values() for make in makers):
-        case = make(1, min(args.seq, 2048) if make is operators.causal_sgu else args.seq,
-                    args.dim, args.heads)
+        steps = min(args.seq, CAUSAL_STEPS) if make is operators.causal_sgu else args.seq
+        case = make(1, steps, args.dim, args.heads)
         if any(t.is_complex() for _, t in case.inputs.values()):
             continue  # complex64 in either
         contests = {name: rows.Contest(case, dtype, torch.device(args.device))
                     for name, dtype in dtypes.items()}
-        steps = {name: contest.ours(None) for name, contest in contests.items()}
-        for step in steps.values():  # compiles, the first time
+        ours = {name: contest.ours(None) for name, contest in contests.items()}
+        for step in ours.values():  # compiles, the first time
             step.forward_backward()
-        times = contests["float32"].times(steps, SECONDS)
+        times = contests["float32"].times(ours, SECONDS)
         wide, half = ([times[name][f"{mode}_ms"]["median"] for mode in rows.MODES]
                       for name in dtypes)
         print(f"| {case.row} | {wide[0]:.3g} / {wide[1]:.3g} | {half[0]:.3g} / {half[1]:.3g} "

@@ -131,7 +131,7 @@ void backward(const DecayConv& f, const Unit& u, const Unit& next) {
   memset(grad_gain, 0, count * sizeof(double));
   for (int64_t start = (u.end - 1) / every * every; start >= u.start; start -= every) {
     const int64_t end = smaller(start + every, u.end);
-    memmove(before, read(f.kept, u.b, start / every, u.c0, count, before), count * sizeof(C));
+    read_into(f.kept, u.b, start / every, u.c0, count, before);
     for (int64_t t = start; t + 1 < end; ++t) {
       const T* x = read(f.x, u.b, t, u.c0, count, gathered_x);
       const C* y = before + (t - start) * count;

@@ -255,8 +255,7 @@ struct Head {
 
   void rows(const Source& s, int64_t t0, int64_t d, C* to, int64_t row) {
     for (int64_t i = 0; i < steps; ++i, to += row) {
-      const C* from = read(s, b, t0 + i, head * d, d, to);
-      if (from != to) memcpy(to, from, d * sizeof(C));
+      read_into(s, b, t0 + i, head * d, d, to);
       const int64_t next = t0 + ahead + i;
       if (next >= 0 && next < f.n) prefetch(s, b, next, head * d, d);
     }

@@ -90,9 +90,7 @@ void forward(const LinearScan& f, int64_t index) {
   Unit<N> u(f, index, scratch);
   N *state = scratch.take<N>(u.count), *next = scratch.take<N>(u.count);
   memset(static_cast<void*>(state), 0, u.count * sizeof(N));
-  if (present(f.initial_state))
-    memcpy(static_cast<void*>(state), read(f.initial_state, u.b, 0, u.c0, u.count, u.wide),
-           u.count * sizeof(N));
+  if (present(f.initial_state)) read_into(f.initial_state, u.b, 0, u.c0, u.count, state);
   for (int64_t i = 0; i < f.n; ++i) {
     const int64_t t = f.reverse ? f.n - 1 - i : i;
     const bool entering = f.reverse ? i == 0 || (t + 1) % larger(f.carry_every, 1) == 0
@@ -124,8 +122,7 @@ void backward(const LinearScan& f, int64_t index) {
   for (int64_t j = 0; j < chunks; ++j) {
     const int64_t chunk = f.reverse ? j : chunks - 1 - j;
     const int64_t first = chunk * every, steps = smaller(every, f.n - first);
-    memcpy(static_cast<void*>(before), read(f.kept, u.b, chunk, u.c0, count, wide_grad),
-           count * sizeof(N));
+    read_into(f.kept, u.b, chunk, u.c0, count, before);
     const auto time = [&](int64_t i) { return f.reverse ? first + steps - 1 - i : first + i; };
     for (int64_t i = 0; i + 1 < steps; ++i)
       advance(u.gates_at(time(i)), u.inputs_at(time(i)), before + i * count,

@@ -268,6 +268,13 @@ const C* read(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count, 
   return scratch;
 }
 
+// The same, always copied to `to`.
+template <class C>
+INLINE void read_into(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count, C* to) {
+  const C* from = read(s, b, t, c0, count, to);
+  if (from != to) memcpy(static_cast<void*>(to), from, count * sizeof(C));
+}
+
 // Channels c0 … of one step, to be written vector by vector.
 template <class T>
 struct Row {
