@@ -20,6 +20,8 @@ ahead = torch is not None and build["compiler"]() is not None
 
 class BuildWithLibrary(build_py):
     def run(self):
+        for stale in (Path(self.build_lib) / "fastmix").glob("_native*.so"):
+            stale.unlink()
         super().run()
         if ahead and not self.editable_mode:  # a checkout's sources may still change
             folder = Path(torch.origin).parent

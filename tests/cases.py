@@ -65,7 +65,7 @@ def _linear_scan_mixed(n, dtype, b=2):
 
 def _gate_loop(dk, dv, logits, state):
     def make(n, dtype, b=2):
-        h = 3
+        h = 3 if dk * dv == 1 else 2
         made = {"q": randn(b, n, h, dk, dtype=dtype), "k": randn(b, n, h, dk, dtype=dtype),
                 "v": randn(b, n, h, dv, dtype=dtype)}
         if logits:

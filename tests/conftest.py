@@ -9,6 +9,8 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import pytest
 import torch
 
+from fastmix import _build
+
 # test_triton.py runs these in a process of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else [
     "triton"]
@@ -22,6 +24,18 @@ def fresh_inputs(request):
     request.node.user_properties.append(("seed", seed))
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def quick_compiler(tmp_path_factory):
+    """For tests of what is built and not of what it does: the C++ compiler, which is not to
+    optimise. None where there is no compiler."""
+    if _build.compiler() is None:
+        return None
+    compiler = tmp_path_factory.mktemp("compiler") / "quick-c++"
+    compiler.write_text(f'#!/bin/sh\nexec {_build.compiler()} "$@" -O0\n')
+    compiler.chmod(0o755)
+    return str(compiler)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -345,10 +345,12 @@ needs_nvcc = pytest.mark.skipif(_build.cuda_compiler() is None or _build.compile
 
 
 @pytest.fixture(scope="module")
-def whole_library(tmp_path_factory):
+def whole_library(tmp_path_factory, quick_compiler):
     """Kernels for CPUs and for every GPU in one."""
     path = tmp_path_factory.mktemp("cuda") / "whole.so"
-    _build.build(path, Path(torch.__file__).parent, cuda=_build.cuda_code())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", quick_compiler)  # nvcc's own code is optimised all the same
+        _build.build(path, Path(torch.__file__).parent, cuda=_build.cuda_code())
     return path
 
 

@@ -330,12 +330,9 @@ def test_native_code_includes_stable_headers_only():
 
 
 @pytest.fixture
-def quick(tmp_path):
-    """An environment whose compiler does not optimise, with an empty cache."""
-    compiler = tmp_path / "quick-c++"
-    compiler.write_text(f'#!/bin/sh\nexec {_build.compiler()} "$@" -O0\n')
-    compiler.chmod(0o755)
-    return {"CXX": str(compiler), "FASTMIX_CACHE": str(tmp_path / "cache")}
+def quick(quick_compiler, tmp_path):
+    """An environment with an empty cache."""
+    return {"CXX": quick_compiler, "FASTMIX_CACHE": str(tmp_path / "cache")}
 
 
 CALL = """
@@ -393,9 +390,11 @@ def test_without_a_compiler_the_fallback_runs_and_says_so_once(quick):
     assert "decay_conv            fallback" in env.stdout
 
 
-def test_a_compiler_that_fails_is_quoted(quick):
-    Path(quick["CXX"]).write_text("#!/bin/sh\necho 'that will not do' >&2\nexit 1\n")
-    ran = python("-c", CALL, environment=quick)
+def test_a_compiler_that_fails_is_quoted(quick, tmp_path):
+    failing = tmp_path / "c++"
+    failing.write_text("#!/bin/sh\necho 'that will not do' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    ran = python("-c", CALL, environment=quick | {"CXX": str(failing)})
     assert ran.returncode == 0 and "that will not do" in ran.stdout
 
 

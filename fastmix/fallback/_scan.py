@@ -37,7 +37,8 @@ def room(x, *others):
     """Memory like x for what is made of all these, or None: memory that was there before a
     result has no derivatives, and torch.func may be asking for some.
     """
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, *others))):
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t)
+           for t in (x, *others)):
         return None
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

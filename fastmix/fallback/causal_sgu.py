@@ -1,7 +1,7 @@
 """causal_sgu in plain torch: row blocks of the lower triangle, no masked copy of the weight.
 
 A block of rows is a product with all steps before it and one with its own triangle.
-Layouts: rows (b, n, c), columns (h, n, b · d).
+Layouts: rows (b, n, c), columns (h, n, b, d) or (h, n, b · d).
 """
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from fastmix.fallback import _gating
 
 BLOCK = 128  # the fewest rows of a block of the triangle
+SLAB = 1 << 18  # numbers of the gate that backward takes at a time, but a whole head at least
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
@@ -16,58 +17,78 @@ def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activat
     c = x.shape[2] // 2
     dtype = _gating.compute_dtype(x)
     gate = _gating.normalize(x[..., c:].to(dtype), norm_weight, norm_bias, eps)[0]
-    mixed = _rows(_mix(_columns(gate, weight.shape[0]), weight, bias), gate)
+    columns = _columns(gate, weight.shape[0])
+    mixed = _mix(columns.flatten(2), weight, bias).unflatten(2, columns.shape[2:])
+    mixed = mixed.permute(2, 1, 0, 3).flatten(2).contiguous()
     if gate_residual is not None:
         mixed = mixed + gate_residual.to(dtype)
     return _gating.finish(mixed, x[..., :c].to(dtype), activation).to(x.dtype)
 
 
 def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
-    """grad (b, n, c) → dx, dweight, dbias, dnorm_weight, dnorm_bias, dgate_residual."""
-    n, c = grad.shape[1:]
+    """grad (b, n, c) → dx, dweight, dbias, dnorm_weight, dnorm_bias, dgate_residual.
+
+    A few heads at a time, then a few steps. In between, the gradient of the normed gate lies
+    where that of the gate will: hardly more is held than what is returned.
+    """
+    b, n, c = grad.shape
+    h = weight.shape[0]
     dtype = _gating.compute_dtype(x)
-    gate = x[..., c:].to(dtype).contiguous()
-    normed, *statistics = _gating.normalize(gate, norm_weight, norm_bias, eps)
-    columns = _columns(normed, weight.shape[0])
+    gate = x[..., c:].to(dtype)
+    mean, inverse_deviation = _gating.normalize(gate, None, None, eps)[1:]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dmixed = grad.to(dtype)
-    if activation == "none":
-        dx[..., :c] = 0
-    else:
-        mixed = _rows(_mix(columns, weight, bias), gate)
-        if gate_residual is not None:
-            mixed += gate_residual.to(dtype)
-        dmixed, dx[..., :c] = _gating.finish_backward(
-            dmixed, mixed, x[..., :c].to(dtype), activation)
-        del mixed
-    dresidual = None if gate_residual is None else dmixed.to(gate_residual.dtype).contiguous()
-    dmixed = _columns(dmixed, weight.shape[0])
+    dnormed = dx[..., c:] if x.dtype == dtype else torch.empty_like(gate)
+    dresidual = None if gate_residual is None else torch.empty(
+        grad.shape, dtype=gate_residual.dtype, device=x.device)
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
-    dbias[:, :n] = dmixed.sum(dim=-1)
-    parts = []
-    for i, j in _gating.row_blocks(n, BLOCK):
-        part = torch.bmm(_triangle(weight, i, j, dtype).mT, dmixed[:, i:j])
-        if j < n:
-            part.baddbmm_(weight[:, j:n, i:j].to(dtype).mT, dmixed[:, j:])
-        parts.append(part)
-        dweight[:, i:j, :j] = torch.bmm(dmixed[:, i:j], columns[:, :j].mT)
-        dweight[:, i:j, i:j].tril_()
-    dnormed = _rows(torch.cat(parts, dim=1), gate)
-    dx[..., c:], dnorm_weight, dnorm_bias = _gating.normalize_backward(
-        dnormed, gate, *statistics, norm_weight, norm_bias)
-    return (dx, dweight, dbias, _gating.cast_like(dnorm_weight, norm_weight),
-            _gating.cast_like(dnorm_bias, norm_bias), dresidual)
+    few = max(1, SLAB // max(1, b * n * (c // h)))
+    for at in [slice(i, i + few) for i in range(0, h, few)]:
+        def of(rows):
+            return _columns(rows, h)[at]
+
+        normed = (of(gate) - of(mean.expand_as(gate))).mul_(of(inverse_deviation.expand_as(gate)))
+        for parameter, apply in ((norm_weight, normed.mul_), (norm_bias, normed.add_)):
+            if parameter is not None:
+                apply(of(parameter.to(dtype).expand_as(gate)))
+        columns, dmixed = normed.flatten(2), of(grad.to(dtype))
+        if activation == "none":
+            of(dx[..., :c]).zero_()
+        else:
+            mixed = _mix(columns, weight[at], bias[at]).unflatten(2, (b, c // h))
+            if gate_residual is not None:
+                mixed += of(gate_residual.to(dtype))
+            dmixed, dres = _gating.finish_backward(
+                dmixed, mixed, of(x[..., :c].to(dtype)), activation)
+            of(dx[..., :c]).copy_(dres)
+            del mixed, dres
+        if gate_residual is not None:
+            of(dresidual).copy_(dmixed)
+        dmixed = dmixed.flatten(2)
+        dbias[at, :n] = dmixed.sum(dim=-1)
+        for i, j in _gating.row_blocks(n, BLOCK):
+            part = torch.bmm(_triangle(weight[at], i, j, dtype).mT, dmixed[:, i:j])
+            if j < n:
+                part.baddbmm_(weight[at, j:n, i:j].to(dtype).mT, dmixed[:, j:])
+            of(dnormed)[:, i:j].copy_(part.unflatten(2, (b, c // h)))
+            dweight[at, i:j, :j] = torch.bmm(dmixed[:, i:j], columns[:, :j].mT)
+            dweight[at, i:j, i:j].tril_()
+    dnorm = [None if t is None else torch.zeros(c, dtype=dtype, device=x.device)
+             for t in (norm_weight, norm_bias)]
+    few = max(1, SLAB // max(1, b * c))
+    for at in [slice(i, i + few) for i in range(0, n, few)]:
+        dx[:, at, c:], *parts = _gating.normalize_backward(
+            dnormed[:, at], gate[:, at], mean[:, at], inverse_deviation[:, at],
+            norm_weight, norm_bias)
+        for total, part in zip(dnorm, parts):
+            if total is not None:
+                total += part
+    return (dx, dweight, dbias, _gating.cast_like(dnorm[0], norm_weight),
+            _gating.cast_like(dnorm[1], norm_bias), dresidual)
 
 
 def _columns(rows, h):
-    """(b, n, c) → (h, n, b · d)."""
-    return rows.unflatten(2, (h, -1)).permute(2, 1, 0, 3).flatten(2)
-
-
-def _rows(columns, like):
-    """(h, n, b · d) → (b, n, c), contiguous, with b and c of `like`."""
-    windows = columns.unflatten(2, (like.shape[0], like.shape[2] // columns.shape[0]))
-    return windows.permute(2, 1, 0, 3).flatten(2).contiguous()
+    """(b, n, c) → (h, n, b, d), a view."""
+    return rows.unflatten(2, (h, -1)).permute(2, 1, 0, 3)
 
 
 def _triangle(weight, i, j, dtype):

@@ -2,8 +2,8 @@
 
 A slab of the normed gate is laid out with its windows as columns. Without the last
 window it is what a slab mixes of previous windows, without the first what it mixes of
-their own: two views, no doubled gate. Slabs of a few megabytes stay in cache from the
-layer norm to the product.
+their own: two views, no doubled gate. Slabs of a megabyte or two stay in cache from the
+layer norm to the product, and are all that is held beside inputs and results.
 
 Layouts: rows (b, steps, c), windows (h, w, b, count, d).
 """
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from fastmix.fallback import _gating
+from fastmix.fallback._scan import room
 
-SLAB = 1 << 19  # numbers in a slab of the gate, or as many as the weight has
+SLAB = 3 << 17  # numbers in a slab of the gate, or as many as the weight has
 BLOCK = 64  # the fewest rows of a block of the triangle
 
 
@@ -23,6 +24,7 @@ def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activat
     dtype = _gating.compute_dtype(x)
     matrices, bias = _parameters(weight, bias, n, dtype)
     h, w = bias.shape
+    whole = room(x[..., :c], weight, bias, norm_weight, norm_bias, gate_residual)
     pieces = []
     for batch, start, stop in _slabs(b, n, c, matrices[0]):
         before = min(start, (len(matrices) - 1) * w)
@@ -32,8 +34,13 @@ def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activat
         if gate_residual is not None:
             mixed = mixed + _windows(gate_residual[batch, start:stop].to(dtype), h, w)
         res = _windows(x[batch, start:stop, :c].to(dtype), h, w)
-        out = _gating.finish(mixed, res, activation).to(x.dtype)
-        pieces.append(out.permute(2, 3, 1, 0, 4).flatten(0, 1))
+        out = _gating.finish(mixed, res, activation)
+        if whole is None:
+            pieces.append(out.to(x.dtype).permute(2, 3, 1, 0, 4).flatten(0, 1))
+        else:
+            _put(out, whole[batch, start:stop])
+    if whole is not None:
+        return whole
     out = torch.cat(pieces).unflatten(0, (b, -(-n // w)))
     return out.flatten(3).flatten(1, 2)[:, :n].contiguous()
 
@@ -58,9 +65,10 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
              for t in (norm_weight, norm_bias)]
     for batch, start, stop in reversed(_slabs(b, n, c, matrices[0])):
         before, length = min(start, back * w), stop - start
-        gate = x[batch, start - before : stop, c:].to(dtype).contiguous()
+        gate = x[batch, start - before : stop, c:].to(dtype)
         normed, *statistics = _gating.normalize(gate, norm_weight, norm_bias, eps)
         windows = _gate_windows(normed, before, matrices)
+        del gate, normed
         dmixed = _windows(grad[batch, start:stop].to(dtype), h, w)
         if activation == "none":
             dx[batch, start:stop, :c] = 0
@@ -70,31 +78,32 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
                 mixed += _windows(gate_residual[batch, start:stop].to(dtype), h, w)
             res = _windows(x[batch, start:stop, :c].to(dtype), h, w)
             dmixed, dres = _gating.finish_backward(dmixed, mixed, res, activation)
-            dx[batch, start:stop, :c] = _rows(dres)[:, :length]
+            _put(dres, dx[batch, start:stop, :c])
+            del mixed, res, dres
         if gate_residual is not None:
-            dresidual[batch, start:stop] = _rows(dmixed)[:, :length]
+            _put(dmixed, dresidual[batch, start:stop])
         if stop == n:
             later = torch.zeros_like(dmixed[..., :back, :])
         columns = dmixed.shape[2:]
         dmixed = torch.cat([dmixed, later], dim=3)
-        later = dmixed[..., :back, :]
+        later = dmixed[..., :back, :].clone()
         grads = _runs(dmixed, matrices)
         runs, dmatrices = _runs(windows, matrices), _parts(dweight, n)
-        dnormed = torch.zeros_like(grads[0])
         if back:
             dmatrices[0] += torch.bmm(grads[0], runs[0].mT)
             dnormed = torch.bmm(matrices[0].mT, grads[1])
-        blocks = []
+        else:
+            dnormed = torch.zeros_like(grads[0])
         for i, j in _gating.row_blocks(w, BLOCK):
             dmatrices[-1][:, i:j, :j] += torch.bmm(grads[0][:, i:j], runs[-1][:, :j].mT)
-            blocks.append(torch.baddbmm(
-                dnormed[:, i:j], matrices[-1][:, i:, i:j].mT, grads[0][:, i:]))
-        dnormed = torch.cat(blocks, dim=1)
+            dnormed[:, i:j].baddbmm_(matrices[-1][:, i:, i:j].mT, grads[0][:, i:])
         dbias[:, :w] += grads[0].sum(dim=-1)
+        del windows, runs, dmixed, grads
         dnormed = _rows(dnormed.unflatten(2, columns))[:, :length]
         dx[batch, start:stop, c:], *parts = _gating.normalize_backward(
-            dnormed, gate[:, before:], *(s[:, before:] for s in statistics),
+            dnormed, x[batch, start:stop, c:].to(dtype), *(s[:, before:] for s in statistics),
             norm_weight, norm_bias)
+        del dnormed
         for total, part in zip(dnorm, parts):
             if total is not None:
                 total += part
@@ -138,6 +147,15 @@ def _windows(rows, h, w):
 def _rows(windows):
     """(h, w, b, count, d) → (b, count · w, c)."""
     return windows.permute(2, 3, 1, 0, 4).flatten(3).flatten(1, 2)
+
+
+def _put(windows, rows):
+    """Writes windows (h, w, b, count, d), without what fills up the last, to rows (b, steps, c)."""
+    h, w = windows.shape[:2]
+    whole = rows.shape[1] // w
+    _windows(rows[:, : whole * w], h, w).copy_(windows[..., :whole, :])
+    rest = rows[:, whole * w :].unflatten(2, (h, -1)).permute(2, 1, 0, 3)
+    rest.copy_(windows[:, : rest.shape[1], :, -1])
 
 
 def _gate_windows(gate, before, matrices):
