@@ -119,6 +119,9 @@ class Operator:
         ctx.save_for_backward(*tensors, *carries)
         ctx.others = [None if i in self.tensors else a for i, a in enumerate(inputs)]
         ctx.mark_non_differentiable(*carries)
+        # Zeros in place of the gradients that do not come would be as large as the carries.
+        ctx.set_materialize_grads(False)
+        ctx.sizes = [(o.shape, o.dtype) for o in outputs[: self.differentiable]]
 
     def _restore(self, ctx, tensors):
         args = list(ctx.others)
@@ -130,7 +133,8 @@ class Operator:
         """Gradients of the arguments, None for those that are no tensors."""
         stored = ctx.saved_tensors
         args = self._restore(ctx, stored)
-        grads = grads[: self.differentiable]
+        grads = tuple(stored[0].new_zeros(size, dtype=dtype) if g is None else g
+                      for g, (size, dtype) in zip(grads, ctx.sizes))
         if torch.is_grad_enabled():
             return self._pull(args)[1](grads)
         carries = stored[len(self.tensors) :]
@@ -269,8 +273,10 @@ class _Apply(torch.autograd.Function):
 _Apply.forward.__signature__ = inspect.signature(_Apply.forward)
 
 
-# Backward starts again from every 64th state.
+# Backward starts again from every 64th state. Those of heads are large: on devices whose
+# kernels walk along time anyway, fewer are kept.
 CARRY_EVERY = 64
+HEADS_CARRY_EVERY = {"cpu": 256}
 
 
 def carry_count(n, carry_every):

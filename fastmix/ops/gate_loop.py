@@ -3,7 +3,8 @@
 from fastmix.checks import (check_length, check_shape, check_tensor, match_dtypes,
                             match_parameter, wide_complex)
 from fastmix.fallback import gate_loop as fallback
-from fastmix.ops._register import CARRY_EVERY, Operator, carry_count, needs_gradient
+from fastmix.ops._register import (CARRY_EVERY, HEADS_CARRY_EVERY, Operator, carry_count,
+                                   needs_gradient)
 
 
 def _fake(q, k, v, gates, gate_logits, initial_state, carry_every):
@@ -28,7 +29,7 @@ def gate_loop(q, k, v, gates=None, *, gate_logits=None, initial_state=None, retu
 
     Linear in n. With dk = dv = 1 (one head per channel, the paper's setting) it is a scan
     per channel; larger heads run in chunks of matrix products. States are never stored:
-    backward recomputes them from every 64th.
+    backward recomputes them from every 64th, those of heads on CPUs from every 256th.
 
     Args:
         q, k: (b, n, h, dk), real, any strides
@@ -74,6 +75,7 @@ def gate_loop(q, k, v, gates=None, *, gate_logits=None, initial_state=None, retu
         check_tensor(where, "initial_state", initial_state, (complex_dtype,), like=("q", q))
         check_shape(where, "initial_state", initial_state, "b h dk dv", sizes)
     wanted = needs_gradient(q, k, v, gates, gate_logits, initial_state)
-    out, state, _ = _operator(q, k, v, gates, gate_logits, initial_state,
-                              CARRY_EVERY if wanted else 0)
+    diagonal = sizes["dk"] == sizes["dv"] == 1
+    every = CARRY_EVERY if diagonal else HEADS_CARRY_EVERY.get(q.device.type, CARRY_EVERY)
+    out, state, _ = _operator(q, k, v, gates, gate_logits, initial_state, every if wanted else 0)
     return (out, state) if return_state else out

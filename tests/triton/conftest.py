@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+from fastmix.ops._register import HEADS_CARRY_EVERY
+
 
 def convert(values, have, want, rounding):
     """Between bfloat16, kept as integers, and wider numbers, rounded to the nearest."""
@@ -18,6 +20,12 @@ def rounding_as_on_hardware(monkeypatch):
     """The interpreter cuts digits off where GPUs round."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         monkeypatch.setattr("triton.runtime.interpreter._convert_float", convert)
+
+
+@pytest.fixture(autouse=True)
+def carries_as_on_hardware(monkeypatch):
+    """Tensors lie on a CPU here."""
+    monkeypatch.delitem(HEADS_CARRY_EVERY, "cpu")
 
 
 @pytest.fixture(params=["segments", "one walk"])
