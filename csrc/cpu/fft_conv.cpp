@@ -466,7 +466,8 @@ struct Call {
     lanes = (16 << instruction_set()) / (is_double(x) ? 8 : 4);
     f.kernels_in_lanes = 2 * f.d <= lanes;
     f.heads = f.kernels_in_lanes ? lanes / f.d : 1;
-    f.group = f.kernels_in_lanes ? f.d : 16;
+    // Each group sums its own spectra of the kernels' gradients: no more than make work for many.
+    f.group = f.kernels_in_lanes ? f.d : f.b * f.h * f.d < 512 ? 16 : 32;
     f.groups = (f.d + f.group - 1) / f.group;
     units = f.b * ((f.h + f.heads - 1) / f.heads) * f.groups;
     kernel_units = ((f.shared ? 1 : f.b) * f.h + lanes - 1) / lanes;

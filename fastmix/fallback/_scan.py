@@ -11,9 +11,9 @@ import torch
 # Sequences this short are scanned step by step.
 DIRECT = 16
 
-# Real numbers in a stretch's temporaries: 8 MB in float32. An allocator hands blocks of that
-# size out again and again, while larger ones come fresh from the system, page by page.
-STRETCH = 1 << 21
+# Real numbers in one of a stretch's temporaries: 2 MB in float32. An allocator hands blocks of
+# that size out again and again, while large ones come fresh from the system, page by page.
+STRETCH = 1 << 19
 
 
 def stretches(n, per_step, multiple):

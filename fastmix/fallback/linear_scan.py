@@ -13,7 +13,7 @@ def _dtypes(gates, inputs):
 
 def _stretches(inputs, carry_every, reverse):
     # Complex, and several at once: less time per stretch, for the memory.
-    found = stretches(inputs.shape[1], 8 * inputs[:, 0].numel(), carry_every)
+    found = stretches(inputs.shape[1], 2 * inputs[:, 0].numel(), carry_every)
     return found[::-1] if reverse else found
 
 
