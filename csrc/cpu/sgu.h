@@ -30,6 +30,22 @@ void row_statistics(const C* x, int64_t count, double eps, C* mean, C* inverse) 
   *inverse = static_cast<C>(1 / sqrt(squares / count + eps));
 }
 
+// The gradient of x from that of the row it is normalised to; adds to those of scale and shift.
+template <class C>
+void norm_backward(const C* x, const C* grad_normed, C mean, C inverse, const C* scale,
+                   C* by_scale, C* by_shift, C* normal, C* grad, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) {
+    normal[c] = (x[c] - mean) * inverse;
+    by_scale[c] += grad_normed[c] * normal[c];
+    by_shift[c] += grad_normed[c];
+    grad[c] = grad_normed[c] * scale[c];
+  }
+  const double total = sum_over<C>(count, [&](int64_t c) LAMBDA { return grad[c]; });
+  const double along = sum_over<C>(count, [&](int64_t c) LAMBDA { return grad[c] * normal[c]; });
+  const C level = static_cast<C>(total / count), tilt = static_cast<C>(along / count);
+  for (int64_t c = 0; c < count; ++c) grad[c] = inverse * (grad[c] - level - normal[c] * tilt);
+}
+
 template <class C>
 INLINE C sigmoid(C x) {
   const C e = exp_below_zero(x < 0 ? x : -x), s = C(1) / (C(1) + e);

@@ -172,24 +172,14 @@ template <class C>
 void write_grad_gate(Sgu<C>& s, int64_t b, int64_t window, const Gate<C>& gate, C* grad_rows,
                      C* by_scale, C* by_shift) {
   const WindowedSgu& f = s.f;
-  C *grad = s.value, *normal = s.slope;
   for (int64_t r = 0; r < s.rows_of(window); ++r) {
     const int64_t t = window * f.w + r;
     const C* x = read(f.x, b, t, f.c, f.c, s.wide);
-    const C mean = gate.mean[r], inverse = gate.inverse[r];
     for (int64_t head = 0; head < f.h; ++head)
       memcpy(s.row + head * s.d, s.at(grad_rows, head, r), s.d * sizeof(C));
-    for (int64_t c = 0; c < f.c; ++c) {
-      normal[c] = (x[c] - mean) * inverse;
-      by_scale[c] += s.row[c] * normal[c];
-      by_shift[c] += s.row[c];
-      grad[c] = s.row[c] * s.scale[c];
-    }
-    const double total = sum_over<C>(f.c, [&](int64_t c) LAMBDA { return grad[c]; });
-    const double along = sum_over<C>(f.c, [&](int64_t c) LAMBDA { return grad[c] * normal[c]; });
-    const C level = static_cast<C>(total / f.c), tilt = static_cast<C>(along / f.c);
-    for (int64_t c = 0; c < f.c; ++c) grad[c] = inverse * (grad[c] - level - normal[c] * tilt);
-    write(f.grad_x, b, t, f.c, f.c, grad);
+    norm_backward(x, s.row, gate.mean[r], gate.inverse[r], s.scale, by_scale, by_shift, s.slope,
+                  s.value, f.c);
+    write(f.grad_x, b, t, f.c, f.c, s.value);
   }
 }
 
@@ -334,50 +324,17 @@ void windowed_sgu_backward(const WindowedSgu& f, int64_t begin, int64_t end) {
 
 #else  // registration
 
-#include <string>
-
-#include "tensors.h"
+#include "sgu_tensors.h"
 
 namespace fastmix {
 namespace {
 
-Activation activation_of(const std::string& name) {
-  const char* names[] = {"none", "identity", "tanh", "sigmoid", "gelu", "silu"};
-  int8_t i = 0;
-  while (name != names[i]) ++i;
-  return static_cast<Activation>(i);
-}
-
-// Parameters as the kernels take them; it must outlive their calls.
-struct Parameters {
-  std::vector<double> bias, norm_weight, norm_bias;
-  Tensor weight;
-};
-
-Parameters parameters(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                      const Maybe& norm_weight, const Maybe& norm_bias) {
-  return {values(bias), norm_weight ? values(*norm_weight) : std::vector<double>(),
-          norm_bias ? values(*norm_bias) : std::vector<double>(),
-          dense(torch::stable::to(weight, wide(x)))};
-}
-
 WindowedSgu arguments(const Tensor& x, const Parameters& p, double eps, const Maybe& residual,
                       const std::string& activation) {
   WindowedSgu f{};
-  f.b = x.size(0);
-  f.n = x.size(1);
-  f.c = x.size(2) / 2;
-  f.h = p.weight.size(0);
+  fill(f, x, p, eps, residual, activation);
   f.w = p.weight.size(1);
   f.windows = (f.n + f.w - 1) / f.w;
-  f.activation = activation_of(activation);
-  f.eps = eps;
-  f.bias = p.bias.data();
-  f.norm_weight = p.norm_weight.empty() ? nullptr : p.norm_weight.data();
-  f.norm_bias = p.norm_bias.empty() ? nullptr : p.norm_bias.data();
-  f.weight = p.weight.const_data_ptr();
-  f.x = source(x);
-  if (residual) f.residual = source(*residual);
   return f;
 }
 
@@ -394,7 +351,7 @@ void add_runs(const Tensor& parts, const Tensor& sum) {
 Tensor windowed_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                     const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                     const Maybe& residual, std::string activation) {
-  const Parameters p = parameters(x, weight, bias, norm_weight, norm_bias);
+  const Parameters p(x, weight, bias, norm_weight, norm_bias);
   WindowedSgu f = arguments(x, p, eps, residual, activation);
   Tensor out = fresh(x, {f.b, f.n, f.c}, x.scalar_type());
   f.out = sink(out, f.n, f.c);
@@ -406,7 +363,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
     const Maybe& norm_weight, const Maybe& norm_bias, double eps, const Maybe& residual,
     std::string activation) {
-  const Parameters p = parameters(x, weight, bias, norm_weight, norm_bias);
+  const Parameters p(x, weight, bias, norm_weight, norm_bias);
   WindowedSgu f = arguments(x, p, eps, residual, activation);
   Tensor grad_x = fresh(x), grad_residual = residual ? fresh(*residual) : nothing(x);
   f.grad = source(grad);
@@ -427,18 +384,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
   f.grad_norm_bias = by_shift.data();
   spread(FASTMIX_KERNELS(windowed_sgu_backward), f, f.runs);
 
-  const auto total = [&](const std::vector<double>& parts, const Tensor& parameter) {
-    std::vector<double> sum(parameter.numel());
-    for (size_t i = 0; i < parts.size(); ++i) sum[i % sum.size()] += parts[i];
-    Tensor found = fresh(parameter);
-    assign(found, sum);
-    return found;
-  };
   Tensor grad_weight = fresh(weight);
   is_double(x) ? add_runs<double>(sums, grad_weight) : add_runs<float>(sums, grad_weight);
-  return {grad_x, grad_weight, total(by_bias, bias),
-          norm_weight ? total(by_scale, *norm_weight) : nothing(x),
-          norm_bias ? total(by_shift, *norm_bias) : nothing(x), grad_residual};
+  return {grad_x, grad_weight, sum_runs(by_bias, bias),
+          norm_weight ? sum_runs(by_scale, *norm_weight) : nothing(x),
+          norm_bias ? sum_runs(by_shift, *norm_bias) : nothing(x), grad_residual};
 }
 
 }  // namespace

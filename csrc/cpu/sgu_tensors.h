@@ -1,0 +1,59 @@
+// What the registrations of the spatial gating units share.
+
+#pragma once
+
+#include <string>
+
+#include "sgu.h"
+#include "tensors.h"
+
+namespace fastmix {
+
+inline Activation activation_of(const std::string& name) {
+  const char* names[] = {"none", "identity", "tanh", "sigmoid", "gelu", "silu"};
+  int8_t i = 0;
+  while (name != names[i]) ++i;
+  return static_cast<Activation>(i);
+}
+
+// Parameters as the kernels take them; it must outlive their calls.
+struct Parameters {
+  std::vector<double> bias, norm_weight, norm_bias;
+  Tensor weight;
+
+  Parameters(const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& norm_weight,
+             const Maybe& norm_bias)
+      : bias(values(bias)),
+        norm_weight(norm_weight ? values(*norm_weight) : std::vector<double>()),
+        norm_bias(norm_bias ? values(*norm_bias) : std::vector<double>()),
+        weight(dense(torch::stable::to(weight, wide(x)))) {}
+};
+
+// What both take, into the arguments of either.
+template <class Arguments>
+void fill(Arguments& f, const Tensor& x, const Parameters& p, double eps, const Maybe& residual,
+          const std::string& activation) {
+  f.b = x.size(0);
+  f.n = x.size(1);
+  f.c = x.size(2) / 2;
+  f.h = p.weight.size(0);
+  f.activation = activation_of(activation);
+  f.eps = eps;
+  f.bias = p.bias.data();
+  f.norm_weight = p.norm_weight.empty() ? nullptr : p.norm_weight.data();
+  f.norm_bias = p.norm_bias.empty() ? nullptr : p.norm_bias.data();
+  f.weight = p.weight.const_data_ptr();
+  f.x = source(x);
+  if (residual) f.residual = source(*residual);
+}
+
+// A parameter's gradient, from those of the runs: (runs, …).
+inline Tensor sum_runs(const std::vector<double>& runs, const Tensor& parameter) {
+  std::vector<double> sum(parameter.numel());
+  for (size_t i = 0; i < runs.size(); ++i) sum[i % sum.size()] += runs[i];
+  Tensor found = fresh(parameter);
+  assign(found, sum);
+  return found;
+}
+
+}  // namespace fastmix
