@@ -25,7 +25,7 @@ struct CausalSgu {
   Sink grad_weight;  // (h · s, s)
   double* grad_bias;
   int64_t runs;      // of steps, each with its own sums: (runs, c)
-  double *grad_norm_weight, *grad_norm_bias;
+  double *grad_norm_weight, *grad_norm_bias;  // zeros at first
 };
 
 constexpr int64_t kNormed = 64;  // steps that a unit normalises
@@ -243,34 +243,35 @@ void grad_normed(const CausalSgu& f, int64_t begin, int64_t end) {
 
 // The gradient of the layer norm, by runs of steps.
 template <class C>
-void grad_gate(const CausalSgu& f, int64_t run) {
+void grad_gate(const CausalSgu& f, int64_t begin, int64_t end) {
   Scratch scratch;
   C *wide = scratch.take<C>(f.c), *row = scratch.take<C>(f.c), *scale = scratch.take<C>(f.c),
     *normal = scratch.take<C>(f.c), *grad = scratch.take<C>(f.c),
     *by_scale = scratch.take<C>(f.c), *by_shift = scratch.take<C>(f.c);
-  double *all_scale = f.grad_norm_weight + run * f.c, *all_shift = f.grad_norm_bias + run * f.c;
-  for (int64_t c = 0; c < f.c; ++c) {
+  for (int64_t c = 0; c < f.c; ++c)
     scale[c] = f.norm_weight ? static_cast<C>(f.norm_weight[c]) : C(1);
-    all_scale[c] = all_shift[c] = 0;
-  }
-  const int64_t d = f.c / f.h, steps = f.b * f.n, last = steps * (run + 1) / f.runs;
-  for (int64_t r = steps * run / f.runs; r < last;) {
-    memset(by_scale, 0, f.c * sizeof(C));
-    memset(by_shift, 0, f.c * sizeof(C));
-    for (const int64_t stop = smaller(r + kNormed, last); r < stop; ++r) {
-      const int64_t b = r / f.n, t = r % f.n;
-      const C* x = read(f.x, b, t, f.c, f.c, wide);
-      const C* found = static_cast<const C*>(f.turned) + r * f.h * f.d_;
-      for (int64_t head = 0; head < f.h; ++head)
-        memcpy(row + head * d, found + head * f.d_, d * sizeof(C));
-      const C* statistics = static_cast<const C*>(f.statistics) + 2 * r;
-      norm_backward(x, row, statistics[0], statistics[1], scale, by_scale, by_shift, normal, grad,
-                    f.c);
-      write(f.grad_x, b, t, f.c, f.c, grad);
-    }
-    for (int64_t c = 0; c < f.c; ++c) {
-      all_scale[c] += by_scale[c];
-      all_shift[c] += by_shift[c];
+  const int64_t d = f.c / f.h, steps = f.b * f.n;
+  for (int64_t run = begin; run < end; ++run) {
+    double *all_scale = f.grad_norm_weight + run * f.c, *all_shift = f.grad_norm_bias + run * f.c;
+    const int64_t last = steps * (run + 1) / f.runs;
+    for (int64_t r = steps * run / f.runs; r < last;) {
+      memset(by_scale, 0, f.c * sizeof(C));
+      memset(by_shift, 0, f.c * sizeof(C));
+      for (const int64_t stop = smaller(r + kNormed, last); r < stop; ++r) {
+        const int64_t b = r / f.n, t = r % f.n;
+        const C* x = read(f.x, b, t, f.c, f.c, wide);
+        const C* found = static_cast<const C*>(f.turned) + r * f.h * f.d_;
+        for (int64_t head = 0; head < f.h; ++head)
+          memcpy(row + head * d, found + head * f.d_, d * sizeof(C));
+        const C* statistics = static_cast<const C*>(f.statistics) + 2 * r;
+        norm_backward(x, row, statistics[0], statistics[1], scale, by_scale, by_shift, normal,
+                      grad, f.c);
+        write(f.grad_x, b, t, f.c, f.c, grad);
+      }
+      for (int64_t c = 0; c < f.c; ++c) {
+        all_scale[c] += by_scale[c];
+        all_shift[c] += by_shift[c];
+      }
     }
   }
   streamed();
@@ -278,8 +279,8 @@ void grad_gate(const CausalSgu& f, int64_t run) {
 
 }  // namespace
 
-#define FASTMIX_PHASE(name)                                                     \
-  void causal_sgu_##name(const CausalSgu& f, int64_t begin, int64_t end) {      \
+#define FASTMIX_PHASE(name)                                                           \
+  void causal_sgu_##name(const CausalSgu& f, int64_t begin, int64_t end) {            \
     f.x.type == Type::f64 ? name<double>(f, begin, end) : name<float>(f, begin, end); \
   }
 FASTMIX_PHASE(norm)
@@ -287,11 +288,7 @@ FASTMIX_PHASE(forward)
 FASTMIX_PHASE(grad_mixed)
 FASTMIX_PHASE(grad_weight)
 FASTMIX_PHASE(grad_normed)
-
-void causal_sgu_grad_gate(const CausalSgu& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    f.x.type == Type::f64 ? grad_gate<double>(f, i) : grad_gate<float>(f, i);
-}
+FASTMIX_PHASE(grad_gate)
 
 }  // namespace fastmix::FASTMIX_CPU
 
@@ -324,6 +321,8 @@ struct Call {
     spread(FASTMIX_KERNELS(causal_sgu_norm), f, (f.b * f.n + kNormed - 1) / kNormed);
   }
 };
+
+}  // namespace
 
 Tensor causal_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                   const Maybe& norm_weight, const Maybe& norm_bias, double eps,
@@ -365,8 +364,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> causal_sgu_backward(
           norm_weight ? sum_runs(by_scale, *norm_weight) : nothing(x),
           norm_bias ? sum_runs(by_shift, *norm_bias) : nothing(x), grad_residual};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastmix, CPU, m) {
   m.impl("causal_sgu", TORCH_BOX(&causal_sgu));

@@ -56,4 +56,13 @@ inline Tensor sum_runs(const std::vector<double>& runs, const Tensor& parameter)
   return found;
 }
 
+// In causal_sgu.cpp; windowed_sgu.cpp has a use for them.
+Tensor causal_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                  const Maybe& norm_weight, const Maybe& norm_bias, double eps,
+                  const Maybe& residual, std::string activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> causal_sgu_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
+    const Maybe& norm_weight, const Maybe& norm_bias, double eps, const Maybe& residual,
+    std::string activation);
+
 }  // namespace fastmix

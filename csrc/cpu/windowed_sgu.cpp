@@ -238,28 +238,42 @@ void window_backward(Sgu<C>& s, int64_t b, int64_t window, const Gate<C>& before
   }
 }
 
+// What a thread keeps from run to run.
 template <class C>
-void backward(const WindowedSgu& f, int64_t run) {
-  Scratch scratch;
-  Sgu<C> s(f, scratch);
-  Gate<C> before = s.gate(scratch, true), own = s.gate(scratch, true);
-  // Gradients of the normalised gate, of the window before and of this one.
-  C *grad_before = s.zeros(scratch, f.h * f.w * s.d_),
-    *grad_own = s.zeros(scratch, f.h * f.w * s.d_);
-  Sums<C> sums{s.zeros(scratch, f.h * f.w * s.w_), s.zeros(scratch, f.h * f.w * s.w_),
-               scratch.take<C>(f.c), scratch.take<C>(f.c)};
+struct Backward {
+  Gate<C> before, own;
+  C *grad_before, *grad_own;  // of the normalised gate, of the window before and of this one
+  Sums<C> sums;
+
+  Backward(Sgu<C>& s, Scratch& scratch) {
+    const WindowedSgu& f = s.f;
+    before = s.gate(scratch, true);
+    own = s.gate(scratch, true);
+    grad_before = s.zeros(scratch, f.h * f.w * s.d_);
+    grad_own = s.zeros(scratch, f.h * f.w * s.d_);
+    sums = {scratch.take<C>(f.h * f.w * s.w_), scratch.take<C>(f.h * f.w * s.w_),
+            scratch.take<C>(f.c), scratch.take<C>(f.c)};
+  }
+};
+
+template <class C>
+void backward(Sgu<C>& s, Backward<C>& kept, int64_t run) {
+  const WindowedSgu& f = s.f;
+  auto& [before, own, grad_before, grad_own, sums] = kept;
   double *grad_bias = f.grad_bias + run * f.h * f.w,
          *by_scale = f.grad_norm_weight + run * f.c, *by_shift = f.grad_norm_bias + run * f.c;
+  memset(sums.weight_before, 0, f.h * f.w * s.w_ * sizeof(C));
+  memset(sums.weight_own, 0, f.h * f.w * s.w_ * sizeof(C));
   memset(grad_bias, 0, f.h * f.w * sizeof(double));
   memset(by_scale, 0, f.c * sizeof(double));
   memset(by_shift, 0, f.c * sizeof(double));
   const auto finish = [&](int64_t b, int64_t window, const Gate<C>& gate, C* grad) {
-    memset(sums.by_scale, 0, f.c * sizeof(C));
-    memset(sums.by_shift, 0, f.c * sizeof(C));
-    write_grad_gate(s, b, window, gate, grad, sums.by_scale, sums.by_shift);
+    memset(kept.sums.by_scale, 0, f.c * sizeof(C));
+    memset(kept.sums.by_shift, 0, f.c * sizeof(C));
+    write_grad_gate(s, b, window, gate, grad, kept.sums.by_scale, kept.sums.by_shift);
     for (int64_t c = 0; c < f.c; ++c) {
-      by_scale[c] += sums.by_scale[c];
-      by_shift[c] += sums.by_shift[c];
+      by_scale[c] += kept.sums.by_scale[c];
+      by_shift[c] += kept.sums.by_shift[c];
     }
   };
   // The windows of all batch entries in a row, `run_windows` to a run.
@@ -302,10 +316,18 @@ void backward(const WindowedSgu& f, int64_t run) {
   C* grad_weight = static_cast<C*>(f.grad_weight) + run * f.h * f.w * 2 * f.w;
   for (int64_t i = 0; i < f.h * f.w; ++i) {
     memcpy(grad_weight + i * 2 * f.w, sums.weight_before + i * s.w_, f.w * sizeof(C));
-    const int64_t kept = i % f.w + 1;
-    memcpy(grad_weight + i * 2 * f.w + f.w, sums.weight_own + i * s.w_, kept * sizeof(C));
-    memset(grad_weight + i * 2 * f.w + f.w + kept, 0, (f.w - kept) * sizeof(C));
+    const int64_t below = i % f.w + 1;
+    memcpy(grad_weight + i * 2 * f.w + f.w, sums.weight_own + i * s.w_, below * sizeof(C));
+    memset(grad_weight + i * 2 * f.w + f.w + below, 0, (f.w - below) * sizeof(C));
   }
+}
+
+template <class C>
+void backward(const WindowedSgu& f, int64_t begin, int64_t end) {
+  Scratch scratch;
+  Sgu<C> s(f, scratch);
+  Backward<C> kept(s, scratch);
+  for (int64_t run = begin; run < end; ++run) backward(s, kept, run);
   streamed();
 }
 
@@ -316,8 +338,7 @@ void windowed_sgu_forward(const WindowedSgu& f, int64_t begin, int64_t end) {
 }
 
 void windowed_sgu_backward(const WindowedSgu& f, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    f.x.type == Type::f64 ? backward<double>(f, i) : backward<float>(f, i);
+  f.x.type == Type::f64 ? backward<double>(f, begin, end) : backward<float>(f, begin, end);
 }
 
 }  // namespace fastmix::FASTMIX_CPU
@@ -348,9 +369,21 @@ void add_runs(const Tensor& parts, const Tensor& sum) {
   assign(sum, total);
 }
 
+// Whether the sequences are of one window and so few that work is better cut by channels.
+bool causal(const Tensor& x, const Tensor& weight) {
+  return x.size(1) <= weight.size(1) && x.size(0) < 8;
+}
+
+// The part of the weight, or of its gradient, for a window itself.
+Tensor own(Tensor weight) {
+  return torch::stable::narrow(weight, 2, weight.size(1), weight.size(1));
+}
+
 Tensor windowed_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                     const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                     const Maybe& residual, std::string activation) {
+  if (causal(x, weight))
+    return causal_sgu(x, own(weight), bias, norm_weight, norm_bias, eps, residual, activation);
   const Parameters p(x, weight, bias, norm_weight, norm_bias);
   WindowedSgu f = arguments(x, p, eps, residual, activation);
   Tensor out = fresh(x, {f.b, f.n, f.c}, x.scalar_type());
@@ -363,6 +396,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
     const Maybe& norm_weight, const Maybe& norm_bias, double eps, const Maybe& residual,
     std::string activation) {
+  if (causal(x, weight)) {
+    auto found = causal_sgu_backward(grad, x, own(weight), bias, norm_weight, norm_bias, eps,
+                                     residual, activation);
+    Tensor grad_weight = fresh(weight), grad_own = own(torch::stable::zero_(grad_weight));
+    torch::stable::copy_(grad_own, std::get<1>(found));
+    std::get<1>(found) = grad_weight;
+    return found;
+  }
   const Parameters p(x, weight, bias, norm_weight, norm_bias);
   WindowedSgu f = arguments(x, p, eps, residual, activation);
   Tensor grad_x = fresh(x), grad_residual = residual ? fresh(*residual) : nothing(x);
@@ -370,10 +411,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
   f.grad_x = sink(grad_x, f.n, 2 * f.c);
   if (residual) f.grad_residual = sink(grad_residual, f.n, f.c);
 
-  // Runs are as many as keep their sums of the weight's gradient small beside x.
-  const int64_t windows = f.b * f.windows;
-  const int64_t affordable = x.numel() / 16 / std::max<int64_t>(1, p.weight.numel());
-  const int64_t runs = std::max<int64_t>(1, std::min({affordable, windows / 8, int64_t(16)}));
+  // Runs are as many as keep their sums of the weight's gradient small, or small beside x, and so
+  // long that the window which is computed twice at the end of each weighs little: two at least.
+  const int64_t windows = f.b * f.windows, numbers = std::max<int64_t>(1, p.weight.numel());
+  const int64_t affordable = std::max<int64_t>(x.numel() / 16, 1 << 19) / numbers;
+  const int64_t worthwhile = std::max<int64_t>(windows / 8, 2);
+  const int64_t runs = std::max<int64_t>(1, std::min({affordable, worthwhile, int64_t(16)}));
   f.run_windows = std::max<int64_t>(1, (windows + runs - 1) / runs);
   f.runs = (windows + f.run_windows - 1) / f.run_windows;
   Tensor sums = fresh(x, {f.runs, f.h, f.w, 2 * f.w}, wide(x));
