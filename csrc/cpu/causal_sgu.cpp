@@ -46,8 +46,6 @@ FASTMIX_KERNEL(causal_sgu_grad_gate, fastmix::CausalSgu)
 namespace fastmix::FASTMIX_CPU {
 namespace {
 
-constexpr int64_t kDepth = 512;  // steps of a product at once, whose rows stay in cache
-
 template <class C>
 void norm(const CausalSgu& f, int64_t begin, int64_t end) {
   Scratch scratch;
@@ -122,9 +120,7 @@ struct Block {
       const C bias = static_cast<C>(f.bias[head * f.s + t]);
       for (int64_t c = 0; c < width; ++c) mixed[t * kBlock + c] = bias;
     }
-    for (int64_t k = 0; k < f.n; k += kDepth)
-      gemm<C>(f.n - k, width, smaller(kDepth, f.n - k), {weight() + k * f.s + k, f.s, 1},
-              {normed + k * kBlock, kBlock}, {mixed + k * kBlock, kBlock}, true, kLower);
+    gemm<C>(f.n, width, f.n, {weight(), f.s, 1}, {normed, kBlock}, {mixed, kBlock}, true, kLower);
     if (!present(f.residual)) return;
     for (int64_t t = 0; t < f.n; ++t) {
       const C* residual = read(f.residual, b, t, c0, count, wide);
@@ -230,12 +226,8 @@ void grad_normed(const CausalSgu& f, int64_t begin, int64_t end) {
     block.place(i);
     for (int64_t t = 0; t < f.n; ++t)
       memcpy(grad + t * kBlock, block.row_of(f.grad_mixed, t), block.width * sizeof(C));
-    memset(found, 0, f.n * kBlock * sizeof(C));
-    for (int64_t k = 0; k < f.n; k += kDepth) {
-      const int64_t depth = smaller(kDepth, f.n - k);
-      gemm<C>(k + depth, block.width, depth, {block.weight() + k * f.s, 1, f.s},
-              {grad + k * kBlock, kBlock}, {found, kBlock}, true, {-k, kFar});
-    }
+    gemm<C>(f.n, block.width, f.n, {block.weight(), 1, f.s}, {grad, kBlock}, {found, kBlock},
+            false, kUpper);
     for (int64_t t = 0; t < f.n; ++t)
       memcpy(block.row_of(f.turned, t), found + t * kBlock, block.width * sizeof(C));
   }

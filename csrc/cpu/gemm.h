@@ -36,10 +36,7 @@ template <class C, int rows, int vectors>
 INLINE void gemm_block(int64_t k, Left<C> a, const C* b, int64_t b_row, C* c, int64_t c_row,
                        bool add) {
   using V = typename Simd<C>::Vector;
-  V sum[rows][vectors];
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < vectors; ++j)
-      sum[i][j] = add ? load<V>(c + i * c_row + j * Simd<C>::lanes) : V{};
+  V sum[rows][vectors] = {};
   for (int64_t at = 0; at < k; ++at) {
     V right[vectors];
     for (int j = 0; j < vectors; ++j) right[j] = load<V>(b + at * b_row + j * Simd<C>::lanes);
@@ -49,7 +46,10 @@ INLINE void gemm_block(int64_t k, Left<C> a, const C* b, int64_t b_row, C* c, in
     }
   }
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < vectors; ++j) store(c + i * c_row + j * Simd<C>::lanes, sum[i][j]);
+    for (int j = 0; j < vectors; ++j) {
+      C* to = c + i * c_row + j * Simd<C>::lanes;
+      store(to, add ? load<V>(to) + sum[i][j] : sum[i][j]);
+    }
 }
 
 // Row i of A is used from column i + low up to before column i + high: a triangle or a band.
@@ -100,16 +100,30 @@ INLINE void gemm_columns(int64_t m, int64_t k, Left<C> a, const C* b, int64_t b_
   for (; i < m; ++i) gemm_rows<C, 1, vectors>(i, k, a, b, b_row, c, c_row, add, band);
 }
 
+// Products that are summed one after the other; the sums of so many are added up. Rounding
+// errors grow with both, and B's rows stay in cache.
+constexpr int64_t kDepth = 128;
+
 // C (m, n) = A (m, k) · B (k, n), or += it. n is a whole number of vectors.
 template <class C>
 void gemm(int64_t m, int64_t n, int64_t k, Left<C> a, Rows<const C> b, Rows<C> c, bool add,
           Band band) {
   constexpr int64_t lanes = Simd<C>::lanes;
-  int64_t j = 0;
-  for (; j + kVectors * lanes <= n; j += kVectors * lanes)
-    gemm_columns<C, kVectors>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
-  for (; j < n; j += lanes)
-    gemm_columns<C, 1>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
+  int64_t at = 0;
+  do {
+    const int64_t depth = smaller(kDepth, k - at);
+    const Left<C> left{a.data + at * a.column, a.row, a.column};
+    const C* right = b.data + at * b.row;
+    const Band part{band.low == -kFar ? -kFar : band.low - at,
+                    band.high == kFar ? kFar : band.high - at};
+    int64_t j = 0;
+    for (; j + kVectors * lanes <= n; j += kVectors * lanes)
+      gemm_columns<C, kVectors>(m, depth, left, right + j, b.row, c.data + j, c.row, add, part);
+    for (; j < n; j += lanes)
+      gemm_columns<C, 1>(m, depth, left, right + j, b.row, c.data + j, c.row, add, part);
+    add = true;
+    at += depth;
+  } while (at < k);
 }
 
 // A square of as many rows as lanes: every step exchanges one bit of the row's number with
