@@ -68,8 +68,9 @@ def test_bfloat16_autocast_stays_near_float32(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model(tokens)
         mixed.float().square().mean().backward()
-    # Not the worst number: a gate whose logits are near 0 turns anywhere when they are rounded.
     assert (mixed.float() - exact).norm() < 0.05 * exact.norm()
+    if name != "GateLoopTransformer":  # a gate whose logits are near 0 turns when they are rounded
+        assert distance(mixed.float(), exact) < 0.1
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
