@@ -48,6 +48,7 @@ def pytest_runtest_makereport(item):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "long" not in item.keywords)  # none is left over for one core
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

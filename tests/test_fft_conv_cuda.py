@@ -367,6 +367,7 @@ except NotImplementedError as error:
 """
 
 
+@pytest.mark.long
 @needs_nvcc
 def test_the_library_loads_registers_and_is_refused_without_a_gpu(whole_library):
     ran = subprocess.run([sys.executable, "-c", LOAD, whole_library], capture_output=True,
@@ -374,6 +375,7 @@ def test_the_library_loads_registers_and_is_refused_without_a_gpu(whole_library)
     assert ran.returncode == 0 and ran.stdout == "refused: True\n", ran.stderr
 
 
+@pytest.mark.long
 @needs_nvcc
 def test_no_kernel_is_worse_than_the_table(whole_library):
     pytest.importorskip("triton", reason="cuobjdump comes with Triton")

@@ -289,6 +289,7 @@ def library_of(compiler):
     return [path for path in found if os.path.isabs(path)]
 
 
+@pytest.mark.long
 def test_sanitizers_find_nothing_in_2000_random_calls(tmp_path):
     preloaded = library_of(("libasan.so", "libubsan.so"))
     if len(preloaded) < 2:
@@ -348,6 +349,7 @@ print(_native._loaded.get("cpu"))
 """
 
 
+@pytest.mark.long
 def test_first_use_compiles_and_the_next_process_finds_it(quick):
     first = python("-c", CALL, environment=quick)
     assert first.returncode == 0, first.stderr
@@ -398,6 +400,7 @@ def test_a_compiler_that_fails_is_quoted(quick, tmp_path):
     assert ran.returncode == 0 and "that will not do" in ran.stdout
 
 
+@pytest.mark.long
 def test_a_killed_build_is_forgotten_and_several_at_once_agree(quick):
     run = [sys.executable, "-c", CALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **quick}

@@ -19,6 +19,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
                                   reason="Triton is not installed: there are no wheels for it here")
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
 def test_kernels(file):

@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parent.parent / "bench"
-# What is compiled again here; the table has float32 of every target.
-TARGETS = {"sm90": ["bfloat16", "float32"], "sm80": ["bfloat16"], "sm100": ["bfloat16"],
-           "gfx942": ["bfloat16"]}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None,
                     reason="Triton is not installed: there are no wheels for it here")
 def test_no_kernel_is_worse_than_the_table(monkeypatch):
@@ -25,20 +23,15 @@ def test_no_kernel_is_worse_than_the_table(monkeypatch):
     if not path.exists():
         pytest.skip(f"no {path.name} yet: python bench/triton_static.py writes it")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    running = [subprocess.Popen(
-        [sys.executable, BENCH / "triton_static.py", "--check", "--targets", target,
-         "--dtypes", *dtypes],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for target, dtypes in TARGETS.items()]
-    for target, process in zip(TARGETS, running):
-        out, err = process.communicate()
-        assert process.returncode == 0, f"{target}: {out}\n{err[-2000:]}"
-        assert "none worse" in out
+    ran = subprocess.run([sys.executable, BENCH / "triton_static.py", "--check"],
+                         env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr[-2000:]}"
+    assert "none worse" in ran.stdout
 
 
 @pytest.mark.parametrize("path", sorted((BENCH / "results").glob("triton-static*.json")),
                          ids=lambda path: path.stem)
 def test_no_kernel_of_a_table_spills(path):
     kernels = json.loads(path.read_text())["kernels"]
-    assert {row["target"] for row in kernels} == set(TARGETS)
+    assert {row["target"] for row in kernels} == {"sm80", "sm90", "sm100", "gfx942"}
     assert [row for row in kernels if row["spills"] or row["stack"]] == []

@@ -13,7 +13,7 @@ struct CausalSgu {
   int64_t b, n, c, h, s;
   Activation activation;
   double eps;
-  const double *bias, *norm_weight, *norm_bias;  // (h, s), (c,), (c,); the latter may be null
+  const double *bias, *norm_weight, *norm_bias;  // (h, s), (c,), (c,)
   const void* weight;                            // (h, s, s), dense, in the compute type
   Source x, residual, grad;
   Sink out, grad_x, grad_residual;
@@ -100,8 +100,8 @@ struct Block {
 
   void normalise() {
     for (int64_t c = 0; c < count; ++c) {
-      scale[c] = f.norm_weight ? static_cast<C>(f.norm_weight[c0 + c]) : C(1);
-      shift[c] = f.norm_bias ? static_cast<C>(f.norm_bias[c0 + c]) : C(0);
+      scale[c] = static_cast<C>(f.norm_weight[c0 + c]);
+      shift[c] = static_cast<C>(f.norm_bias[c0 + c]);
     }
     const C* statistics = static_cast<const C*>(f.statistics) + 2 * b * f.n;
     for (int64_t t = 0; t < f.n; ++t) {
@@ -240,8 +240,7 @@ void grad_gate(const CausalSgu& f, int64_t begin, int64_t end) {
   C *wide = scratch.take<C>(f.c), *row = scratch.take<C>(f.c), *scale = scratch.take<C>(f.c),
     *normal = scratch.take<C>(f.c), *grad = scratch.take<C>(f.c),
     *by_scale = scratch.take<C>(f.c), *by_shift = scratch.take<C>(f.c);
-  for (int64_t c = 0; c < f.c; ++c)
-    scale[c] = f.norm_weight ? static_cast<C>(f.norm_weight[c]) : C(1);
+  for (int64_t c = 0; c < f.c; ++c) scale[c] = static_cast<C>(f.norm_weight[c]);
   const int64_t d = f.c / f.h, steps = f.b * f.n;
   for (int64_t run = begin; run < end; ++run) {
     double *all_scale = f.grad_norm_weight + run * f.c, *all_shift = f.grad_norm_bias + run * f.c;

@@ -24,8 +24,8 @@ struct Parameters {
   Parameters(const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& norm_weight,
              const Maybe& norm_bias)
       : bias(values(bias)),
-        norm_weight(norm_weight ? values(*norm_weight) : std::vector<double>()),
-        norm_bias(norm_bias ? values(*norm_bias) : std::vector<double>()),
+        norm_weight(norm_weight ? values(*norm_weight) : std::vector<double>(x.size(2) / 2, 1.0)),
+        norm_bias(norm_bias ? values(*norm_bias) : std::vector<double>(x.size(2) / 2, 0.0)),
         weight(dense(torch::stable::to(weight, wide(x)))) {}
 };
 
@@ -40,8 +40,8 @@ void fill(Arguments& f, const Tensor& x, const Parameters& p, double eps, const 
   f.activation = activation_of(activation);
   f.eps = eps;
   f.bias = p.bias.data();
-  f.norm_weight = p.norm_weight.empty() ? nullptr : p.norm_weight.data();
-  f.norm_bias = p.norm_bias.empty() ? nullptr : p.norm_bias.data();
+  f.norm_weight = p.norm_weight.data();
+  f.norm_bias = p.norm_bias.data();
   f.weight = p.weight.const_data_ptr();
   f.x = source(x);
   if (residual) f.residual = source(*residual);

@@ -14,7 +14,7 @@ struct WindowedSgu {
   int64_t b, n, c, h, w, windows;
   Activation activation;
   double eps;
-  const double *bias, *norm_weight, *norm_bias;  // (h, w), (c,), (c,); the latter may be null
+  const double *bias, *norm_weight, *norm_bias;  // (h, w), (c,), (c,)
   const void* weight;                            // (h, w, 2w), dense, in the compute type
   Source x, residual, grad;
   Sink out, grad_x, grad_residual;
@@ -53,8 +53,8 @@ struct Sgu {
     scale = scratch.take<C>(f.c);
     shift = scratch.take<C>(f.c);
     for (int64_t c = 0; c < f.c; ++c) {
-      scale[c] = f.norm_weight ? static_cast<C>(f.norm_weight[c]) : C(1);
-      shift[c] = f.norm_bias ? static_cast<C>(f.norm_bias[c]) : C(0);
+      scale[c] = static_cast<C>(f.norm_weight[c]);
+      shift[c] = static_cast<C>(f.norm_bias[c]);
     }
     wide = scratch.take<C>(2 * f.c);
     row = scratch.take<C>(f.c);

@@ -35,21 +35,29 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
     h = weight.shape[0]
     dtype = _gating.compute_dtype(x)
     gate = x[..., c:].to(dtype)
-    mean, inverse_deviation = _gating.normalize(gate, None, None, eps)[1:]
+    few = max(1, SLAB // max(1, b * n * (c // h)))
+    whole, mean, inverse_deviation = _gating.normalize(
+        gate, *((norm_weight, norm_bias) if few >= h else (None, None)), eps)
+    if few < h:
+        whole = None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dnormed = dx[..., c:] if x.dtype == dtype else torch.empty_like(gate)
     dresidual = None if gate_residual is None else torch.empty(
         grad.shape, dtype=gate_residual.dtype, device=x.device)
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
-    few = max(1, SLAB // max(1, b * n * (c // h)))
     for at in [slice(i, i + few) for i in range(0, h, few)]:
         def of(rows):
             return _columns(rows, h)[at]
 
-        normed = (of(gate) - of(mean.expand_as(gate))).mul_(of(inverse_deviation.expand_as(gate)))
-        for parameter, apply in ((norm_weight, normed.mul_), (norm_bias, normed.add_)):
-            if parameter is not None:
-                apply(of(parameter.to(dtype).expand_as(gate)))
+        if whole is not None:
+            normed = of(whole)
+        else:
+            normed = of(gate) - of(mean.expand_as(gate))
+            normed *= of(inverse_deviation.expand_as(gate))
+            if norm_weight is not None:
+                normed *= of(norm_weight.to(dtype).expand_as(gate))
+            if norm_bias is not None:
+                normed += of(norm_bias.to(dtype).expand_as(gate))
         columns, dmixed = normed.flatten(2), of(grad.to(dtype))
         if activation == "none":
             of(dx[..., :c]).zero_()
