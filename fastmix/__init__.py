@@ -10,7 +10,7 @@ __all__ = ["force", "implementations", "ops"]
 
 load()
 
-if "FASTMIX_IMPLEMENTATION" in os.environ:
+if os.environ.get("FASTMIX_IMPLEMENTATION"):
     # Never left: it holds for the life of the process.
     _forced = force(os.environ["FASTMIX_IMPLEMENTATION"])
     _forced.__enter__()

@@ -113,7 +113,8 @@ def test_force_runs_what_it_names_and_refuses_what_it_cannot():
 
 def test_the_environment_forces_too():
     code = "import fastmix, torch; fastmix.ops.cumulative_mean(torch.ones(1, 2)); print('ran')"
-    assert python(code, FASTMIX_IMPLEMENTATION="fallback").stdout == "ran\n"
+    for name in ("fallback", ""):
+        assert python(code, FASTMIX_IMPLEMENTATION=name).stdout == "ran\n"
     for name, reason in fastmix.implementations("cumulative_mean", "cpu").items():
         if reason is not None:
             ran = python(code, FASTMIX_IMPLEMENTATION=name)
