@@ -248,6 +248,6 @@ def test_create_graph_and_plain_backward_agree(case):
     weights = [torch.randn_like(o) for o in outputs]
     plain = torch.autograd.grad(weigh(outputs, weights), tensors.values(), retain_graph=True)
     graph = torch.autograd.grad(weigh(outputs, weights), tensors.values(), create_graph=True)
+    assert any(largest(p) > 0 for p in plain)  # not all: a first gate of 0 stops initial_state's
     for p, g in zip(plain, graph):
-        assert largest(p) > 0
         assert distance(p, g.detach()) < 1e-11
