@@ -53,7 +53,7 @@ class Host:
         return y, *torch.ops.fastmix_cuda_host.fft_conv_backward(grad, x, kernel)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def host(tmp_path_factory):
     if _build.compiler() is None:
         pytest.skip("no C++ compiler")
@@ -344,7 +344,7 @@ needs_nvcc = pytest.mark.skipif(_build.cuda_compiler() is None or _build.compile
                                 reason="no nvcc")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole_library(tmp_path_factory, quick_compiler):
     """Kernels for CPUs and for every GPU in one."""
     path = tmp_path_factory.mktemp("cuda") / "whole.so"
