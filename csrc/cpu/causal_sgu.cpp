@@ -14,7 +14,8 @@ struct CausalSgu {
   Activation activation;
   double eps;
   const double *bias, *norm_weight, *norm_bias;  // (h, s), (c,), (c,)
-  const void* weight;                            // (h, s, s), dense, in the compute type
+  const void* weight;                            // (h, s, s), dense
+  Type weight_type;
   Source x, residual, grad;
   Sink out, grad_x, grad_residual;
   // In the compute type. Rows of whole vectors: n_ numbers for n, d_ for a head's channels.
@@ -87,7 +88,17 @@ struct Block {
     at = head * f.d_ + offset;
   }
 
-  const C* weight() const { return static_cast<const C*>(f.weight) + head * f.s * f.s; }
+  // to += triangle(W) · from, or to = triangle(W)ᵀ · from
+  void multiply(bool turned, const C* from, C* to) const {
+    by_type(f.weight_type, [&](auto stored) {
+      using A = decltype(stored);
+      if constexpr (sizeof(Computed<A>) == sizeof(C)) {
+        const A* weight = static_cast<const A*>(f.weight) + head * f.s * f.s;
+        gemm<C, A>(f.n, width, f.n, {weight, turned ? 1 : f.s, turned ? f.s : 1}, {from, kBlock},
+                   {to, kBlock}, !turned, turned ? kUpper : kLower);
+      }
+    });
+  }
 
   // A row of an array (b, n, h, d_), from this block's channels on.
   C* row_of(void* array, int64_t t) const {
@@ -120,7 +131,7 @@ struct Block {
       const C bias = static_cast<C>(f.bias[head * f.s + t]);
       for (int64_t c = 0; c < width; ++c) mixed[t * kBlock + c] = bias;
     }
-    gemm<C>(f.n, width, f.n, {weight(), f.s, 1}, {normed, kBlock}, {mixed, kBlock}, true, kLower);
+    multiply(false, normed, mixed);
     if (!present(f.residual)) return;
     for (int64_t t = 0; t < f.n; ++t) {
       const C* residual = read(f.residual, b, t, c0, count, wide);
@@ -226,8 +237,7 @@ void grad_normed(const CausalSgu& f, int64_t begin, int64_t end) {
     block.place(i);
     for (int64_t t = 0; t < f.n; ++t)
       memcpy(grad + t * kBlock, block.row_of(f.grad_mixed, t), block.width * sizeof(C));
-    gemm<C>(f.n, block.width, f.n, {block.weight(), 1, f.s}, {grad, kBlock}, {found, kBlock},
-            false, kUpper);
+    block.multiply(true, grad, found);
     for (int64_t t = 0; t < f.n; ++t)
       memcpy(block.row_of(f.turned, t), found + t * kBlock, block.width * sizeof(C));
   }
@@ -290,6 +300,11 @@ FASTMIX_PHASE(grad_gate)
 namespace fastmix {
 namespace {
 
+// The weight as it is, if that is computed with in the type that is wanted: it may be large.
+Tensor stored(const Tensor& weight, ScalarType wanted) {
+  return dense(wide(weight) == wanted ? weight : torch::stable::to(weight, wanted));
+}
+
 // The sizes, and the norm's statistics.
 struct Call {
   CausalSgu f{};
@@ -299,10 +314,11 @@ struct Call {
 
   Call(const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& norm_weight,
        const Maybe& norm_bias, double eps, const Maybe& residual, const std::string& activation)
-      : parameters(x, weight, bias, norm_weight, norm_bias),
+      : parameters(x, stored(weight, wide(x)), bias, norm_weight, norm_bias),
         statistics(fresh(x, {x.size(0), x.size(1), 2}, wide(x))) {
     fill(f, x, parameters, eps, residual, activation);
     f.s = weight.size(1);
+    f.weight_type = type_of(parameters.weight.scalar_type());
     f.statistics = statistics.mutable_data_ptr();
     // Whole vectors on every machine; an odd number of them, so that rows of powers of two do
     // not crowd a few places of the caches.

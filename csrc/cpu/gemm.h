@@ -18,10 +18,10 @@ INLINE int64_t padded(int64_t count) {
   return (count + Simd<C>::lanes - 1) / Simd<C>::lanes * Simd<C>::lanes;
 }
 
-// A (m, k) with any strides, so transposed as well.
-template <class C>
+// A (m, k) with any strides, so transposed as well, and of any type that C is computed for.
+template <class A>
 struct Left {
-  const C* data;
+  const A* data;
   int64_t row, column;
 };
 
@@ -32,8 +32,8 @@ struct Rows {
   int64_t row;
 };
 
-template <class C, int rows, int vectors>
-INLINE void gemm_block(int64_t k, Left<C> a, const C* b, int64_t b_row, C* c, int64_t c_row,
+template <class C, int rows, int vectors, class A>
+INLINE void gemm_block(int64_t k, Left<A> a, const C* b, int64_t b_row, C* c, int64_t c_row,
                        bool add) {
   using V = typename Simd<C>::Vector;
   V sum[rows][vectors] = {};
@@ -41,7 +41,7 @@ INLINE void gemm_block(int64_t k, Left<C> a, const C* b, int64_t b_row, C* c, in
     V right[vectors];
     for (int j = 0; j < vectors; ++j) right[j] = load<V>(b + at * b_row + j * Simd<C>::lanes);
     for (int i = 0; i < rows; ++i) {
-      const C left = a.data[i * a.row + at * a.column];
+      const C left = load<C>(a.data + i * a.row + at * a.column);
       for (int j = 0; j < vectors; ++j) sum[i][j] += left * right[j];
     }
   }
@@ -61,37 +61,37 @@ constexpr int64_t kFar = int64_t(1) << 40;
 constexpr Band kFull{-kFar, kFar}, kLower{-kFar, 1}, kUpper{0, kFar};
 
 // One row of C += columns first … end-1 of A times those rows of B.
-template <class C>
-INLINE void gemm_row(int64_t first, int64_t end, const C* a, int64_t a_column, const C* b,
+template <class C, class A>
+INLINE void gemm_row(int64_t first, int64_t end, const A* a, int64_t a_column, const C* b,
                      int64_t b_row, C* c, int64_t n) {
   for (int64_t at = first; at < end; ++at)
     each_vector<C>(n, [&](auto zero, int64_t j) LAMBDA {
       using V = decltype(zero);
-      store(c + j, load<V>(c + j) + a[at * a_column] * load<V>(b + at * b_row + j));
+      store(c + j, load<V>(c + j) + load<C>(a + at * a_column) * load<V>(b + at * b_row + j));
     });
 }
 
-template <class C, int rows, int vectors>
-INLINE void gemm_rows(int64_t i, int64_t k, Left<C> a, const C* b, int64_t b_row, C* c,
+template <class C, int rows, int vectors, class A>
+INLINE void gemm_rows(int64_t i, int64_t k, Left<A> a, const C* b, int64_t b_row, C* c,
                       int64_t c_row, bool add, Band band) {
   // What all rows of the block share; then what each has before and after that.
   int64_t first = larger(0, i + rows - 1 + band.low), end = smaller(k, i + band.high);
   if (end < first) first = end = smaller(k, larger(0, first));
-  const Left<C> shared{a.data + i * a.row + first * a.column, a.row, a.column};
+  const Left<A> shared{a.data + i * a.row + first * a.column, a.row, a.column};
   gemm_block<C, rows, vectors>(end - first, shared, b + first * b_row, b_row, c + i * c_row,
                                c_row, add);
   if (band.low == -kFar && band.high == kFar) return;
   for (int64_t r = i; r < i + rows; ++r) {
-    const C* row = a.data + r * a.row;
-    gemm_row(larger(0, r + band.low), smaller(first, r + band.high), row, a.column, b, b_row,
-             c + r * c_row, vectors * Simd<C>::lanes);
-    gemm_row(larger(end, r + band.low), smaller(k, r + band.high), row, a.column, b, b_row,
-             c + r * c_row, vectors * Simd<C>::lanes);
+    const A* row = a.data + r * a.row;
+    gemm_row<C>(larger(0, r + band.low), smaller(first, r + band.high), row, a.column, b, b_row,
+                c + r * c_row, vectors * Simd<C>::lanes);
+    gemm_row<C>(larger(end, r + band.low), smaller(k, r + band.high), row, a.column, b, b_row,
+                c + r * c_row, vectors * Simd<C>::lanes);
   }
 }
 
-template <class C, int vectors>
-INLINE void gemm_columns(int64_t m, int64_t k, Left<C> a, const C* b, int64_t b_row, C* c,
+template <class C, int vectors, class A>
+INLINE void gemm_columns(int64_t m, int64_t k, Left<A> a, const C* b, int64_t b_row, C* c,
                          int64_t c_row, bool add, Band band) {
   int64_t i = 0;
   for (; i + kRows <= m; i += kRows)
@@ -105,14 +105,14 @@ INLINE void gemm_columns(int64_t m, int64_t k, Left<C> a, const C* b, int64_t b_
 constexpr int64_t kDepth = 128;
 
 // C (m, n) = A (m, k) · B (k, n), or += it. n is a whole number of vectors.
-template <class C>
-void gemm(int64_t m, int64_t n, int64_t k, Left<C> a, Rows<const C> b, Rows<C> c, bool add,
+template <class C, class A = C>
+void gemm(int64_t m, int64_t n, int64_t k, Left<A> a, Rows<const C> b, Rows<C> c, bool add,
           Band band) {
   constexpr int64_t lanes = Simd<C>::lanes;
   int64_t at = 0;
   do {
     const int64_t depth = smaller(kDepth, k - at);
-    const Left<C> left{a.data + at * a.column, a.row, a.column};
+    const Left<A> left{a.data + at * a.column, a.row, a.column};
     const C* right = b.data + at * b.row;
     const Band part{band.low == -kFar ? -kFar : band.low - at,
                     band.high == kFar ? kFar : band.high - at};

@@ -21,12 +21,12 @@ struct Parameters {
   std::vector<double> bias, norm_weight, norm_bias;
   Tensor weight;
 
-  Parameters(const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& norm_weight,
+  Parameters(const Tensor& x, Tensor weight, const Tensor& bias, const Maybe& norm_weight,
              const Maybe& norm_bias)
       : bias(values(bias)),
         norm_weight(norm_weight ? values(*norm_weight) : std::vector<double>(x.size(2) / 2, 1.0)),
         norm_bias(norm_bias ? values(*norm_bias) : std::vector<double>(x.size(2) / 2, 0.0)),
-        weight(dense(torch::stable::to(weight, wide(x)))) {}
+        weight(std::move(weight)) {}
 };
 
 // What both take, into the arguments of either.

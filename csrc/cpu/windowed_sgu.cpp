@@ -384,7 +384,7 @@ Tensor windowed_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                     const Maybe& residual, std::string activation) {
   if (causal(x, weight))
     return causal_sgu(x, own(weight), bias, norm_weight, norm_bias, eps, residual, activation);
-  const Parameters p(x, weight, bias, norm_weight, norm_bias);
+  const Parameters p(x, dense(torch::stable::to(weight, wide(x))), bias, norm_weight, norm_bias);
   WindowedSgu f = arguments(x, p, eps, residual, activation);
   Tensor out = fresh(x, {f.b, f.n, f.c}, x.scalar_type());
   f.out = sink(out, f.n, f.c);
@@ -404,7 +404,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
     std::get<1>(found) = grad_weight;
     return found;
   }
-  const Parameters p(x, weight, bias, norm_weight, norm_bias);
+  const Parameters p(x, dense(torch::stable::to(weight, wide(x))), bias, norm_weight, norm_bias);
   WindowedSgu f = arguments(x, p, eps, residual, activation);
   Tensor grad_x = fresh(x), grad_residual = residual ? fresh(*residual) : nothing(x);
   f.grad = source(grad);
