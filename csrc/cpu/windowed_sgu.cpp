@@ -379,12 +379,17 @@ Tensor own(Tensor weight) {
   return torch::stable::narrow(weight, 2, weight.size(1), weight.size(1));
 }
 
+// The weight in the compute type: unlike causal_sgu's it is small.
+Tensor computed(const Tensor& weight, const Tensor& x) {
+  return dense(torch::stable::to(weight, wide(x)));
+}
+
 Tensor windowed_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                     const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                     const Maybe& residual, std::string activation) {
   if (causal(x, weight))
     return causal_sgu(x, own(weight), bias, norm_weight, norm_bias, eps, residual, activation);
-  const Parameters p(x, dense(torch::stable::to(weight, wide(x))), bias, norm_weight, norm_bias);
+  const Parameters p(x, computed(weight, x), bias, norm_weight, norm_bias);
   WindowedSgu f = arguments(x, p, eps, residual, activation);
   Tensor out = fresh(x, {f.b, f.n, f.c}, x.scalar_type());
   f.out = sink(out, f.n, f.c);
@@ -404,7 +409,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
     std::get<1>(found) = grad_weight;
     return found;
   }
-  const Parameters p(x, dense(torch::stable::to(weight, wide(x))), bias, norm_weight, norm_bias);
+  const Parameters p(x, computed(weight, x), bias, norm_weight, norm_bias);
   WindowedSgu f = arguments(x, p, eps, residual, activation);
   Tensor grad_x = fresh(x), grad_residual = residual ? fresh(*residual) : nothing(x);
   f.grad = source(grad);
