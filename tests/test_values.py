@@ -6,6 +6,7 @@ from cases import (
     CASES, check_errors, complex_dtype, distance, largest, leaves, squared_errors, weigh)
 
 import fastmix
+from fastmix.fallback import _scan, causal_sgu, fft_conv, windowed_sgu
 
 F64 = torch.float64
 LENGTHS = (1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 251, 300)
@@ -34,6 +35,24 @@ def test_definition_at_every_length(case, implementation):
     with fastmix.force(implementation):
         for n in LENGTHS:
             tensors = leaves(case.make(n, F64))
+            weights = [torch.randn_like(o) for o in case.run(tensors)]
+            outputs, grads = gradients(case.run, tensors, weights)
+            defined, defined_grads = gradients(case.define, tensors, weights)
+            for o, d in zip(outputs, defined, strict=True):
+                assert distance(o, d) < 1e-11, n
+            for name, g, d in zip(tensors, grads, defined_grads, strict=True):
+                assert distance(g, d) < 1e-10, (n, name)
+
+
+@every_case
+def test_fallbacks_in_many_pieces(case, monkeypatch):
+    """What they take at a time made so small that three short sequences are many pieces."""
+    for module, name in ((_scan, "STRETCH"), (fft_conv, "SLAB"), (windowed_sgu, "SLAB"),
+                         (causal_sgu, "SLAB")):
+        monkeypatch.setattr(module, name, 1)
+    with fastmix.force("fallback"):
+        for n in (38, 531):
+            tensors = leaves(case.make(n, F64, b=3))
             weights = [torch.randn_like(o) for o in case.run(tensors)]
             outputs, grads = gradients(case.run, tensors, weights)
             defined, defined_grads = gradients(case.define, tensors, weights)

@@ -41,8 +41,9 @@ def normalize(gate, weight, bias, eps):
 
 def normalize_backward(grad, gate, mean, inverse_deviation, weight, bias):
     """→ gradients for gate, weight and bias, None where there is none."""
+    # PyTorch reads the statistics as if they were contiguous, whatever their strides.
     return torch.ops.aten.native_layer_norm_backward(
-        grad, gate, gate.shape[-1:], mean, inverse_deviation,
+        grad, gate, gate.shape[-1:], mean.contiguous(), inverse_deviation.contiguous(),
         cast(weight, gate.dtype), cast(bias, gate.dtype),
         [True, weight is not None, bias is not None])
 
@@ -52,16 +53,20 @@ def finish(mixed, res, activation):
     return mixed if activation == "none" else ACTIVATIONS[activation](mixed) * res
 
 
-def finish_backward(grad, mixed, res, activation):
-    """→ gradients for mixed and res. Not for activation "none"."""
+def finish_backward(grad, mixed, res, activation, dmixed, dres):
+    """Writes the gradients for mixed and res to dmixed and dres. "none" needs no mixed."""
+    if activation == "none":
+        dmixed.copy_(grad)
+        dres.zero_()
+        return
     activated = ACTIVATIONS[activation](mixed)
-    dmixed = grad * res
+    torch.mul(grad, activated, out=dres)
+    torch.mul(grad, res, out=dmixed)
     if activation == "tanh":
-        dmixed = torch.ops.aten.tanh_backward(dmixed, activated)
+        torch.ops.aten.tanh_backward(dmixed, activated, grad_input=dmixed)
     elif activation == "sigmoid":
-        dmixed = torch.ops.aten.sigmoid_backward(dmixed, activated)
+        torch.ops.aten.sigmoid_backward(dmixed, activated, grad_input=dmixed)
     elif activation == "gelu":
-        dmixed = torch.ops.aten.gelu_backward(dmixed, mixed)
+        torch.ops.aten.gelu_backward(dmixed, mixed, grad_input=dmixed)
     elif activation == "silu":
-        dmixed = torch.ops.aten.silu_backward(dmixed, mixed)
-    return dmixed, grad * activated
+        torch.ops.aten.silu_backward(dmixed, mixed, grad_input=dmixed)

@@ -58,17 +58,15 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
                 normed *= of(norm_weight.to(dtype).expand_as(gate))
             if norm_bias is not None:
                 normed += of(norm_bias.to(dtype).expand_as(gate))
-        columns, dmixed = normed.flatten(2), of(grad.to(dtype))
-        if activation == "none":
-            of(dx[..., :c]).zero_()
-        else:
+        columns, mixed = normed.flatten(2), None
+        if activation != "none":
             mixed = _mix(columns, weight[at], bias[at]).unflatten(2, (b, c // h))
             if gate_residual is not None:
                 mixed += of(gate_residual.to(dtype))
-            dmixed, dres = _gating.finish_backward(
-                dmixed, mixed, of(x[..., :c].to(dtype)), activation)
-            of(dx[..., :c]).copy_(dres)
-            del mixed, dres
+        dmixed = torch.empty_like(normed, memory_format=torch.contiguous_format)
+        _gating.finish_backward(of(grad.to(dtype)), mixed, of(x[..., :c].to(dtype)), activation,
+                                dmixed, of(dx[..., :c]))
+        del mixed
         if gate_residual is not None:
             of(dresidual).copy_(dmixed)
         dmixed = dmixed.flatten(2)

@@ -1,15 +1,16 @@
 """windowed_sgu in plain torch: batched matmuls over slabs of windows.
 
-A slab of the normed gate is laid out with its windows as columns. Without the last
-window it is what a slab mixes of previous windows, without the first what it mixes of
-their own: two views, no doubled gate. Slabs of a megabyte or two stay in cache from the
-layer norm to the product, and are all that is held beside inputs and results.
+A slab's windows, after the one before them, are the columns of a matrix. Without the last
+they are what the slab mixes of previous windows, without the first what it mixes of its own:
+two views, no doubled gate. The sequence's first window, which has none before it, and a last
+one that n leaves short are slabs of their own. Slabs of a megabyte or two stay in cache from
+the layer norm to the product, and are all that is held beside inputs and results.
 
-Layouts: rows (b, steps, c), windows (h, w, b, count, d).
+Layouts: rows (b, steps, c), windows (h, r, count, b, d) of r steps each, r = w but for a short
+one, and matrices (h, r, count · b · d).
 """
 
 import torch
-import torch.nn.functional as F
 
 from fastmix.fallback import _gating
 from fastmix.fallback._scan import room
@@ -20,29 +21,35 @@ BLOCK = 64  # the fewest rows of a block of the triangle
 
 def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
     """x (b, n, 2c), weight (h, w, 2w), bias (h, w), gate_residual (b, n, c) → (b, n, c)."""
-    b, n, c = x.shape[0], x.shape[1], x.shape[2] // 2
+    c, (h, w) = x.shape[2] // 2, bias.shape
     dtype = _gating.compute_dtype(x)
-    matrices, bias = _parameters(weight, bias, n, dtype)
-    h, w = bias.shape
-    whole = room(x[..., :c], weight, bias, norm_weight, norm_bias, gate_residual)
+    parameters = _parameters(weight, bias, dtype)
+    out = room(x[..., :c], weight, bias, norm_weight, norm_bias, gate_residual)
     pieces = []
-    for batch, start, stop in _slabs(b, n, c, matrices[0]):
-        before = min(start, (len(matrices) - 1) * w)
-        gate = x[batch, start - before : stop, c:].to(dtype)
-        gate = _gating.normalize(gate, norm_weight, norm_bias, eps)[0]
-        mixed = _mix(_gate_windows(gate, before, matrices), matrices, bias)
-        if gate_residual is not None:
-            mixed = mixed + _windows(gate_residual[batch, start:stop].to(dtype), h, w)
-        res = _windows(x[batch, start:stop, :c].to(dtype), h, w)
-        out = _gating.finish(mixed, res, activation)
-        if whole is None:
-            pieces.append(out.to(x.dtype).permute(2, 3, 1, 0, 4).flatten(0, 1))
-        else:
-            _put(out, whole[batch, start:stop])
-    if whole is not None:
-        return whole
-    out = torch.cat(pieces).unflatten(0, (b, -(-n // w)))
-    return out.flatten(3).flatten(1, 2)[:, :n].contiguous()
+    sequences, slabs = _slabs(x, h, w)
+    for batch in sequences:
+        for start, stop, r in slabs:
+            gate = x[batch, max(start - w, 0) : stop, c:].to(dtype)
+            gate = _gating.normalize(gate, norm_weight, norm_bias, eps)[0]
+            previous, own = _matrices(gate, h, w, start)
+            res = _windows(x[batch, start:stop, :c].to(dtype), h, r)
+            blocks = []
+            for i, j in _gating.row_blocks(r, BLOCK):
+                mixed = _mix(parameters, previous, own, i, j).unflatten(2, res.shape[2:])
+                if gate_residual is not None:
+                    residual = gate_residual[batch, start:stop].to(dtype)
+                    mixed = mixed + _windows(residual, h, r)[:, i:j]
+                block = _gating.finish(mixed, res[:, i:j], activation)
+                if out is None:
+                    blocks.append(block)
+                else:
+                    _windows(out[batch, start:stop], h, r)[:, i:j] = block
+            if out is None:
+                pieces.append(_rows(torch.cat(blocks, dim=1)).to(x.dtype))
+    if out is not None:
+        return out
+    return torch.cat([torch.cat(pieces[i : i + len(slabs)], dim=1)
+                      for i in range(0, len(pieces), len(slabs))])
 
 
 def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
@@ -51,134 +58,117 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
     From the last slab to the first, because a gate also feeds the next window: the
     gradient of a slab's first mixture is handed on as `later`.
     """
-    b, n, c = grad.shape
+    c, (h, w) = grad.shape[2], bias.shape
     dtype = _gating.compute_dtype(x)
-    matrices, used_bias = _parameters(weight, bias, n, dtype)
-    h, w = used_bias.shape
-    back = len(matrices) - 1
+    parameters = before, within, _ = _parameters(weight, bias, dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dresidual = None if gate_residual is None else torch.empty(
         grad.shape, dtype=gate_residual.dtype, device=x.device)
     dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device)
+    dbefore, dwithin = dweight.chunk(2, dim=-1)
     dbias = torch.zeros(bias.shape, dtype=dtype, device=x.device)
     dnorm = [None if t is None else torch.zeros(c, dtype=dtype, device=x.device)
              for t in (norm_weight, norm_bias)]
-    for batch, start, stop in reversed(_slabs(b, n, c, matrices[0])):
-        before, length = min(start, back * w), stop - start
-        gate = x[batch, start - before : stop, c:].to(dtype)
-        normed, *statistics = _gating.normalize(gate, norm_weight, norm_bias, eps)
-        windows = _gate_windows(normed, before, matrices)
-        del gate, normed
-        dmixed = _windows(grad[batch, start:stop].to(dtype), h, w)
-        if activation == "none":
-            dx[batch, start:stop, :c] = 0
-        else:
-            mixed = _mix(windows, matrices, used_bias)
+    sequences, slabs = _slabs(x, h, w)
+    for batch in sequences:
+        later = None
+        for start, stop, r in reversed(slabs):
+            gate = x[batch, max(start - w, 0) : stop, c:].to(dtype).contiguous()
+            normed, *statistics = _gating.normalize(gate, norm_weight, norm_bias, eps)
+            previous, own = _matrices(normed, h, w, start)
+            del normed
+            asked = _windows(grad[batch, start:stop].to(dtype), h, r)
+            res = _windows(x[batch, start:stop, :c].to(dtype), h, r)
+            dres = _windows(dx[batch, start:stop, :c], h, r)
+            count, columns = asked.shape[2], asked.shape[3:]
+            dmixed = gate.new_empty(h, r, count + (later is not None), *columns)
+            for i, j in _gating.row_blocks(r, BLOCK):
+                mixed = None
+                if activation != "none":
+                    mixed = _mix(parameters, previous, own, i, j).unflatten(2, res.shape[2:])
+                    if gate_residual is not None:
+                        residual = gate_residual[batch, start:stop].to(dtype)
+                        mixed += _windows(residual, h, r)[:, i:j]
+                _gating.finish_backward(asked[:, i:j], mixed, res[:, i:j], activation,
+                                        dmixed[:, i:j, :count], dres[:, i:j])
+            del mixed
             if gate_residual is not None:
-                mixed += _windows(gate_residual[batch, start:stop].to(dtype), h, w)
-            res = _windows(x[batch, start:stop, :c].to(dtype), h, w)
-            dmixed, dres = _gating.finish_backward(dmixed, mixed, res, activation)
-            _put(dres, dx[batch, start:stop, :c])
-            del mixed, res, dres
-        if gate_residual is not None:
-            _put(dmixed, dresidual[batch, start:stop])
-        if stop == n:
-            later = torch.zeros_like(dmixed[..., :back, :])
-        columns = dmixed.shape[2:]
-        dmixed = torch.cat([dmixed, later], dim=3)
-        later = dmixed[..., :back, :].clone()
-        grads = _runs(dmixed, matrices)
-        runs, dmatrices = _runs(windows, matrices), _parts(dweight, n)
-        if back:
-            dmatrices[0] += torch.bmm(grads[0], runs[0].mT)
-            dnormed = torch.bmm(matrices[0].mT, grads[1])
-        else:
-            dnormed = torch.zeros_like(grads[0])
-        for i, j in _gating.row_blocks(w, BLOCK):
-            dmatrices[-1][:, i:j, :j] += torch.bmm(grads[0][:, i:j], runs[-1][:, :j].mT)
-            dnormed[:, i:j].baddbmm_(matrices[-1][:, i:, i:j].mT, grads[0][:, i:])
-        dbias[:, :w] += grads[0].sum(dim=-1)
-        del windows, runs, dmixed, grads
-        dnormed = _rows(dnormed.unflatten(2, columns))[:, :length]
-        dx[batch, start:stop, c:], *parts = _gating.normalize_backward(
-            dnormed, x[batch, start:stop, c:].to(dtype), *(s[:, before:] for s in statistics),
-            norm_weight, norm_bias)
-        del dnormed
-        for total, part in zip(dnorm, parts):
-            if total is not None:
-                total += part
-    _parts(dweight, n)[-1].tril_()
+                _windows(dresidual[batch, start:stop], h, r).copy_(dmixed[:, :, :count])
+            if later is not None:
+                dmixed[:, : later.shape[1], count] = later
+                dmixed[:, later.shape[1] :, count] = 0
+            later = dmixed[:, :, 0].clone()
+            following, dmixed = dmixed[:, :, 1:].flatten(2), dmixed[:, :, :count].flatten(2)
+            dbias[:, :r] += dmixed.sum(dim=-1)
+            if previous is not None:
+                dbefore[:, :r].baddbmm_(dmixed, previous.mT)
+            for i, j in _gating.row_blocks(r, BLOCK):
+                dwithin[:, i:j, :j].baddbmm_(dmixed[:, i:j], own[:, :j].mT)
+            del previous, own
+            dnormed = torch.zeros_like(dmixed)
+            if following.shape[2]:
+                dnormed[..., : following.shape[2]].baddbmm_(before.mT, following)
+            for i, j in _gating.row_blocks(r, BLOCK):
+                dnormed[:, i:j].baddbmm_(within[:, i:r, i:j].mT, dmixed[:, i:])
+            del dmixed, following
+            dnormed = _rows(dnormed.unflatten(2, (count, *columns)))
+            dx[batch, start:stop, c:], *parts = _gating.normalize_backward(
+                dnormed, *(t[:, start - stop :] for t in (gate, *statistics)),
+                norm_weight, norm_bias)
+            del gate, dnormed
+            for total, part in zip(dnorm, parts):
+                if total is not None:
+                    total += part
+    dwithin.tril_()
     return (dx, dweight.to(weight.dtype), dbias.to(bias.dtype),
             _gating.cast_like(dnorm[0], norm_weight), _gating.cast_like(dnorm[1], norm_bias),
             dresidual)
 
 
-def _parts(weight, n):
-    """weight (h, w, 2w) → what it mixes of the previous and of the own window, (h, w, w) each.
-
-    Of a window that n steps do not exceed only the first n rows of the latter, (h, n, n).
-    """
-    w = weight.shape[1]
-    return [weight[..., :w], weight[..., w:]] if n > w else [weight[:, :n, w : w + n]]
+def _parameters(weight, bias, dtype):
+    """→ weights (h, w, w) of the window before and, masked, of a row's own; the bias."""
+    before, within = weight.to(dtype).chunk(2, dim=-1)
+    return before, within.tril(), bias.to(dtype)
 
 
-def _parameters(weight, bias, n, dtype):
-    """→ the parts of the weight, masked, and the bias they go with."""
-    *previous, own = (part.to(dtype) for part in _parts(weight, n))
-    return [*previous, own.tril()], bias[:, :n].to(dtype)
+def _slabs(x, h, w):
+    """→ slices of the batch; for each of them, in order, (first step, end, steps of a window)."""
+    b, n, c = x.shape[0], x.shape[1], x.shape[2] // 2
+    size = max(SLAB, h * w * w)
+    few, steps = max(1, size // (n * c)), max(1, size // (w * c)) * w
+    first, whole = min(w, n), n - n % w
+    slabs = [(0, first, first)]
+    slabs += [(t, min(t + steps, whole), w) for t in range(w, whole, steps)]
+    if first < n and whole < n:
+        slabs.append((whole, n, n - whole))
+    return [slice(i, i + few) for i in range(0, max(b, 1), few)], slabs
 
 
-def _slabs(b, n, c, matrix):
-    """(batch slice, first step, end): some whole sequences, or some windows of one."""
-    w = matrix.shape[1]
-    size = max(SLAB, matrix.numel())
-    sequences, steps = max(1, size // (n * c)), max(1, size // (w * c)) * w
-    return [(slice(i, i + sequences), t, min(t + steps, n))
-            for i in range(0, max(b, 1), sequences) for t in range(0, n, steps)]
-
-
-def _windows(rows, h, w):
-    """(b, steps, c) → (h, w, b, count, d), the last window filled up with zeros."""
-    missing = -rows.shape[1] % w
-    rows = F.pad(rows, (0, 0, 0, missing)) if missing else rows
-    return rows.unflatten(2, (h, -1)).unflatten(1, (-1, w)).permute(3, 2, 0, 1, 4)
+def _windows(rows, h, r):
+    """(b, count · r, c) → (h, r, count, b, d), a view."""
+    return rows.unflatten(2, (h, -1)).unflatten(1, (-1, r)).permute(3, 2, 1, 0, 4)
 
 
 def _rows(windows):
-    """(h, w, b, count, d) → (b, count · w, c)."""
-    return windows.permute(2, 3, 1, 0, 4).flatten(3).flatten(1, 2)
+    """(h, r, count, b, d) → (b, count · r, c)."""
+    return windows.permute(3, 2, 1, 0, 4).flatten(3).flatten(1, 2)
 
 
-def _put(windows, rows):
-    """Writes windows (h, w, b, count, d), without what fills up the last, to rows (b, steps, c)."""
-    h, w = windows.shape[:2]
-    whole = rows.shape[1] // w
-    _windows(rows[:, : whole * w], h, w).copy_(windows[..., :whole, :])
-    rest = rows[:, whole * w :].unflatten(2, (h, -1)).permute(2, 1, 0, 3)
-    rest.copy_(windows[:, : rest.shape[1], :, -1])
+def _matrices(gate, h, w, start):
+    """gate (b, steps, c) of a slab, and of the window before it unless start is 0 → what the
+    slab mixes of previous windows, None if start is 0, and of its own.
+    """
+    if start == 0:
+        return None, _windows(gate, h, gate.shape[1]).flatten(2)
+    if gate.shape[1] % w:
+        own = gate[:, w:]
+        return _windows(gate[:, :w], h, w).flatten(2), _windows(own, h, own.shape[1]).flatten(2)
+    windows = _windows(gate, h, w).contiguous()
+    return windows[:, :, :-1].flatten(2), windows[:, :, 1:].flatten(2)
 
 
-def _gate_windows(gate, before, matrices):
-    """gate (b, before + steps, c) → its windows, after one of zeros for a first window."""
-    h, w, _ = matrices[0].shape
-    missing = (len(matrices) - 1) * w - before
-    gate = F.pad(gate, (0, 0, missing, 0)) if missing else gate
-    return _windows(gate, h, w).contiguous()
-
-
-def _runs(windows, matrices):
-    """windows → (h, w, columns): of two matrices all but the last window, all but the first."""
-    count = windows.shape[3] - len(matrices) + 1
-    return [windows[..., i : i + count, :].flatten(2) for i in range(len(matrices))]
-
-
-def _mix(windows, matrices, bias):
-    """→ (h, w, b, count, d), without the gate's first window if there are two matrices."""
-    runs = _runs(windows, matrices)
-    mixed = bias[..., None]
-    if len(matrices) == 2:
-        mixed = torch.baddbmm(mixed, matrices[0], runs[0])
-    mixed = torch.cat([torch.baddbmm(mixed[:, i:j], matrices[-1][:, i:j, :j], runs[-1][:, :j])
-                       for i, j in _gating.row_blocks(bias.shape[1], BLOCK)], dim=1)
-    _, _, b, count, d = windows.shape
-    return mixed.unflatten(2, (b, count - len(matrices) + 1, d))
+def _mix(parameters, previous, own, i, j):
+    """→ rows i to j of what a slab mixes, (h, j - i, count · b · d)."""
+    before, within, bias = parameters
+    mixed = torch.baddbmm(bias[:, i:j, None], within[:, i:j, :j], own[:, :j])
+    return mixed if previous is None else torch.baddbmm(mixed, before[:, i:j], previous)
