@@ -171,4 +171,4 @@ def _mix(parameters, previous, own, i, j):
     """→ rows i to j of what a slab mixes, (h, j - i, count · b · d)."""
     before, within, bias = parameters
     mixed = torch.baddbmm(bias[:, i:j, None], within[:, i:j, :j], own[:, :j])
-    return mixed if previous is None else torch.baddbmm(mixed, before[:, i:j], previous)
+    return mixed if previous is None else mixed.baddbmm_(before[:, i:j], previous)
