@@ -108,8 +108,9 @@ class _Force:
                     if found is None:
                         continue
                     run, run_backward = found
-                self.library.impl(name, run, DEVICE_KEYS[device])
-                self.library.impl(f"{name}_backward", run_backward, DEVICE_KEYS[device])
+                for op, kernel in ((name, run), (f"{name}_backward", run_backward)):
+                    # Later torch allows this by default, 2.10 does not.
+                    self.library.impl(op, kernel, DEVICE_KEYS[device], allow_override=True)
 
     def lift(self):
         self.library._destroy()
