@@ -61,7 +61,8 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path, quick_compiler, monk
                  for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     expected |= {f"fastmix/_triton/{path.name}" for path in (ROOT / "kernels/triton").glob("*.py")}
     if quick_compiler is not None:  # the library, built ahead: for one platform, any Python
-        expected.add(f"fastmix/_native-{_build.fingerprint()}.so")
+        cuda = _build.torch_has_cuda(Path(torch.__file__).parent) and _build.cuda_compiler()
+        expected.add(f"fastmix/_native{'-cuda' if cuda else ''}-{_build.fingerprint()}.so")
         assert "-py3-none-" in wheel.name and "any" not in wheel.name
     assert modules == expected
 
