@@ -48,6 +48,7 @@ inline uint32_t to_half(float x) {
   const float size = std::fabs(x);
   if (!(size == size)) return sign | 0x7e00;
   if (size >= 65520) return sign | 0x7c00;
+  if (size == 0) return sign;
   int exponent;
   std::frexp(size, &exponent);
   const int step = std::max(exponent - 11, -24);  // nearbyint rounds halves to even
