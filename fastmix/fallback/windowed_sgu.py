@@ -13,7 +13,7 @@ one, and matrices (h, r, count · b · d).
 import torch
 
 from fastmix.fallback import _gating
-from fastmix.fallback._scan import room
+from fastmix.fallback._scan import joined, room
 
 SLAB = 3 << 17  # numbers in a slab of the gate, or as many as the weight has
 BLOCK = 64  # the fewest rows of a block of the triangle
@@ -33,22 +33,21 @@ def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activat
             gate = _gating.normalize(gate, norm_weight, norm_bias, eps)[0]
             previous, own = _matrices(gate, h, w, start)
             res = _windows(x[batch, start:stop, :c].to(dtype), h, r)
+            residual = None if gate_residual is None else _windows(
+                gate_residual[batch, start:stop].to(dtype), h, r)
             blocks = []
             for i, j in _gating.row_blocks(r, BLOCK):
-                mixed = _mix(parameters, previous, own, i, j).unflatten(2, res.shape[2:])
-                if gate_residual is not None:
-                    residual = gate_residual[batch, start:stop].to(dtype)
-                    mixed = mixed + _windows(residual, h, r)[:, i:j]
+                mixed = _mix(parameters, previous, own, residual, i, j, res.shape[2:])
                 block = _gating.finish(mixed, res[:, i:j], activation)
                 if out is None:
                     blocks.append(block)
                 else:
                     _windows(out[batch, start:stop], h, r)[:, i:j] = block
             if out is None:
-                pieces.append(_rows(torch.cat(blocks, dim=1)).to(x.dtype))
+                pieces.append(_rows(joined(blocks)).to(x.dtype))
     if out is not None:
         return out
-    return torch.cat([torch.cat(pieces[i : i + len(slabs)], dim=1)
+    return torch.cat([joined(pieces[i : i + len(slabs)])
                       for i in range(0, len(pieces), len(slabs))])
 
 
@@ -79,19 +78,17 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
             del normed
             asked = _windows(grad[batch, start:stop].to(dtype), h, r)
             res = _windows(x[batch, start:stop, :c].to(dtype), h, r)
+            residual = None if gate_residual is None else _windows(
+                gate_residual[batch, start:stop].to(dtype), h, r)
             dres = _windows(dx[batch, start:stop, :c], h, r)
             count, columns = asked.shape[2], asked.shape[3:]
             dmixed = gate.new_empty(h, r, count + (later is not None), *columns)
             for i, j in _gating.row_blocks(r, BLOCK):
-                mixed = None
-                if activation != "none":
-                    mixed = _mix(parameters, previous, own, i, j).unflatten(2, res.shape[2:])
-                    if gate_residual is not None:
-                        residual = gate_residual[batch, start:stop].to(dtype)
-                        mixed += _windows(residual, h, r)[:, i:j]
+                mixed = None if activation == "none" else _mix(
+                    parameters, previous, own, residual, i, j, res.shape[2:])
                 _gating.finish_backward(asked[:, i:j], mixed, res[:, i:j], activation,
                                         dmixed[:, i:j, :count], dres[:, i:j])
-            del mixed
+            del mixed, residual
             if gate_residual is not None:
                 _windows(dresidual[batch, start:stop], h, r).copy_(dmixed[:, :, :count])
             if later is not None:
@@ -136,10 +133,10 @@ def _slabs(x, h, w):
     b, n, c = x.shape[0], x.shape[1], x.shape[2] // 2
     size = max(SLAB, h * w * w)
     few, steps = max(1, size // (n * c)), max(1, size // (w * c)) * w
-    first, whole = min(w, n), n - n % w
-    slabs = [(0, first, first)]
+    whole = n - n % w
+    slabs = [(0, min(w, n), min(w, n))]
     slabs += [(t, min(t + steps, whole), w) for t in range(w, whole, steps)]
-    if first < n and whole < n:
+    if n > w and whole < n:
         slabs.append((whole, n, n - whole))
     return [slice(i, i + few) for i in range(0, max(b, 1), few)], slabs
 
@@ -167,8 +164,11 @@ def _matrices(gate, h, w, start):
     return windows[:, :, :-1].flatten(2), windows[:, :, 1:].flatten(2)
 
 
-def _mix(parameters, previous, own, i, j):
-    """→ rows i to j of what a slab mixes, (h, j - i, count · b · d)."""
+def _mix(parameters, previous, own, residual, i, j, columns):
+    """→ rows i to j of what a slab mixes and the residual adds, windows (h, j - i, *columns)."""
     before, within, bias = parameters
     mixed = torch.baddbmm(bias[:, i:j, None], within[:, i:j, :j], own[:, :j])
-    return mixed if previous is None else mixed.baddbmm_(before[:, i:j], previous)
+    if previous is not None:
+        mixed.baddbmm_(before[:, i:j], previous)
+    mixed = mixed.unflatten(2, columns)
+    return mixed if residual is None else mixed + residual[:, i:j]
