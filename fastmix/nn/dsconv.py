@@ -30,8 +30,7 @@ class EfficientDsConv(nn.Module):
         check_sequence(self, x)
         u = self.norm(x)
         mixed = ops.fft_conv(u.unflatten(-1, (self.heads, -1)), self.to_weight(x)).flatten(-2)
-        residual = u * self.param_D
-        return mixed + residual
+        return torch.addcmul(mixed, u, self.param_D)
 
 
 class GatedDsConv(nn.Module):

@@ -140,8 +140,7 @@ class MHESA(nn.Module):
         alpha = self.alphas.sigmoid()
         decay = (1 - alpha) * self.dampen_factors.sigmoid()
         smooth = ops.decay_conv(u.unflatten(-1, (self.heads, -1)), decay, alpha).flatten(-2)
-        residual = u * self.param_D
-        out = smooth + residual
+        out = torch.addcmul(smooth, u, self.param_D)
         return out.flip(1) if self.reverse_seq else out
 
 
