@@ -41,7 +41,7 @@ def measure(library):
         if found := re.search(r"Function (\S+):", line):
             name = found.group(1)
         if found := re.search(r"REG:(\d+) STACK:(\d+)", line):
-            kernel = re.search(r"\d+([A-Z][A-Za-z]+)IL?NS", name)
+            kernel = re.search(r"\d+([A-Z][A-Za-z]+?)(?:IL?NS|ES\d)", name)
             numbers = re.findall(r"L(?:[ib]|NS0_4TypeE)(\d+)E", name)
             rows.append({"target": target, "kernel": kernel.group(1) if kernel else name,
                          "shape": " ".join(numbers), "registers": int(found.group(1)),

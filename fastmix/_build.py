@@ -26,7 +26,7 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr",
 CUDA_TARGETS = ("80", "86", "89", "90", "100")
 CUDA_PARTS = {  # of a file, compiled side by side
     "fft_conv": ("backward", "forward", "columns_in", "columns_out", "row_backward", "row_forward",
-                 "row_spectra", "row_lags", "spectra", "lags", "device"),
+                 "row_spectra", "row_lags", "spectra", "lags", "skips", "device"),
     "toeplitz_conv": ("whole",)}
 # One build of the kernels for each; the best one that the machine has is chosen at run time.
 INSTRUCTION_SETS = {"portable": []}

@@ -211,11 +211,16 @@ def forced(operator, device_type):
 
 def _run_on_cuda(name, forced, *args):
     """A kernel; or the fallback, for what the kernels do not take."""
-    operator, x = name.removesuffix("_backward"), args[-2]
+    operator, (x, _, skip) = name.removesuffix("_backward"), args[-3:]
     unusable = _cuda_unusable(x.device)
     reason = unusable or _refusal(x)
     if reason is None:
-        return getattr(torch.ops.fastmix_cuda, name)(*args)
+        dense = None if skip is None else skip.float().contiguous()
+        found = getattr(torch.ops.fastmix_cuda, name)(*args[:-1], dense)
+        if name == operator:
+            return found
+        *found, parts = found
+        return *found, x.new_empty(0) if skip is None else parts.sum(0).to(skip.dtype)
     if unusable is not None and not forced:
         warnings.warn(f"fastmix runs its pure PyTorch fallback on {x.device}: {unusable}",
                       RuntimeWarning, stacklevel=2)
@@ -233,7 +238,7 @@ def _cuda_unusable(device):
         library("cuda")
         for dtype in (torch.float32, torch.bfloat16):  # by transforms, and by products
             x = torch.ones(1, 2, 1, 1, dtype=dtype, device=device)
-            found = torch.ops.fastmix_cuda.fft_conv(x, x[..., 0])
+            found = torch.ops.fastmix_cuda.fft_conv(x, x[..., 0], None)
             if torch.cuda.is_current_stream_capturing():
                 continue  # nothing can be read now
             if (found.flatten().cpu() - torch.tensor([1.0, 2.0])).abs().max() > 1e-5:

@@ -60,11 +60,11 @@ def decay_conv(x, decay, gain=None, *, initial_state=None, return_state=False):
     return (out, y) if return_state else out
 
 
-def fft_conv(x, kernel):
-    """y_t = Σ_{j ≤ t} kernel_j · x_{t-j}, per head, kernel shared by the head's channels."""
+def fft_conv(x, kernel, skip=None):
+    """y_t = Σ_{j ≤ t} kernel_j · x_{t-j} + skip · x_t, per head, kernel shared by its channels."""
     n, m = x.shape[1], kernel.shape[-2]
     kernel = kernel.expand(x.shape[0], -1, -1)
-    y = torch.zeros_like(x)
+    y = torch.zeros_like(x) if skip is None else skip * x
     for j in range(min(n, m)):
         shifted = F.pad(x[:, : n - j], (0, 0, 0, 0, j, 0))
         y = y + kernel[:, j, None, :, None] * shifted

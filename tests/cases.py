@@ -92,10 +92,13 @@ def _decay_conv_plain(n, dtype, b=2):
     return {"x": randn(b, n, h, 2, dtype=dtype), "decay": 2 * torch.rand(h).to(dtype) - 1}
 
 
-def _fft_conv(kernel_shape):
+def _fft_conv(kernel_shape, skip=False):
     def make(n, dtype, b=2):
-        return {"x": randn(b, n, 3, 3, dtype=dtype),
+        made = {"x": randn(b, n, 3, 3, dtype=dtype),
                 "kernel": randn(*kernel_shape(b, n), 3, dtype=dtype)}
+        if skip:
+            made["skip"] = randn(3, 3, dtype=dtype)
+        return made
 
     return make
 
@@ -133,6 +136,7 @@ CASES = {
     "decay_conv-plain": Case("decay_conv", _decay_conv_plain, {}),
     "fft_conv-per-sample": Case("fft_conv", _fft_conv(lambda b, n: (b, n)), {}),
     "fft_conv-shared": Case("fft_conv", _fft_conv(lambda b, n: (n,)), {}),
+    "fft_conv-skip": Case("fft_conv", _fft_conv(lambda b, n: (b, n), skip=True), {}),
     "fft_conv-short": Case("fft_conv", _fft_conv(lambda b, n: (b, n // 3 + 1)), {}),
     "fft_conv-long": Case("fft_conv", _fft_conv(lambda b, n: (n + 7,)), {}),
     "windowed_sgu": Case(

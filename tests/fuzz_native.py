@@ -78,7 +78,8 @@ def decay_arguments(b, n, dtype):
 def fft_arguments(b, n, dtype):
     h, d, m = size(5), size(70), size(2 * n)
     shape = (m, h) if random.random() < 0.5 else (b, m, h)
-    return {"x": randn(b, n, h, d, dtype=dtype), "kernel": randn(*shape, dtype=dtype)}, {}
+    return {"x": randn(b, n, h, d, dtype=dtype), "kernel": randn(*shape, dtype=dtype),
+            "skip": maybe(lambda: randn(h, d, dtype=dtype))}, {}
 
 
 def sgu_arguments(b, n, dtype, whole):

@@ -13,22 +13,34 @@ F64 = torch.float64
 @pytest.mark.parametrize("n, m", [(1, 1), (1, 9), (2, 1), (127, 128), (128, 127), (509, 509),
                                   (512, 512), (513, 100), (100, 513), (1021, 1021), (2048, 3)])
 @pytest.mark.parametrize("shared", [False, True])
-def test_definition(n, m, shared):
-    x = torch.randn(2, n, 2, 3, dtype=F64, requires_grad=True)
-    kernel = torch.randn(*(() if shared else (2,)), m, 2, dtype=F64, requires_grad=True)
-    weight = torch.randn(2, n, 2, 3, dtype=F64)
-    found, expected = ops.fft_conv(x, kernel), reference.fft_conv(x, kernel)
+@pytest.mark.parametrize("skips", [False, True])
+def test_definition(n, m, shared, skips):
+    x = torch.randn(2, n, 2, 3, dtype=F64)
+    kernel = torch.randn(*(() if shared else (2,)), m, 2, dtype=F64)
+    check_definition(x, kernel, *[torch.randn(2, 3, dtype=F64)] * skips)
+
+
+def check_definition(*tensors):
+    weight = torch.randn_like(tensors[0])
+    leaves = [t.requires_grad_() for t in tensors]
+    found, expected = ops.fft_conv(*leaves), reference.fft_conv(*leaves)
     assert distance(found, expected) < 1e-12
-    for f, e in zip(torch.autograd.grad((found * weight).sum(), (x, kernel)),
-                    torch.autograd.grad((expected * weight).sum(), (x, kernel))):
+    for f, e in zip(torch.autograd.grad((found * weight).sum(), leaves),
+                    torch.autograd.grad((expected * weight).sum(), leaves), strict=True):
         assert distance(f, e) < 1e-12
 
 
-@pytest.mark.parametrize("h, d", [(1, 1), (1, 7), (7, 1), (64, 2), (3, 33)])
+@pytest.mark.parametrize("h, d", [(1, 1), (1, 7), (7, 1), (64, 2), (3, 33), (9, 16)])
 def test_odd_numbers_of_heads_and_channels(h, d):
-    x = torch.randn(3, 300, h, d, dtype=F64)
-    kernel = torch.randn(3, 300, h, dtype=F64)
-    assert distance(ops.fft_conv(x, kernel), reference.fft_conv(x, kernel)) < 1e-12
+    check_definition(torch.randn(3, 300, h, d, dtype=F64), torch.randn(3, 300, h, dtype=F64),
+                     torch.randn(h, d, dtype=F64))
+
+
+def test_short_kernels_of_long_sequences():
+    """Natively in stretches, or without transforms; a skip counts once for each step."""
+    for m in (5, 200):
+        check_definition(torch.randn(1, 5000, 2, 3, dtype=F64), torch.randn(m, 2, dtype=F64),
+                         torch.randn(3, 2, dtype=F64).T)
 
 
 def test_the_future_and_lags_beyond_the_sequence_do_nothing():
@@ -73,6 +85,12 @@ def refusals():
         "complex": ((x, kernel.to(torch.complex64)), {}, TypeError, "kernel must be.*got complex64"),
         "mixed": ((x, kernel.half()), {}, TypeError, "kernel must be float32 for float32 x, got float16"),
         "integers": ((x.int(), kernel), {}, TypeError, "x must be.*got int32"),
+        "skip's shape": ((x, kernel, x[0, 0, 0]), {}, ValueError,
+                         r"skip must have shape \(h, d\) = \(3, 4\), got \(4,\)"),
+        "skip's dtype": ((x, kernel, x[0, 0].double()), {}, TypeError,
+                         "skip must be float32 for float32 x, got float64"),
+        "skip's device": ((x, kernel, x[0, 0].to("meta")), {}, ValueError,
+                          "skip must be on cpu like x, got meta"),
         "devices": ((x, kernel.to("meta")), {}, ValueError, "kernel must be on cpu like x, got meta"),
     }
 

@@ -47,10 +47,11 @@ class Host:
         """Threads' global accesses, "load16" or "store2" and so on."""
         return self.library.fastmix_host_global(what.encode())
 
-    def __call__(self, x, kernel, grad):
-        """y, dx and dkernel."""
-        y = torch.ops.fastmix_cuda_host.fft_conv(x, kernel)
-        return y, *torch.ops.fastmix_cuda_host.fft_conv_backward(grad, x, kernel)
+    def __call__(self, x, kernel, grad, skip=None):
+        """y, dx and dkernel; and dskip, if there is a skip."""
+        y = torch.ops.fastmix_cuda_host.fft_conv(x, kernel, skip)
+        *found, parts = torch.ops.fastmix_cuda_host.fft_conv_backward(grad, x, kernel, skip)
+        return y, *found, *[parts.sum(0)] * (skip is not None)
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +68,8 @@ def host(tmp_path_factory):
     return Host(path)
 
 
-def defined(x, kernel, grad):
-    """y, dx and dkernel in float64."""
+def defined(x, kernel, grad, skip=None):
+    """y, dx and dkernel in float64; and dskip, if there is a skip."""
     x, kernel = x.double().requires_grad_(), kernel.double().requires_grad_()
     if x.shape[1] <= 300:
         y = reference.fft_conv(x, kernel)
@@ -77,25 +78,31 @@ def defined(x, kernel, grad):
         lags = kernel if kernel.ndim == 3 else kernel[None]
         spectrum = torch.fft.rfft(lags, n=n + m, dim=1)[..., None]
         y = torch.fft.irfft(torch.fft.rfft(x, n=n + m, dim=1) * spectrum, n=n + m, dim=1)[:, :n]
-    return y, *torch.autograd.grad(y, (x, kernel), grad.double())
+    inputs = [x, kernel]
+    if skip is not None:
+        inputs.append(skip.double().requires_grad_())
+        y = y + inputs[2] * x
+    return y, *torch.autograd.grad(y, inputs, grad.double())
 
 
 def check(host, x, kernel, shared=HOPPER, capability=0, grad=None):
     """Values and gradients: to 1e-6 of the largest, of all lags, or to the dtype's rounding."""
     grad = torch.randn(x.shape).to(x.dtype) if grad is None else grad
+    skip = torch.randn(x.shape[2:])
     host.start(shared, capability)
     torch.use_deterministic_algorithms(True)  # new tensors, outputs and scratch, are NaN
     try:
-        results = host(x, kernel, grad)
+        results = host(x, kernel, grad, skip)
     finally:
         torch.use_deterministic_algorithms(False)
     # Lags that a short kernel has not are computed with the others, and rounded with them.
     longer = F.pad(kernel, (0, 0, 0, max(0, x.shape[1] - kernel.shape[-2])))
-    for found, whole in zip(results, defined(x, longer, grad), strict=True):
+    sizes = [t.detach().abs().max() for t in defined(x, longer, grad, skip)]
+    sizes[3] = (x.double() * grad).norm(dim=(0, 1)).max()  # one sum may happen to be small
+    for found, expected, size in zip(results, defined(x, kernel, grad, skip), sizes, strict=True):
         limit = 1e-6 + (0 if found.dtype == torch.float32 else torch.finfo(found.dtype).eps / 2)
-        expected = whole[..., : kernel.shape[-2], :] if found.ndim == kernel.ndim else whole
         assert found.is_contiguous() and found.shape == expected.shape
-        assert (found - expected).abs().max() <= limit * whole.abs().max()
+        assert (found - expected).abs().max() <= limit * size
     assert host.counts()["waits"] == 0
 
 
@@ -170,9 +177,10 @@ def test_any_strides(host, n):
 
 
 def test_empty_batches(host):
-    x, kernel = torch.randn(0, 9, 2, 3), torch.randn(9, 2)
-    y, dx, dkernel = host(x, kernel, x)
-    assert y.shape == dx.shape == x.shape and not dkernel.any()
+    x, kernel, skip = torch.randn(0, 9, 2, 3), torch.randn(9, 2), torch.randn(2, 3)
+    y, dx, dkernel, dskip = host(x, kernel, x, skip)
+    assert y.shape == dx.shape == x.shape and dskip.shape == skip.shape
+    assert not dkernel.any() and not dskip.any()
 
 
 @pytest.mark.parametrize("n, row", [(2048, 16), (8192, 8)])
@@ -181,7 +189,7 @@ def test_rows_are_read_and_written_whole(host, n, row, capsys):
     for dtype in (torch.float32, torch.bfloat16):
         x, kernel = torch.randn(1, n, 1, 8).to(dtype), torch.randn(1, n, 1)
         host.start(HOPPER)
-        torch.ops.fastmix_cuda_host.fft_conv(x, kernel)
+        torch.ops.fastmix_cuda_host.fft_conv(x, kernel, None)
         width = x.numel() * x.element_size() // row
         assert host.accesses(f"store{row}") >= width and host.accesses("store4") == 0
         assert host.accesses("load2") == 0 and host.accesses("load4") == kernel.numel()
@@ -211,20 +219,24 @@ def test_the_shapes_fit_the_devices(host):
 
 
 @pytest.mark.parametrize("kernels", [(2,), ()])
-def test_scratch_of_the_backward_is_a_twentieth_of_its_tensors(host, kernels):
+@pytest.mark.parametrize("skip", [None, torch.ones(1, 64)])
+def test_scratch_of_the_backward_is_a_twentieth_of_its_tensors(host, kernels, skip):
     """b = 8, n = 8192, h = 8, d = 64 on Hopper, a thirty-second of both: four multiprocessors."""
     x, kernel = torch.randn(2, 8192, 1, 64).bfloat16(), torch.randn(*kernels, 8192, 1).bfloat16()
     host.start(HOPPER, 90)
     with torch.profiler.profile(profile_memory=True) as profile:
-        torch.ops.fastmix_cuda_host.fft_conv_backward(x, x, kernel)
+        torch.ops.fastmix_cuda_host.fft_conv_backward(x, x, kernel, skip)
     made = sum(event.self_cpu_memory_usage for event in profile.events()
                if event.name == "aten::empty")
     assert 0 < made - x.nbytes - kernel.nbytes <= 0.05 * (4 * x.nbytes + 2 * kernel.nbytes)
 
 
-def test_the_same_bits_twice(host):
-    x, kernel = torch.randn(2, 3000, 2, 6), torch.randn(3000, 2)
+@pytest.mark.parametrize("n", [300, 5000, 20000])
+def test_the_same_bits_twice(host, n):
+    x, kernel = torch.randn(2, n, 2, 6), torch.randn(n, 2)
+    host.start(HOPPER)
     assert all(map(torch.equal, host(x, kernel, x), host(x, kernel, x)))
+    assert all(map(torch.equal, host(x, kernel, x), host(x, kernel, x, torch.zeros(2, 6))[:3]))
 
 
 # ---- products on tensor cores
@@ -309,8 +321,8 @@ def test_a_product_costs_what_was_designed(host, capsys):
     x, kernel = torch.randn(2, 1, n, 1, 64).half(), torch.randn(1, n, 1).half()
     tiles = n // 64 * (n // 64 + 1) // 2
     for count, call, loads in (
-            (tiles, lambda: torch.ops.fastmix_cuda_host.fft_conv(x[0], kernel), 16),
-            (2 * tiles, lambda: torch.ops.fastmix_cuda_host.fft_conv_backward(*x, kernel), 48)):
+            (tiles, lambda: torch.ops.fastmix_cuda_host.fft_conv(x[0], kernel, None), 16),
+            (2 * tiles, lambda: torch.ops.fastmix_cuda_host.fft_conv_backward(*x, kernel, None), 48)):
         host.start(HOPPER, 90)
         call()
         counts = host.counts()
@@ -327,7 +339,7 @@ def test_products_carry_nan_no_further_than_a_tile(host):
     x, kernel = torch.randn(1, 400, 1, 64).half(), torch.randn(1, 400, 1).half()
     x[0, 200, 0, 3] = float("nan")
     host.start(HOPPER, 90)
-    y = torch.ops.fastmix_cuda_host.fft_conv(x, kernel)
+    y = torch.ops.fastmix_cuda_host.fft_conv(x, kernel, None)
     assert y[:, 200:, :, 3].isnan().all() and not y[:, :192].isnan().any()
     assert not y[..., [0, 1, 2, 4]].isnan().any()
 
@@ -336,6 +348,7 @@ def test_products_have_the_same_bits_twice(host):
     x, kernel = torch.randn(2, 600, 2, 80).half(), torch.randn(600, 2).half()
     host.start(HOPPER, 90)
     assert all(map(torch.equal, host(x, kernel, x), host(x, kernel, x)))
+    assert all(map(torch.equal, host(x, kernel, x), host(x, kernel, x, torch.zeros(2, 80))[:3]))
     assert host.counts()["products"] > 0
 
 
@@ -363,7 +376,7 @@ torch.library.define("fastmix::decay_conv", "(Tensor x, Tensor decay, Tensor? ga
 torch.ops.load_library(sys.argv[1])
 x, kernel = torch.randn(1, 9, 2, 2), torch.randn(9, 2)
 try:
-    torch.ops.fastmix_cuda.fft_conv(x, kernel)
+    torch.ops.fastmix_cuda.fft_conv(x, kernel, None)
 except NotImplementedError as error:
     print("refused:", "CPU" in str(error))
 """
@@ -416,15 +429,15 @@ def test_values_and_gradients_on_a_gpu(n, dtype):
     b, h, d = (2, 4, 16 if n % 2 else 5) if n <= 65536 else (1, 1, 2)
     x, grad = torch.randn(2, b, n, h, d, device="cuda").to(dtype)
     for kernel in (torch.randn(b, n, h, device="cuda").to(dtype), torch.randn(n, h, device="cuda")):
-        leaves = x.clone().requires_grad_(), kernel.clone().requires_grad_()
+        skip = torch.randn(h, d, device="cuda").to(kernel.dtype)
+        leaves = [t.clone().requires_grad_() for t in (x, kernel, skip)]
         with fastmix.force("native"):
-            y = fastmix.ops.fft_conv(*leaves)
-            found = y, *torch.autograd.grad(y, leaves, grad)
-            again = fastmix.ops.fft_conv(*leaves)
-        for f, e in zip(found, defined(x, kernel, grad), strict=True):
+            found = _values_and_gradients(leaves, grad)
+            again = _values_and_gradients(leaves, grad)
+        for f, e in zip(found, defined(x, kernel, grad, skip), strict=True):
             limit = 1e-6 + (0 if f.dtype == torch.float32 else torch.finfo(f.dtype).eps / 2)
             assert (f - e).abs().max() <= limit * e.abs().max()
-        assert torch.equal(y, again)
+        assert all(map(torch.equal, found, again))
 
 
 @pytest.mark.gpu
@@ -435,12 +448,13 @@ def test_products_on_a_gpu(n, dtype):
         x, grad = torch.randn(2, 2, n, 4, d, device="cuda").to(dtype)
         shared = torch.randn(n, 4, device="cuda").to(dtype)
         for kernel in (torch.randn(2, n, 4, device="cuda").to(dtype), shared, shared[:100]):
-            leaves = x.clone().requires_grad_(), kernel.clone().requires_grad_()
+            skip = torch.randn(4, d, device="cuda")
+            leaves = [t.clone().requires_grad_() for t in (x, kernel, skip)]
             with fastmix.force("native"):
                 found = _values_and_gradients(leaves, grad)
                 again = _values_and_gradients(leaves, grad)
             longer = F.pad(kernel, (0, 0, 0, n - kernel.shape[-2]))
-            for f, whole in zip(found, defined(x, longer, grad), strict=True):
+            for f, whole in zip(found, defined(x, longer, grad, skip), strict=True):
                 # Tensor cores may cut off what they add: 2^-23 of a sum, every 16 steps.
                 limit = 1e-6 + n / 16 * 2**-23 + torch.finfo(dtype).eps / 2
                 e = whole[..., : kernel.shape[-2], :] if f.ndim == kernel.ndim else whole

@@ -89,7 +89,8 @@ def wide(operator, dtype):
         return {"x": randn(1, 3000, 5, 67, dtype=dtype), "decay": torch.rand(5).to(dtype),
                 "gain": randn(5, dtype=dtype)}
     if operator == "fft_conv":
-        return {"x": randn(2, 1500, 3, 65, dtype=dtype), "kernel": randn(1500, 3, dtype=dtype)}
+        return {"x": randn(2, 1500, 3, 65, dtype=dtype), "kernel": randn(1500, 3, dtype=dtype),
+                "skip": randn(3, 65, dtype=dtype)}
     if operator == "windowed_sgu":
         return {"x": randn(2, 1000, 128, dtype=dtype), "weight": randn(2, 16, 32, dtype=dtype),
                 "bias": randn(2, 16, dtype=dtype), "norm_weight": randn(64, dtype=dtype)}

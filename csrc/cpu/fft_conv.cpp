@@ -1,11 +1,13 @@
-// y_t = Σ_{j ≤ t} kernel_j · x_{t-j}, by transforms in the tensors' own layout (fft.h).
+// y_t = Σ_{j ≤ t} kernel_j · x_{t-j} + skip · x_t, by transforms in the tensors' own layout
+// (fft.h).
 //
 // A SIMD lane holds a channel. A sequence of N real numbers is taken as a polynomial modulo
 // z^N = i. The coefficients N … 2N-1 of a product come out as imaginary parts, so its real
 // part is the causal convolution: from N complex points, with no zeros to pad. At the leaves
 // eight points are transformed, multiplied by the kernel's and taken back in registers.
 //
-// The kernel's gradient is summed over channels in the spectrum, with one inverse per head.
+// The kernel's gradient is summed over channels in the spectrum, with one inverse per head. A
+// skip is one more lag of 0, a channel's own: it is the same number at every point.
 
 #include "fft.h"
 
@@ -22,7 +24,9 @@ struct FftConv {
   bool shared;     // one kernel for the whole batch
   bool streaming;  // `out` is large and its rows start at whole cache lines
   Source x, kernel, grad;
+  const double* skip;  // per channel; or null
   Sink out, grad_kernel;
+  double* grad_skip;   // (b, channels)
   void* spectra;  // of each kernel: 8 real parts, 8 imaginary parts, …
   void* sums;     // (b, h, groups): spectra of the kernels' gradients
 };
@@ -83,7 +87,7 @@ struct Channels {
 
 // The sums over lanes of as many vectors as there are lanes.
 template <class C, int s = 1>
-INLINE Vector<C> lane_sums(Vector<C>* v) {
+INLINE Vector<C> over_lanes(Vector<C>* v) {
   constexpr int lanes = Simd<C>::lanes;
   if constexpr (s == lanes) return *v;
   else {
@@ -92,18 +96,20 @@ INLINE Vector<C> lane_sums(Vector<C>* v) {
       exchange<s>(v[2 * i], v[2 * i + 1], Indices<lanes>());
       halves[i] = v[2 * i] + v[2 * i + 1];
     }
-    return lane_sums<C, 2 * s>(halves);
+    return over_lanes<C, 2 * s>(halves);
   }
 }
 
-// x · kernel; or grad · conj kernel, and the sums of grad · conj x. The kernel's spectrum is
-// the same for all lanes or lies in the last buffer.
+// x · kernel; or grad · conj kernel, and the sums of grad · conj x, over lanes and for each over
+// points. The kernel's spectrum is the same for all lanes or lies in the last buffer.
 template <class C, bool backward, bool in_lanes>
 struct Product {
   static constexpr int inputs = 1 + backward + in_lanes, outputs = 1, buffers = inputs;
   const C* spectrum;
   C scale;
+  Vector<C> skip;  // over the length
   C* sums;
+  double* lane_sums;
   int64_t heads, d, sums_step;
 
   INLINE void operator()(int64_t block, C* const* at, const C* w) const {
@@ -118,10 +124,13 @@ struct Product {
         products[k] = a[k].re * other[k].re + a[k].im * other[k].im;
         products[k + kLeaf] = a[k].im * other[k].re - a[k].re * other[k].im;
       }
+      V at_points = products[0];
+      for (int k = 1; k < kLeaf; ++k) at_points += products[k];
+      for (int i = 0; i < lanes; ++i) lane_sums[i] += at_points[i];
       C* to = sums + block * 2 * kLeaf;
       if constexpr (!in_lanes) {
         for (int k = 0; k < 2 * kLeaf; k += lanes)
-          store(to + k, load<V>(to + k) + lane_sums<C>(products + k));
+          store(to + k, load<V>(to + k) + over_lanes<C>(products + k));
       } else {
         C numbers[2 * kLeaf][lanes];
         for (int k = 0; k < 2 * kLeaf; ++k) store(numbers[k], products[k]);
@@ -133,13 +142,13 @@ struct Product {
     if constexpr (in_lanes) {
       open_leaf(other, at[inputs - 1], w);
       for (int k = 0; k < kLeaf; ++k) {
-        const V re = other[k].re * scale, im = other[k].im * (backward ? -scale : scale);
+        const V re = other[k].re * scale + skip, im = other[k].im * (backward ? -scale : scale);
         a[k] = times(a[k], re, im);
       }
     } else {
       const C* s = spectrum + block * 2 * kLeaf;
       for (int k = 0; k < kLeaf; ++k)
-        a[k] = times(a[k], s[k], backward ? -s[k + kLeaf] : s[k + kLeaf]);
+        a[k] = times(a[k], s[k] + skip, (backward ? -s[k + kLeaf] : s[k + kLeaf]) - V{});
     }
     close_leaf(a, at[0], w);
   }
@@ -230,6 +239,14 @@ INLINE int64_t kernel_index(const FftConv& f, const Unit& u) {
   return (f.shared ? 0 : u.b * f.h) + u.head;
 }
 
+// A channel's skip, over `length`, in each lane.
+template <class C>
+Vector<C> skips(const FftConv& f, int64_t c0, int64_t count, int64_t length) {
+  C numbers[Simd<C>::lanes] = {};
+  for (int64_t i = 0; f.skip != nullptr && i < count; ++i) numbers[i] = f.skip[c0 + i] / length;
+  return load<Vector<C>>(numbers);
+}
+
 template <class C>
 void spectra(const FftConv& f, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<C>::lanes;
@@ -265,6 +282,9 @@ void units(const FftConv& f, int64_t begin, int64_t end) {
       const Lanes<C> x = channels<C>(f, f.x, u.b, c0, count);
       const Lanes<C> grad = backward ? channels<C>(f, f.grad, u.b, c0, count) : x;
       const Channels<C> out{f, u.b, c0, count};
+      double points[Simd<C>::lanes] = {};
+      leaf.skip = skips<C>(f, c0, count, length);
+      leaf.lane_sums = points;
       Lanes<C> in[3];
       if (in_lanes) in[1 + backward] = kernels<C>(f, kernel_index(f, u), u.heads, f.d);
       for (int64_t start = 0; start < f.n; start += f.stretch) {
@@ -278,6 +298,9 @@ void units(const FftConv& f, int64_t begin, int64_t end) {
                     if (t >= before) out(start + t - before, v);
                   });
       }
+      if (backward && f.grad_skip != nullptr)
+        for (int64_t i = 0; i < count; ++i)
+          f.grad_skip[u.b * f.out.channels + c0 + i] = points[i] / length;
     });
   }
   if (f.streaming) streamed();
@@ -326,7 +349,8 @@ void direct(const FftConv& f, int64_t begin, int64_t end) {
     each_lanes<C>(u, [&](int64_t c0, int64_t count) {
       const auto k = f.kernels_in_lanes ? kernels<C>(f, kernel_index(f, u), u.heads, f.d)
                                         : kernels<C>(f, kernel_index(f, u), 1, count);
-      for (int64_t j = 0; j < f.lags; ++j) store(kernel + j * lanes, k(j));
+      for (int64_t j = 0; j < f.lags; ++j)
+        store(kernel + j * lanes, j == 0 ? k(0) + skips<C>(f, c0, count, 1) : k(j));
       const Lanes<C> x = channels<C>(f, f.x, u.b, c0, count);
       const Channels<C> out{f, u.b, c0, count};
       for (int64_t start = 0; start < f.n; start += steps) {
@@ -451,10 +475,12 @@ Source kernel_source(const Tensor& kernel) {
 struct Call {
   FftConv f{};
   int64_t lanes, units, kernel_units;
-  std::vector<double> table;
+  std::vector<double> table, skip;
   std::vector<float> narrow;
 
-  Call(const Tensor& x, const Tensor& kernel) {
+  Call(const Tensor& x, const Tensor& kernel, const Maybe& skip_of_channel) {
+    if (skip_of_channel) skip = values(*skip_of_channel);
+    f.skip = skip_of_channel ? skip.data() : nullptr;
     f.b = x.size(0);
     f.n = x.size(1);
     f.h = x.size(2);
@@ -501,10 +527,10 @@ Tensor transformed(Call& call, const Tensor& x) {
   return spectra;
 }
 
-Tensor fft_conv(const Tensor& x, const Tensor& kernel) {
+Tensor fft_conv(const Tensor& x, const Tensor& kernel, const Maybe& skip) {
   Tensor out = fresh(x);
   if (x.numel() == 0) return out;
-  Call call(x, kernel);
+  Call call(x, kernel, skip);
   call.writes(out);
   if (call.f.lags - call.f.lags * call.f.lags / (2 * call.f.n) <= kFewLags) {
     spread(FASTMIX_KERNELS(fft_conv_direct), call.f, call.units);
@@ -516,15 +542,20 @@ Tensor fft_conv(const Tensor& x, const Tensor& kernel) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> fft_conv_backward(const Tensor& grad, const Tensor& x,
-                                             const Tensor& kernel) {
-  Tensor grad_x = fresh(x), grad_kernel = fresh(kernel);
+std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(const Tensor& grad, const Tensor& x,
+                                                     const Tensor& kernel, const Maybe& skip) {
+  Tensor grad_x = fresh(x), grad_kernel = fresh(kernel),
+         grad_skip = skip ? fresh(*skip) : nothing(x);
+  std::vector<double> all(grad_skip.numel());
   if (x.numel() == 0) {
     assign(grad_kernel, std::vector<double>(grad_kernel.numel()));
-    return {grad_x, grad_kernel};
+    assign(grad_skip, all);
+    return {grad_x, grad_kernel, grad_skip};
   }
-  Call call(x, kernel);
+  Call call(x, kernel, skip);
   FftConv& f = call.f;
+  std::vector<double> by_sample(f.b * all.size());
+  f.grad_skip = skip ? by_sample.data() : nullptr;
   f.grad = source(grad);
   call.writes(grad_x);
   f.grad_kernel = sink(grad_kernel, kernel.size(-2), f.h);
@@ -534,7 +565,9 @@ std::tuple<Tensor, Tensor> fft_conv_backward(const Tensor& grad, const Tensor& x
   f.sums = sums.mutable_data_ptr();
   spread(FASTMIX_KERNELS(fft_conv_backward), f, call.units);
   spread(FASTMIX_KERNELS(fft_conv_lags), f, call.kernel_units);
-  return {grad_x, grad_kernel};
+  for (size_t i = 0; i < by_sample.size(); ++i) all[i % all.size()] += by_sample[i];
+  assign(grad_skip, all);
+  return {grad_x, grad_kernel, grad_skip};
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <limits>
+#include <optional>
 #include <tuple>
 
 #include "launch.h"
@@ -22,6 +22,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
 
 Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -92,22 +93,28 @@ struct Launcher {
   }
 };
 
-// What transforms and products are both told: sizes, and the kernel.
+// (h, d), float32 and dense
+const float* skip_data(const Maybe& skip) {
+  return skip ? static_cast<const float*>(skip->const_data_ptr()) : nullptr;
+}
+
+// What transforms and products are both told: sizes, the kernel and the skip.
 template <class F>
-void describe(F& f, const Tensor& x, const Tensor& kernel) {
+void describe(F& f, const Tensor& x, const Tensor& kernel, const Maybe& skip) {
   f.batch = x.size(0), f.heads = x.size(2), f.channels = x.size(3);
   f.steps = x.size(1);
   f.lags = std::min(x.size(1), kernel.size(-2));
   f.kernels = kernel.dim() == 3 ? f.batch : 1;
   f.kernel = kernel_view(kernel);
+  f.skip = skip_data(skip);
 }
 
 struct Call : Launcher {
   FftConv f{};
   int length, r;
 
-  Call(const Tensor& x, const Tensor& kernel) : Launcher(x) {
-    describe(f, x, kernel);
+  Call(const Tensor& x, const Tensor& kernel, const Maybe& skip) : Launcher(x) {
+    describe(f, x, kernel, skip);
     f.x = view(x);
     length = length_for(f.steps, on.shared);
     r = std::max(1, length / 4096);
@@ -136,11 +143,12 @@ struct LongCall : Launcher {
   Tensor spectra;
 
   // `buffers` of scratch are in use at once.
-  LongCall(const Tensor& x, const Tensor& kernel, int buffers)
+  LongCall(const Tensor& x, const Tensor& kernel, const Maybe& skip, int buffers)
       : Launcher(x), steps(x.size(1)), lags(std::min(steps, kernel.size(-2))) {
     f.length = long_length_for(steps);
     STD_TORCH_CHECK(f.length != 0, "fft_conv: ", steps, " steps are too many for the CUDA kernel");
     f.heads = x.size(2), f.channels = x.size(3);
+    f.skip = skip_data(skip);
     f.samples = kernel.dim() == 3 ? 1 : x.size(0);
     with_columns(type_of(x), f.length,
                  [&](auto shape) { f.width = std::min<int>(shape.at_once, f.channels); });
@@ -213,7 +221,9 @@ bool takes_product(int64_t steps, int64_t lags, int64_t channels, int capability
 struct ProductCall : Launcher {
   Toeplitz f{};
 
-  ProductCall(const Tensor& x, const Tensor& kernel) : Launcher(x) { describe(f, x, kernel); }
+  ProductCall(const Tensor& x, const Tensor& kernel, const Maybe& skip) : Launcher(x) {
+    describe(f, x, kernel, skip);
+  }
 
   static bool takes(const Tensor& x, const Tensor& kernel) {
     return x.scalar_type() == kernel.scalar_type() && type_of(x) != Type::f32 &&
@@ -270,8 +280,8 @@ bool is_long(const Tensor& x) {
   return length_for(x.size(1), device(x.get_device_index()).shared) == 0;
 }
 
-void long_forward(const Tensor& x, const Tensor& kernel, const Tensor& out) {
-  LongCall call(x, kernel, 1);
+void long_forward(const Tensor& x, const Tensor& kernel, const Maybe& skip, const Tensor& out) {
+  LongCall call(x, kernel, skip, 1);
   const Tensor numbers = call.numbers(x);
   LongConv& f = call.f;
   f.columns = data(numbers);
@@ -285,9 +295,9 @@ void long_forward(const Tensor& x, const Tensor& kernel, const Tensor& out) {
       [] {});
 }
 
-void long_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel,
+void long_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel, const Maybe& skip,
                    const Tensor& grad_x, const Tensor& grad_kernel) {
-  LongCall call(x, kernel, 2);
+  LongCall call(x, kernel, skip, 2);
   const Tensor numbers = call.numbers(x), numbers_of_grad = call.numbers(x);
   LongConv& f = call.f;
   f.columns = data(numbers);
@@ -314,37 +324,53 @@ void long_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel,
       });
 }
 
-Tensor fft_conv(Tensor x, Tensor kernel) {
+Tensor fft_conv(Tensor x, Tensor kernel, Maybe skip) {
   Tensor out = like(x);
   if (x.numel() == 0) return out;
   if (ProductCall::takes(x, kernel)) {
-    ProductCall(x, kernel).forward(x, out);
+    ProductCall(x, kernel, skip).forward(x, out);
     return out;
   }
   if (is_long(x)) {
-    long_forward(x, kernel, out);
+    long_forward(x, kernel, skip, out);
     return out;
   }
-  Call call(x, kernel);
+  Call call(x, kernel, skip);
   call.f.out = view(out);
   const Tensor spectra = call.spectra(x, true);
   call.run<Kernel::forward>();
   return out;
 }
 
-std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kernel) {
-  Tensor grad_x = like(x), grad_kernel = like(kernel);
+// Parts of the skip's gradient (b · parts, h, d), to be summed: none without a skip.
+Tensor skip_sums(const Tensor& grad, const Tensor& x, const Tensor& kernel, const Maybe& skip) {
+  FftConv f{};
+  describe(f, x, kernel, skip);
+  f.x = view(x), f.grad = view(grad);
+  const int64_t parts = skip ? x.size(0) * Skips::parts(f) : 0;
+  Tensor sums =
+      torch::stable::new_empty(x, {parts, x.size(2), x.size(3)}, ScalarType::Float);
+  f.skip_sums = static_cast<float*>(sums.mutable_data_ptr());
+  if (sums.numel() > 0) Launcher(x).run<Kernel::skips>(0, f);
+  return sums;
+}
+
+// The gradients of x and of the kernel, and parts of that of the skip.
+std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kernel,
+                                                     Maybe skip) {
+  Tensor grad_x = like(x), grad_kernel = like(kernel),
+         grad_skip = skip_sums(grad, x, kernel, skip);
   if (x.numel() == 0 || kernel.size(-2) > x.size(1)) torch::stable::zero_(grad_kernel);
-  if (x.numel() == 0) return {grad_x, grad_kernel};
+  if (x.numel() == 0) return {grad_x, grad_kernel, grad_skip};
   if (ProductCall::takes(x, kernel)) {
-    ProductCall(x, kernel).backward(grad, x, grad_x, grad_kernel);
-    return {grad_x, grad_kernel};
+    ProductCall(x, kernel, skip).backward(grad, x, grad_x, grad_kernel);
+    return {grad_x, grad_kernel, grad_skip};
   }
   if (is_long(x)) {
-    long_backward(grad, x, kernel, grad_x, grad_kernel);
-    return {grad_x, grad_kernel};
+    long_backward(grad, x, kernel, skip, grad_x, grad_kernel);
+    return {grad_x, grad_kernel, grad_skip};
   }
-  Call call(x, kernel);
+  Call call(x, kernel, skip);
   FftConv& f = call.f;
   f.grad = view(grad);
   f.out = view(grad_x);
@@ -368,7 +394,7 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
   f.kept = data(spectra_of_x);
   call.run<Kernel::backward>();
   call.run<Kernel::lags>();
-  return {grad_x, grad_kernel};
+  return {grad_x, grad_kernel, grad_skip};
 }
 
 }  // namespace
@@ -384,8 +410,9 @@ std::tuple<Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kerne
 #endif
 
 DEFINE(NAMESPACE, m) {
-  m.def("fft_conv(Tensor x, Tensor kernel) -> Tensor");
-  m.def("fft_conv_backward(Tensor grad, Tensor x, Tensor kernel) -> (Tensor, Tensor)");
+  m.def("fft_conv(Tensor x, Tensor kernel, Tensor? skip) -> Tensor");
+  m.def("fft_conv_backward(Tensor grad, Tensor x, Tensor kernel, Tensor? skip) "
+        "-> (Tensor, Tensor, Tensor)");
 }
 
 IMPLEMENT(NAMESPACE, KEY, m) {

@@ -1,11 +1,12 @@
-// y_t = Σ_{j ≤ t} kernel_j · x_{t-j} and its gradients: the kernels of fft_conv.cu, written for
-// any Block that has threads, shared memory and barriers. A test runs them on a CPU.
+// y_t = Σ_{j ≤ t} kernel_j · x_{t-j} + skip · x_t and its gradients: the kernels of fft_conv.cu,
+// written for any Block that has threads, shared memory and barriers. A test runs them on a CPU.
 //
 // A sequence is cut into r interleaved subsequences x_{r s + ρ}, each transformed for itself
 // (fft_stages.h); with z^r = u the values at a point u are polynomials in z of degree r - 1,
 // multiplied modulo z^r = u. A thread reads a few neighbouring channels of its time steps at
 // once, as raw words, and takes them through the transforms one after another: what has been
-// read is replaced by what will be written.
+// read is replaced by what will be written. A skip is one more lag of 0, a channel's own: it is
+// the same number at every point.
 
 #pragma once
 
@@ -29,10 +30,12 @@ struct FftConv {
   int parts, share;   // that a head's channels are cut into, backward; channels of a part
   View x, grad, out;  // (b, n, h, d); out is of the dtype of x
   View kernel, grad_kernel;  // (b or 1, m, 1, h): its heads are channels
+  const float* skip;  // (h, channels), or null
   int wrapped;        // how many values of a spectrum are there times u as well: r - 1, or 0
   Complex* spectra;   // (kernels, h, wrapped + r, M)
   Complex* sums;      // (b, h, parts, r, M): of the kernels' gradients
   Complex* kept;      // (blocks, r, M): spectra of x, where shared memory is short
+  float* skip_sums;   // (b, parts of the steps, h, channels): of the skip's gradient
 };
 
 // How a sequence of up to `length` steps, of numbers of so many bytes, is worked at by a block.
@@ -368,6 +371,13 @@ HD Channels channels_of(const FftConv& f, int head, int c) {
           f.channels - c < S::at_once ? f.channels - c : S::at_once};
 }
 
+// … the i-th one's skip …
+template <class Block, class Conv>
+HD float skip_of(Block& block, const Conv& f, Channels at, int i) {
+  if (f.skip == nullptr || i >= at.count) return 0;
+  return as_float(block.template load_one<4>(f.skip + at.h * f.channels + at.c + i));
+}
+
 // … and its kernel, whose spectra are here.
 HD int kernel_of(const FftConv& f, int head) { return f.kernels == 1 ? head % f.heads : head; }
 
@@ -464,27 +474,31 @@ struct Forward {
       work.tabulate(thread);
       read<Block, S>(block, f.x, f.channels, f.steps, at(thread), thread, queue.of(thread));
     });
-    ROLLED for (int left = S::at_once < f.channels ? S::at_once : f.channels; left > 0; --left) {
+    const int all = S::at_once < f.channels ? S::at_once : f.channels;
+    ROLLED for (int c = 0; c < all; ++c) {
       work.forward(queue, type);
       if constexpr (S::r == 1) {
         block.stretch([&](int thread) {
           const Complex* kernel = spectrum(thread);
+          const float skip = skip_of(block, f, at(thread), c);
           work.third(thread, [&](auto i, Complex* v) {
             Complex k[2];
             block.load_pair(kernel + W::pair(thread, i / 2), k);
-            v[0] = v[0] * k[0];
-            v[1] = v[1] * k[1];
+            v[0] = v[0] * (k[0] + skip);
+            v[1] = v[1] * (k[1] + skip);
             if (i % 8 == 6) block.in_order();
           });
         });
       } else {
         work.last(work.points);
         const Complex* kernel = spectrum(0) + (S::r - 1) * S::M;
+        const float skip = skip_of(block, f, at(0), c);
         work.each_leaf([&](int place) {
           Complex a[S::r], k[2 * S::r - 1];
           unrolled<2 * S::r - 1>([&](auto e) {
             k[e] = block.load_complex(kernel + (e - (S::r - 1)) * S::M + place);
           });
+          k[S::r - 1] = k[S::r - 1] + skip;
           unrolled<S::r>([&](auto j) { a[j] = work.points.get(W::leaf(place, j)); });
           unrolled<S::r>([&](auto i) {
             Complex sum = a[0] * k[i + S::r - 1];
@@ -552,6 +566,7 @@ struct Backward {
         block.stretch([&](int thread) {
           typename W::Shared kept = W::of(work.kept, thread, 0);
           const Complex* kernel = spectrum(thread);
+          const float skip = skip_of(block, f, at(thread, c), 0);
           Complex* to = unit(thread) < 0 ? nullptr : sums(thread);
           work.third(thread, [&](auto i, Complex* v) {
             Complex k[2], sum[2] = {};
@@ -560,15 +575,16 @@ struct Backward {
               sum[j] = sum[j] + conj(kept.get(17 * (thread % S::slot) + i + j)) * v[j];
             });
             if (to != nullptr) block.store_pair(to + W::pair(thread, i / 2), sum);
+            block.in_order();
             block.load_pair(kernel + W::pair(thread, i / 2), k);
-            v[0] = v[0] * conj(k[0]);
-            v[1] = v[1] * conj(k[1]);
+            unrolled<2>([&](auto j) { v[j] = v[j] * (conj(k[j]) + skip); });
             block.in_order();
           });
         });
       } else {
         work.last(work.points);
         const Complex* kernel = spectrum(0);
+        const float skip = skip_of(block, f, at(0, c), 0);
         Complex* to = sums(0);
         work.each_leaf([&](int place) {
           Complex w[S::r], a[S::r];
@@ -597,6 +613,7 @@ struct Backward {
             k[S::r - 1 + e] = conj(block.load_complex(kernel + e * S::M + place));
             if constexpr (e > 0) k[e - 1] = conj(u) * k[S::r - 1 + e];
           });
+          k[S::r - 1] = k[S::r - 1] + skip;
           unrolled<S::r>([&](auto j) {
             Complex sum = w[0] * k[S::r - 1 - j];
             unrolled<S::r - 1>([&](auto i) { sum = sum + w[i + 1] * k[i + 1 - j + S::r - 1]; });
@@ -669,10 +686,53 @@ struct Lags {
   }
 };
 
+// Sums of grad · x over some steps of a sample, a channel to a thread: what the gradient of the
+// skip is summed from, however the sequence is convolved.
+struct Skips {
+  static constexpr int threads = 256, shared = 0, steps = 256;
+
+  HD static int parts(const FftConv& f) { return (f.steps + steps - 1) / steps; }
+
+  HD static int64_t sums(const FftConv& f) {
+    return int64_t{f.batch} * parts(f) * f.heads * f.channels;
+  }
+
+  template <class Block>
+  HD static void run(Block& block, const FftConv& f) {
+    block.own([&](int thread) {
+      const int64_t item = int64_t{block.index()} * threads + thread;
+      if (item >= sums(f)) return;
+      const int channels = f.heads * f.channels, channel = item % channels;
+      const int part = item / channels % parts(f), first = part * steps,
+                count = f.steps - first < steps ? f.steps - first : steps;
+      const auto row = [&](const View& view) {
+        return static_cast<const char*>(view.data) +
+               (view.type == Type::f32 ? 4 : 2) *
+                   (item / channels / parts(f) * view.b + first * view.n +
+                    channel / f.channels * view.h + channel % f.channels * view.d);
+      };
+      const char *x = row(f.x), *grad = row(f.grad);
+      const int bytes = f.x.type == Type::f32 ? 4 : 2;
+      float sum = 0;
+      ROLLED for (int t = 0; t < count; t += 8) {
+        float few = 0;
+        unrolled<8>([&](auto j) {
+          if (t + j >= count) return;
+          const int64_t at = bytes * (t + j);
+          few += number(block, f.x.type, x + at * f.x.n) *
+                 number(block, f.grad.type, grad + at * f.grad.n);
+        });
+        sum += few;
+      }
+      block.template store_one<4>(f.skip_sums + item, as_bits(sum));
+    });
+  }
+};
+
 // ---- which shape a sequence takes
 
 enum class Kernel {
-  spectra, forward, backward, lags,
+  spectra, forward, backward, lags, skips,
   columns_in, columns_out, row_spectra, row_forward, row_backward, row_lags,  // of fft_long.h
 };
 
@@ -688,13 +748,14 @@ inline int length_for(int64_t n, int64_t shared) {
 }
 
 // f(the Shape for sequences of `length`). Kernels and their gradients are few, and go one by
-// one, as float32; backward two sequences are in a block's hands.
+// one, as float32; backward two sequences are in a block's hands. Of the shortest sequences of 16
+// bits, most of which are multiplied anyway, four words would be one register too many.
 template <Kernel kernel, int bytes, class F>
 auto with_shape(int length, int64_t shared, F f) {
   constexpr bool two = kernel == Kernel::backward, wide = kernel == Kernel::forward;
   constexpr int words = wide ? 4 : two ? 2 : 1;
   switch (length) {
-    case 256: return f(Shape<bytes, 256, 1, 1, words>{});
+    case 256: return f(Shape<bytes, 256, 1, 1, wide && bytes == 2 ? 2 : words>{});
     case 512: return f(Shape<bytes, 512, 1, 1, words>{});
     case 1024: return f(Shape<bytes, 1024, 1, 1, words>{});
     case 2048: return f(Shape<bytes, 2048, 1, 1, words>{});
@@ -724,6 +785,8 @@ auto with_shape(Type type, int length, int64_t shared, F f) {
 // f(the kernel, its shape, how many blocks)
 template <Kernel kernel, class F>
 void with_kernel(int length, int64_t shared, const FftConv& args, F f) {
+  if constexpr (kernel == Kernel::skips)
+    return f(Skips{}, Skips{}, (Skips::sums(args) + Skips::threads - 1) / Skips::threads);
   with_shape<kernel>(args.x.type, length, shared, [&](auto shape) {
     using S = decltype(shape);
     auto call = [&](auto k) { f(k, shape, (k.units(args) + S::teams - 1) / S::teams); };

@@ -26,6 +26,7 @@ struct LongConv {
   int width;
   View view;                  // what columns read or write …
   int steps;                  // … of which so many matter
+  const float* skip;          // (h, channels), or null
   Complex* columns;           // (units, width, N)
   Complex* grad_columns;
   Complex* spectra;           // (kernels, N)
@@ -320,13 +321,14 @@ struct RowForward {
     if (rows.item % f.width >= f.at(unit).count) return;
     Complex* numbers = rows.of(f.columns, rows.item);
     const Complex* kernel = rows.of(f.spectra, (f.first_unit + unit) / f.units_of_kernel());
+    const float skip = skip_of(block, f, f.at(unit), rows.item % f.width);
     rows.forward(numbers);
     block.stretch([&](int thread) {
       rows.work.third(thread, [&](auto i, Complex* v) {
         Complex k[2];
         block.load_pair(kernel + rows.pair(thread, i), k);
-        v[0] = v[0] * k[0];
-        v[1] = v[1] * k[1];
+        v[0] = v[0] * (k[0] + skip);
+        v[1] = v[1] * (k[1] + skip);
       });
     });
     rows.back(numbers);
@@ -362,7 +364,9 @@ struct RowBackward {
       });
     });
     ROLLED for (int channel = kernel_at * all + part * f.share; channel < end; ++channel) {
-      if (channel % f.width >= f.at(channel / f.width).count) continue;
+      const Channels at = f.at(channel / f.width);
+      if (channel % f.width >= at.count) continue;
+      const float skip = skip_of(block, f, at, channel % f.width);
       rows.forward(rows.of(f.columns, channel));
       block.stretch([&](int thread) {
         const auto kept = rows.kept(thread);
@@ -381,7 +385,7 @@ struct RowBackward {
             const Complex a = kept.get(17 * (thread % S::slot) + i + j);
             sum[i + j] = {sum[i + j].re + a.re * v[j].re + a.im * v[j].im,
                           sum[i + j].im + a.re * v[j].im - a.im * v[j].re};
-            v[j] = v[j] * conj(k[j]);
+            v[j] = v[j] * (conj(k[j]) + skip);
           });
           if (S::Stages::last == 16) block.in_order();
         });

@@ -32,6 +32,7 @@ struct alignas(8) Complex {
 };
 
 HD Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+HD Complex operator+(Complex a, float b) { return {a.re + b, a.im}; }
 HD Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
 HD Complex operator*(Complex a, Complex b) {
   return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};

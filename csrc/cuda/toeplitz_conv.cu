@@ -1,5 +1,7 @@
 // The kernels of toeplitz_conv.h, for CUDA.
 
+#include <cuda_fp16.h>
+
 #include "launch.h"
 
 namespace fastmix::cuda {
@@ -113,6 +115,12 @@ struct Block {
   template <Type type>
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     return packed<type>(low, high);
+  }
+  // The low one.
+  template <Type type>
+  static __device__ __forceinline__ float unpack(uint32_t both) {
+    if constexpr (type == Type::bf16) return as_float(both << 16);
+    return __half2float(__ushort_as_half(both));
   }
 
   template <int words>

@@ -2,7 +2,7 @@
 // any Block that has warps, shared memory and barriers; a test runs them on a CPU.
 //
 // y = T x with T[i, j] = kernel[i - j], a band of a lower triangle: tiles of 64 by 64 of T meet
-// tiles of 64 steps by 64 channels of x. The gradient of x is the same product with time running
+// tiles of 64 steps by 64 channels of x, where a skip times x is added on the way. The gradient of x is the same product with time running
 // backward, which strides say. That of the kernel sums the diagonals of grad xᵀ: its tiles of one
 // difference I - J are all added up, in the registers of a warp, before their diagonals are.
 //
@@ -32,6 +32,7 @@ struct Toeplitz {
   View x, grad, out;  // (b, n, h, d) of one type, which the kernel is of as well; channels lie
                       // side by side, those of x and grad in whole chunks
   View kernel, grad_kernel;  // (b or 1, m, 1, h): its heads are channels
+  const float* skip;  // (h, channels), or null
   float* sums;        // (b, h, tiles of channels, parts, groups, 320): of the kernels' gradients
 };
 
@@ -202,6 +203,26 @@ struct Product {
             }
           }
         }
+        if (down > 0 || f.skip == nullptr) return;
+        const float* skip =
+            f.skip + head % f.heads * f.channels + unit % tiles_of_channels(f) * kTile;
+        block.lanes([&](int lane) {
+          const int row = lane / 4, q = lane % 4;
+          UNROLLED for (int j = 0; j < 8; ++j) {
+            float d[2];
+            UNROLLED for (int e = 0; e < 2; ++e) {
+              const int c = 8 * j + 2 * q + e;
+              d[e] = c < x.channels ? block.load_float(skip + c) : 0;
+            }
+            UNROLLED for (int i = 0; i < 8; ++i) {
+              uint32_t both;
+              block.template get<1>(from + place(8 * i + row, j) + 4 * q, &both);
+              auto* sum = sums.of(warp).of[i / 2][j] + 2 * (i % 2);
+              sum[0].of(lane) += d[0] * Block::template unpack<type>(both);
+              sum[1].of(lane) += d[1] * Block::template unpack<type>(both >> 16);
+            }
+          }
+        });
       });
     }
 

@@ -13,41 +13,51 @@ SLAB = 1 << 20  # real numbers of a padded slab
 TOEPLITZ = 128  # the longest input for which n² products beat the FFT
 
 
-def forward(x, kernel):
-    """x (b, n, h, d), kernel (b, m, h) or (m, h) → y (b, n, h, d)."""
+def forward(x, kernel, skip):
+    """x (b, n, h, d), kernel (b, m, h) or (m, h), skip (h, d) or None → y (b, n, h, d)."""
     if x.numel() == 0:
-        return (x * kernel.sum()).contiguous()
+        return (x * kernel.sum() if skip is None else x * kernel.sum() * skip).contiguous()
     kernel = kernel[..., : x.shape[1], :]
     convolve = _toeplitz_forward if _is_short(x) else _spectral_forward
     batches, channels = _slabs(x, kernel)
     rows = []
     for batch in batches:
-        pieces = [convolve(*_cut(x, kernel, batch, *c)).to(x.dtype).flatten(2)
-                  for c in channels]
+        pieces = []
+        for at in channels:
+            slab, k = _cut(x, kernel, batch, *at)
+            y = convolve(slab, k)
+            y = y if skip is None else torch.addcmul(y, slab, skip[at].to(slab.dtype))
+            pieces.append(y.to(x.dtype).flatten(2))
         rows.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1))
     y = rows[0] if len(rows) == 1 else torch.cat(rows)
     return y.unflatten(-1, x.shape[2:])
 
 
-def backward(grad, x, kernel):
-    """grad, x (b, n, h, d) → dx like x, dkernel like kernel."""
+def backward(grad, x, kernel, skip):
+    """grad, x (b, n, h, d) → dx, dkernel and dskip, like x, kernel and skip."""
     if x.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(kernel)
+        return (torch.zeros_like(x), torch.zeros_like(kernel),
+                None if skip is None else torch.zeros_like(skip))
     used = kernel[..., : x.shape[1], :]
     differentiate = _toeplitz_backward if _is_short(x) else _spectral_backward
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dkernel = torch.zeros(kernel.shape, dtype=_compute_dtype(x), device=x.device)
+    dskip = None if skip is None else torch.zeros_like(skip, dtype=_compute_dtype(x))
     batches, channels = _slabs(x, used)
     for batch in batches:
         for heads, width in channels:
             slab, k = _cut(x, used, batch, heads, width)
             slab_grad, _ = _cut(grad, used, batch, heads, width)
-            dx[batch, :, heads, width], dk = differentiate(slab_grad, slab, k)
+            dslab, dk = differentiate(slab_grad, slab, k)
+            if skip is not None:
+                dslab.addcmul_(slab_grad, skip[heads, width].to(slab.dtype))
+                dskip[heads, width] += (slab_grad * slab).sum(dim=(0, 1))
+            dx[batch, :, heads, width] = dslab
             if kernel.ndim == 2:
                 dkernel[: used.shape[-2], heads] += dk.sum(dim=0)
             else:
                 dkernel[batch, : used.shape[-2], heads] += dk
-    return dx, dkernel.to(kernel.dtype)
+    return dx, dkernel.to(kernel.dtype), None if skip is None else dskip.to(skip.dtype)
 
 
 def _is_short(x):

@@ -29,8 +29,9 @@ class EfficientDsConv(nn.Module):
     def forward(self, x):
         check_sequence(self, x)
         u = self.norm(x)
-        mixed = ops.fft_conv(u.unflatten(-1, (self.heads, -1)), self.to_weight(x)).flatten(-2)
-        return torch.addcmul(mixed, u, self.param_D)
+        heads = u.unflatten(-1, (self.heads, -1))
+        skip = self.param_D.unflatten(0, (self.heads, -1))
+        return ops.fft_conv(heads, self.to_weight(x), skip).flatten(-2)
 
 
 class GatedDsConv(nn.Module):

@@ -169,6 +169,7 @@ template const char* launch<Kernel::spectra>(int, const FftConv&, const Device&,
 template const char* launch<Kernel::forward>(int, const FftConv&, const Device&, void*);
 template const char* launch<Kernel::backward>(int, const FftConv&, const Device&, void*);
 template const char* launch<Kernel::lags>(int, const FftConv&, const Device&, void*);
+template const char* launch<Kernel::skips>(int, const FftConv&, const Device&, void*);
 template const char* launch<Kernel::columns_in>(int, const LongConv&, const Device&, void*);
 template const char* launch<Kernel::columns_out>(int, const LongConv&, const Device&, void*);
 template const char* launch<Kernel::row_spectra>(int, const LongConv&, const Device&, void*);

@@ -233,6 +233,10 @@ struct WarpBlock {
   static uint32_t pack(float low, float high) {
     return packed<type>(low, high);
   }
+  template <Type type>
+  static float unpack(uint32_t both) {
+    return decoded<type>(both);
+  }
 
   // ---- tensors
 
