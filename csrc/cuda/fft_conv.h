@@ -575,7 +575,7 @@ struct Backward {
               sum[j] = sum[j] + conj(kept.get(17 * (thread % S::slot) + i + j)) * v[j];
             });
             if (to != nullptr) block.store_pair(to + W::pair(thread, i / 2), sum);
-            block.in_order();
+            if (S::bytes == 2) block.in_order();  // else 4096 points spill a register
             block.load_pair(kernel + W::pair(thread, i / 2), k);
             unrolled<2>([&](auto j) { v[j] = v[j] * (conj(k[j]) + skip); });
             block.in_order();

@@ -2,9 +2,10 @@
 // any Block that has warps, shared memory and barriers; a test runs them on a CPU.
 //
 // y = T x with T[i, j] = kernel[i - j], a band of a lower triangle: tiles of 64 by 64 of T meet
-// tiles of 64 steps by 64 channels of x, where a skip times x is added on the way. The gradient of x is the same product with time running
-// backward, which strides say. That of the kernel sums the diagonals of grad xᵀ: its tiles of one
-// difference I - J are all added up, in the registers of a warp, before their diagonals are.
+// tiles of 64 steps by 64 channels of x; on the diagonal a skip times x is added. The gradient of
+// x is the same product with time running backward, which strides say. That of the kernel sums the
+// diagonals of grad xᵀ: its tiles of one difference I - J are all added up, in the registers of a
+// warp, before their diagonals are.
 //
 // Fragments are those of PTX's mma.m16n8k16: in lane 4 g + q are A's rows g and g + 8, columns
 // 2q, 2q + 1, 2q + 8 and 2q + 9; B's rows are its columns, and B's columns g. What such a lane
