@@ -85,6 +85,14 @@ def defined(x, kernel, grad, skip=None):
     return y, *torch.autograd.grad(y, inputs, grad.double())
 
 
+def sizes(exact, x, grad):
+    """What errors are measured by: the largest of each tensor; of dskip, sums that may happen to
+    be small, the norm of what is summed."""
+    found = [t.detach().abs().max() for t in exact]
+    found[3:] = [(x.double() * grad).norm(dim=(0, 1)).max() for _ in found[3:]]
+    return found
+
+
 def check(host, x, kernel, shared=HOPPER, capability=0, grad=None):
     """Values and gradients: to 1e-6 of the largest, of all lags, or to the dtype's rounding."""
     grad = torch.randn(x.shape).to(x.dtype) if grad is None else grad
@@ -97,9 +105,8 @@ def check(host, x, kernel, shared=HOPPER, capability=0, grad=None):
         torch.use_deterministic_algorithms(False)
     # Lags that a short kernel has not are computed with the others, and rounded with them.
     longer = F.pad(kernel, (0, 0, 0, max(0, x.shape[1] - kernel.shape[-2])))
-    sizes = [t.detach().abs().max() for t in defined(x, longer, grad, skip)]
-    sizes[3] = (x.double() * grad).norm(dim=(0, 1)).max()  # one sum may happen to be small
-    for found, expected, size in zip(results, defined(x, kernel, grad, skip), sizes, strict=True):
+    whole = sizes(defined(x, longer, grad, skip), x, grad)
+    for found, expected, size in zip(results, defined(x, kernel, grad, skip), whole, strict=True):
         limit = 1e-6 + (0 if found.dtype == torch.float32 else torch.finfo(found.dtype).eps / 2)
         assert found.is_contiguous() and found.shape == expected.shape
         assert (found - expected).abs().max() <= limit * size
@@ -237,6 +244,24 @@ def test_the_same_bits_twice(host, n):
     host.start(HOPPER)
     assert all(map(torch.equal, host(x, kernel, x), host(x, kernel, x)))
     assert all(map(torch.equal, host(x, kernel, x), host(x, kernel, x, torch.zeros(2, 6))[:3]))
+
+
+@pytest.mark.parametrize("skip", [None, torch.randn(3, 2).bfloat16().T])
+def test_the_operator_hands_over_what_the_kernels_take(host, monkeypatch, skip):
+    """A skip of any dtype and strides; its gradient comes back in parts."""
+    monkeypatch.setattr(torch.ops, "fastmix_cuda", torch.ops.fastmix_cuda_host)
+    monkeypatch.setattr(_native, "_cuda_unusable", lambda device: None)
+    host.start(HOPPER)
+    forward, backward = _native.forced("fft_conv", "cuda")
+    args = torch.randn(2, 300, 2, 3).bfloat16(), torch.randn(300, 2), skip
+    grad = torch.randn(2, 300, 2, 3).bfloat16()
+    operator = _native.OPERATORS["fft_conv"]
+    for found, expected in zip(
+            (forward(*args), *backward(grad, *args)),
+            (operator.run_fallback(*args), *operator.run_fallback_backward(grad, *args)),
+            strict=True):
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
 # ---- products on tensor cores
@@ -434,9 +459,10 @@ def test_values_and_gradients_on_a_gpu(n, dtype):
         with fastmix.force("native"):
             found = _values_and_gradients(leaves, grad)
             again = _values_and_gradients(leaves, grad)
-        for f, e in zip(found, defined(x, kernel, grad, skip), strict=True):
+        exact = defined(x, kernel, grad, skip)
+        for f, e, size in zip(found, exact, sizes(exact, x, grad), strict=True):
             limit = 1e-6 + (0 if f.dtype == torch.float32 else torch.finfo(f.dtype).eps / 2)
-            assert (f - e).abs().max() <= limit * e.abs().max()
+            assert (f - e).abs().max() <= limit * size
         assert all(map(torch.equal, found, again))
 
 
@@ -454,11 +480,11 @@ def test_products_on_a_gpu(n, dtype):
                 found = _values_and_gradients(leaves, grad)
                 again = _values_and_gradients(leaves, grad)
             longer = F.pad(kernel, (0, 0, 0, n - kernel.shape[-2]))
-            for f, whole in zip(found, defined(x, longer, grad, skip), strict=True):
+            whole = sizes(defined(x, longer, grad, skip), x, grad)
+            for f, e, size in zip(found, defined(x, kernel, grad, skip), whole, strict=True):
                 # Tensor cores may cut off what they add: 2^-23 of a sum, every 16 steps.
                 limit = 1e-6 + n / 16 * 2**-23 + torch.finfo(dtype).eps / 2
-                e = whole[..., : kernel.shape[-2], :] if f.ndim == kernel.ndim else whole
-                assert (f - e).abs().max() <= limit * whole.abs().max()
+                assert (f - e).abs().max() <= limit * size
             assert all(map(torch.equal, found, again))
 
 
