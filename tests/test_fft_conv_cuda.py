@@ -85,12 +85,16 @@ def defined(x, kernel, grad, skip=None):
     return y, *torch.autograd.grad(y, inputs, grad.double())
 
 
-def sizes(exact, x, grad):
-    """What errors are measured by: the largest of each tensor; of dskip, sums that may happen to
-    be small, the norm of what is summed."""
-    found = [t.detach().abs().max() for t in exact]
-    found[3:] = [(x.double() * grad).norm(dim=(0, 1)).max() for _ in found[3:]]
-    return found
+def measured(x, kernel, grad, skip):
+    """What is `defined`, each with what errors are measured by: its largest, of dkernel over all
+    lags; of dskip, sums that may happen to be small, the norm of what is summed."""
+    # Lags that a short kernel has not are computed with the others, and rounded with them.
+    m = kernel.shape[-2]
+    y, dx, dkernel, dskip = defined(
+        x, F.pad(kernel, (0, 0, 0, max(0, x.shape[1] - m))), grad, skip)
+    sizes = [t.detach().abs().max() for t in (y, dx, dkernel)]
+    return zip((y, dx, dkernel[..., :m, :], dskip),
+               (*sizes, (x.double() * grad).norm(dim=(0, 1)).max()), strict=True)
 
 
 def check(host, x, kernel, shared=HOPPER, capability=0, grad=None):
@@ -103,10 +107,8 @@ def check(host, x, kernel, shared=HOPPER, capability=0, grad=None):
         results = host(x, kernel, grad, skip)
     finally:
         torch.use_deterministic_algorithms(False)
-    # Lags that a short kernel has not are computed with the others, and rounded with them.
-    longer = F.pad(kernel, (0, 0, 0, max(0, x.shape[1] - kernel.shape[-2])))
-    whole = sizes(defined(x, longer, grad, skip), x, grad)
-    for found, expected, size in zip(results, defined(x, kernel, grad, skip), whole, strict=True):
+    exact = measured(x, kernel, grad, skip)
+    for found, (expected, size) in zip(results, exact, strict=True):
         limit = 1e-6 + (0 if found.dtype == torch.float32 else torch.finfo(found.dtype).eps / 2)
         assert found.is_contiguous() and found.shape == expected.shape
         assert (found - expected).abs().max() <= limit * size
@@ -459,8 +461,7 @@ def test_values_and_gradients_on_a_gpu(n, dtype):
         with fastmix.force("native"):
             found = _values_and_gradients(leaves, grad)
             again = _values_and_gradients(leaves, grad)
-        exact = defined(x, kernel, grad, skip)
-        for f, e, size in zip(found, exact, sizes(exact, x, grad), strict=True):
+        for f, (e, size) in zip(found, measured(x, kernel, grad, skip), strict=True):
             limit = 1e-6 + (0 if f.dtype == torch.float32 else torch.finfo(f.dtype).eps / 2)
             assert (f - e).abs().max() <= limit * size
         assert all(map(torch.equal, found, again))
@@ -479,9 +480,7 @@ def test_products_on_a_gpu(n, dtype):
             with fastmix.force("native"):
                 found = _values_and_gradients(leaves, grad)
                 again = _values_and_gradients(leaves, grad)
-            longer = F.pad(kernel, (0, 0, 0, n - kernel.shape[-2]))
-            whole = sizes(defined(x, longer, grad, skip), x, grad)
-            for f, e, size in zip(found, defined(x, kernel, grad, skip), whole, strict=True):
+            for f, (e, size) in zip(found, measured(x, kernel, grad, skip), strict=True):
                 # Tensor cores may cut off what they add: 2^-23 of a sum, every 16 steps.
                 limit = 1e-6 + n / 16 * 2**-23 + torch.finfo(dtype).eps / 2
                 assert (f - e).abs().max() <= limit * size

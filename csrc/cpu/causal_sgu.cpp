@@ -367,9 +367,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> causal_sgu_backward(
   spread(FASTMIX_KERNELS(causal_sgu_grad_weight), f, f.h * ((f.s + kStrip - 1) / kStrip));
   spread(FASTMIX_KERNELS(causal_sgu_grad_normed), f, call.blocks);
   spread(FASTMIX_KERNELS(causal_sgu_grad_gate), f, f.runs);
-  return {grad_x, grad_weight, sum_runs(by_bias, bias),
-          norm_weight ? sum_runs(by_scale, *norm_weight) : nothing(x),
-          norm_bias ? sum_runs(by_shift, *norm_bias) : nothing(x), grad_residual};
+  return {grad_x, grad_weight, totals(by_bias, bias),
+          norm_weight ? totals(by_scale, *norm_weight) : nothing(x),
+          norm_bias ? totals(by_shift, *norm_bias) : nothing(x), grad_residual};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmix, CPU, m) {

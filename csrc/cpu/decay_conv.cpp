@@ -204,16 +204,6 @@ std::vector<double> per_channel(const Maybe& parameter, int64_t d) {
   return found;
 }
 
-// Σ over all but heads: (…, h · d) → like the parameter (h,).
-Tensor per_head(const std::vector<double>& sums, int64_t d, const Tensor& parameter) {
-  const size_t h = parameter.size(0);
-  std::vector<double> total(h);
-  for (size_t i = 0; i < sums.size(); ++i) total[i / d % h] += sums[i];
-  Tensor grad = fresh(parameter);
-  assign(grad, total);
-  return grad;
-}
-
 // A call's parameters and chain, and its arguments, which point into them.
 struct Call : ChainStorage {
   std::vector<double> decay, gain, over_chunk, over_last;
@@ -273,8 +263,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decay_conv_backward(
   f.grad_decay = by_decay.data();
   f.grad_gain = by_gain.data();
   spread(FASTMIX_KERNELS(decay_conv_backward), f, call.units());
-  return {grad_x, per_head(by_decay, d, decay),
-          gain ? per_head(by_gain, d, *gain) : nothing(x), grad_initial};
+  return {grad_x, totals(by_decay, decay, d), gain ? totals(by_gain, *gain, d) : nothing(x),
+          grad_initial};
 }
 
 }  // namespace

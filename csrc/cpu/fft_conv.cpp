@@ -544,17 +544,13 @@ Tensor fft_conv(const Tensor& x, const Tensor& kernel, const Maybe& skip) {
 
 std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(const Tensor& grad, const Tensor& x,
                                                      const Tensor& kernel, const Maybe& skip) {
-  Tensor grad_x = fresh(x), grad_kernel = fresh(kernel),
-         grad_skip = skip ? fresh(*skip) : nothing(x);
-  std::vector<double> all(grad_skip.numel());
-  if (x.numel() == 0) {
-    assign(grad_kernel, std::vector<double>(grad_kernel.numel()));
-    assign(grad_skip, all);
-    return {grad_x, grad_kernel, grad_skip};
-  }
+  Tensor grad_x = fresh(x);
+  if (x.numel() == 0)
+    return {grad_x, totals({}, kernel), skip ? totals({}, *skip) : nothing(x)};
+  Tensor grad_kernel = fresh(kernel);
   Call call(x, kernel, skip);
   FftConv& f = call.f;
-  std::vector<double> by_sample(f.b * all.size());
+  std::vector<double> by_sample(f.b * call.skip.size());
   f.grad_skip = skip ? by_sample.data() : nullptr;
   f.grad = source(grad);
   call.writes(grad_x);
@@ -565,9 +561,7 @@ std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(const Tensor& grad, const T
   f.sums = sums.mutable_data_ptr();
   spread(FASTMIX_KERNELS(fft_conv_backward), f, call.units);
   spread(FASTMIX_KERNELS(fft_conv_lags), f, call.kernel_units);
-  for (size_t i = 0; i < by_sample.size(); ++i) all[i % all.size()] += by_sample[i];
-  assign(grad_skip, all);
-  return {grad_x, grad_kernel, grad_skip};
+  return {grad_x, grad_kernel, skip ? totals(by_sample, *skip) : nothing(x)};
 }
 
 }  // namespace

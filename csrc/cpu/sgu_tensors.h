@@ -47,15 +47,6 @@ void fill(Arguments& f, const Tensor& x, const Parameters& p, double eps, const 
   if (residual) f.residual = source(*residual);
 }
 
-// A parameter's gradient, from those of the runs: (runs, …).
-inline Tensor sum_runs(const std::vector<double>& runs, const Tensor& parameter) {
-  std::vector<double> sum(parameter.numel());
-  for (size_t i = 0; i < runs.size(); ++i) sum[i % sum.size()] += runs[i];
-  Tensor found = fresh(parameter);
-  assign(found, sum);
-  return found;
-}
-
 // In causal_sgu.cpp; windowed_sgu.cpp has a use for them.
 Tensor causal_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                   const Maybe& norm_weight, const Maybe& norm_bias, double eps,

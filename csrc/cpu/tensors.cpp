@@ -101,6 +101,14 @@ void assign(const Tensor& x, const std::vector<double>& results) {
   }
 }
 
+Tensor totals(const std::vector<double>& parts, const Tensor& parameter, int64_t d) {
+  std::vector<double> sums(parameter.numel());
+  for (size_t i = 0; i < parts.size(); ++i) sums[i / d % sums.size()] += parts[i];
+  Tensor grad = fresh(parameter);
+  assign(grad, sums);
+  return grad;
+}
+
 bool may_use_threads() { return !threads_lost; }
 
 int instruction_set() {

@@ -78,6 +78,9 @@ std::vector<double> values(const Tensor& parameter);
 // `results`, as many as x has elements, into the fresh tensor x.
 void assign(const Tensor& x, const std::vector<double>& results);
 
+// A parameter's gradient: the sums of `parts`, (…, elements of the parameter, d).
+Tensor totals(const std::vector<double>& parts, const Tensor& parameter, int64_t d = 1);
+
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, int64_t, int64_t);
 

@@ -434,9 +434,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
 
   Tensor grad_weight = fresh(weight);
   is_double(x) ? add_runs<double>(sums, grad_weight) : add_runs<float>(sums, grad_weight);
-  return {grad_x, grad_weight, sum_runs(by_bias, bias),
-          norm_weight ? sum_runs(by_scale, *norm_weight) : nothing(x),
-          norm_bias ? sum_runs(by_shift, *norm_bias) : nothing(x), grad_residual};
+  return {grad_x, grad_weight, totals(by_bias, bias),
+          norm_weight ? totals(by_scale, *norm_weight) : nothing(x),
+          norm_bias ? totals(by_shift, *norm_bias) : nothing(x), grad_residual};
 }
 
 }  // namespace

@@ -705,14 +705,13 @@ struct Skips {
       const int channels = f.heads * f.channels, channel = item % channels;
       const int part = item / channels % parts(f), first = part * steps,
                 count = f.steps - first < steps ? f.steps - first : steps;
+      const int bytes = f.x.type == Type::f32 ? 4 : 2;
       const auto row = [&](const View& view) {
         return static_cast<const char*>(view.data) +
-               (view.type == Type::f32 ? 4 : 2) *
-                   (item / channels / parts(f) * view.b + first * view.n +
-                    channel / f.channels * view.h + channel % f.channels * view.d);
+               bytes * (item / channels / parts(f) * view.b + first * view.n +
+                        channel / f.channels * view.h + channel % f.channels * view.d);
       };
       const char *x = row(f.x), *grad = row(f.grad);
-      const int bytes = f.x.type == Type::f32 ? 4 : 2;
       float sum = 0;
       ROLLED for (int t = 0; t < count; t += 8) {
         float few = 0;
@@ -786,8 +785,8 @@ auto with_shape(Type type, int length, int64_t shared, F f) {
 template <Kernel kernel, class F>
 void with_kernel(int length, int64_t shared, const FftConv& args, F f) {
   if constexpr (kernel == Kernel::skips)
-    return f(Skips{}, Skips{}, (Skips::sums(args) + Skips::threads - 1) / Skips::threads);
-  with_shape<kernel>(args.x.type, length, shared, [&](auto shape) {
+    f(Skips{}, Skips{}, (Skips::sums(args) + Skips::threads - 1) / Skips::threads);
+  else with_shape<kernel>(args.x.type, length, shared, [&](auto shape) {
     using S = decltype(shape);
     auto call = [&](auto k) { f(k, shape, (k.units(args) + S::teams - 1) / S::teams); };
     if constexpr (kernel == Kernel::spectra) call(Spectra<S>{});
