@@ -8,7 +8,7 @@ import torch
 
 from fastmix.fallback import _gating
 
-BLOCK = 128  # the fewest rows of a block of the triangle
+BLOCK = 64  # the fewest rows of a block of the triangle
 SLAB = 1 << 18  # numbers of the gate that backward takes at a time, but a whole head at least
 
 
