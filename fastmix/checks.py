@@ -41,6 +41,8 @@ def check_shape(where, name, value, layout, sizes=None):
         numbers = f"({', '.join(str(known.get(axis, axis)) for axis in axes)})"
         expected = names if numbers == names else f"{names} = {numbers}"
         raise ValueError(f"{where}: {name} must have shape {expected}, got {shape}")
+    if 0 in [size for axis, size in zip(axes, shape) if axis not in "bnm"]:
+        raise ValueError(f"{where}: {name} must have sizes of at least 1, got {shape}")
     return found
 
 

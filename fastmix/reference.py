@@ -24,13 +24,10 @@ def linear_scan(gates, inputs, initial_state=None, *, reverse=False):
 
 def gate_from_logits(gate_logits):
     """a = σ(|z|) · z / |z| for z = gate_logits[..., 0] + i · gate_logits[..., 1]; a = ½ at z = 0."""
-    re, im = gate_logits.unbind(-1)
-    at_zero = (re == 0) & (im == 0)
-    re = torch.where(at_zero, 1, re)
-    magnitude = torch.hypot(re, im)
-    scale = magnitude.sigmoid() / magnitude
-    a = torch.complex(re * scale, im * scale)
-    return torch.where(at_zero, 0.5, a)
+    z = torch.view_as_complex(gate_logits.contiguous())
+    at_zero = z == 0
+    z = torch.where(at_zero, 1, z)
+    return torch.where(at_zero, 0.5, torch.polar(z.abs().sigmoid(), z.angle()))
 
 
 def gate_loop(q, k, v, gates=None, *, gate_logits=None, initial_state=None, return_state=False):
@@ -91,7 +88,10 @@ def windowed_sgu(x, weight, bias, *, norm_weight=None, norm_bias=None, eps=1e-5,
     b, n, _ = x.shape
     h, w, _ = weight.shape
     res, gate = x.chunk(2, dim=-1)
-    gate = F.layer_norm(gate, gate.shape[-1:], norm_weight, norm_bias, eps)
+    gate = gate - gate.mean(dim=-1, keepdim=True)
+    gate = gate / (gate.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    gate = gate if norm_weight is None else gate * norm_weight
+    gate = gate if norm_bias is None else gate + norm_bias
     gate = gate.unflatten(-1, (h, -1))
     mixed = []
     for t in range(n):

@@ -5,6 +5,7 @@ from typing import Callable
 
 import torch
 
+import fastmix
 from fastmix import ops, reference
 
 F64 = torch.float64
@@ -23,6 +24,11 @@ class Case:
 
     def define(self, tensors):
         return as_tuple(getattr(reference, self.operator)(**tensors, **self.options))
+
+
+def implementations(operator):
+    return [name for name, reason in fastmix.implementations(operator, "cpu").items()
+            if reason is None]
 
 
 def as_tuple(out):
@@ -61,6 +67,12 @@ def _linear_scan_complex(n, dtype, b=2):
 def _linear_scan_mixed(n, dtype, b=2):
     return {"gates": random_gates(b, n, dtype=dtype), "inputs": randn(b, n, 3, dtype=dtype),
             "initial_state": randn(b, 3, dtype=complex_dtype(dtype))}
+
+
+def _linear_scan_reverse(n, dtype, b=2):
+    return {"gates": torch.rand(b, n, 3).to(dtype),
+            "inputs": randn(b, n, 3, 2, dtype=complex_dtype(dtype)),
+            "initial_state": randn(b, 3, 2, dtype=complex_dtype(dtype))}
 
 
 def _gate_loop(dk, dv, logits, state):
@@ -103,14 +115,17 @@ def _fft_conv(kernel_shape, skip=False):
     return make
 
 
+AFFINE = ("norm_weight", "norm_bias")
+
+
 def _sgu(weight_shape, affine, residual):
     def make(n, dtype, b=2):
         h, c = 2, 8
         made = {"x": randn(b, n, 2 * c, dtype=dtype),
                 "weight": randn(h, *weight_shape(n), dtype=dtype),
                 "bias": randn(h, weight_shape(n)[0], dtype=dtype)}
-        if affine:
-            made["norm_weight"], made["norm_bias"] = randn(2, c, dtype=dtype).unbind(0)
+        for name in affine:
+            made[name] = randn(c, dtype=dtype)
         if residual:
             made["gate_residual"] = randn(b, n, c, dtype=dtype)
         return made
@@ -125,6 +140,7 @@ def _cumulative_mean(n, dtype, b=2):
 CASES = {
     "linear_scan": Case("linear_scan", _linear_scan_real, {}),
     "linear_scan-complex-reverse": Case("linear_scan", _linear_scan_complex, {"reverse": True}),
+    "linear_scan-reverse": Case("linear_scan", _linear_scan_reverse, {"reverse": True}),
     "linear_scan-mixed": Case("linear_scan", _linear_scan_mixed, {}),
     "gate_loop-diagonal-logits": Case("gate_loop", _gate_loop(1, 1, True, False), {}),
     "gate_loop-diagonal-gates": Case(
@@ -140,12 +156,12 @@ CASES = {
     "fft_conv-short": Case("fft_conv", _fft_conv(lambda b, n: (b, n // 3 + 1)), {}),
     "fft_conv-long": Case("fft_conv", _fft_conv(lambda b, n: (n + 7,)), {}),
     "windowed_sgu": Case(
-        "windowed_sgu", _sgu(lambda n: (3, 6), True, True), {"activation": "gelu"}),
-    "windowed_sgu-plain": Case("windowed_sgu", _sgu(lambda n: (4, 8), False, False), {}),
+        "windowed_sgu", _sgu(lambda n: (3, 6), AFFINE, True), {"activation": "gelu"}),
+    "windowed_sgu-plain": Case("windowed_sgu", _sgu(lambda n: (4, 8), (), False), {}),
     "causal_sgu": Case(
-        "causal_sgu", _sgu(lambda n: (n + 3, n + 3), True, True), {"activation": "tanh"}),
-    "causal_sgu-plain": Case(
-        "causal_sgu", _sgu(lambda n: (n, n), False, False), {"activation": "silu"}),
+        "causal_sgu", _sgu(lambda n: (n + 3, n + 3), AFFINE, True), {"activation": "tanh"}),
+    "causal_sgu-shift": Case(
+        "causal_sgu", _sgu(lambda n: (n, n), AFFINE[1:], False), {"activation": "silu"}),
     "cumulative_mean": Case("cumulative_mean", _cumulative_mean, {}),
 }
 

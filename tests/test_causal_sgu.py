@@ -73,6 +73,9 @@ def refusals():
         "mixed": ((x, weight, bias.double()), {}, TypeError,
                   "bias must be float32 for float32 x, got float64"),
         "no steps": ((x[:, :0], weight, bias), {}, ValueError, "x must have at least one time step"),
+        "complex": ((x, weight.to(torch.complex64), bias), {}, TypeError,
+                    "weight must be.*got complex64"),
+        "integers": ((x.long(), weight, bias), {}, TypeError, "x must be.*got int64"),
         "devices": ((x, weight, bias.to("meta")), {}, ValueError, "bias must be on cpu like x, got meta"),
     }
 

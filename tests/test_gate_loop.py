@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import complex_dtype, distance, largest
+from cases import complex_dtype, distance, implementations, largest
 from refusal import check_refusal
 
+import fastmix
 from fastmix import ops, reference
 
 F64 = torch.float64
@@ -106,6 +107,32 @@ def test_extreme_logits(dtype):
     assert largest(grad[0]) == 0
 
 
+@pytest.mark.parametrize("implementation", implementations("gate_loop"))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_of_small_logits(dtype, implementation):
+    """Also where a graph is made of them: along an axis, asked along it, the slope is σ'(|z|)."""
+    size = 10 ** torch.linspace(-30 if dtype == torch.float32 else -140, 0, 60, dtype=F64)
+    along = torch.tensor([1, 1j, -1, -1j], dtype=torch.complex128)[torch.randint(4, (60,))]
+    weights = torch.randn(60, 1, 1, dtype=F64)
+    expected = along[:, None, None] * weights * (size.sigmoid() * (-size).sigmoid())[:, None, None]
+    one = torch.ones(60, 1, 1, 1, dtype=dtype)
+    weights = (along.conj()[:, None, None] * weights).to(complex_dtype(dtype))[..., None]
+
+    def weighed(z):
+        out = ops.gate_loop(one, one, one, gate_logits=z, initial_state=torch.ones_like(weights),
+                            return_state=True)[1]
+        return (out * weights).real.sum()
+
+    z = torch.view_as_real(size * along).to(dtype)[:, None, None].requires_grad_()
+    with fastmix.force(implementation):
+        found = [torch.autograd.grad(weighed(z), z, create_graph=graph)[0]
+                 for graph in (False, True)]
+        found.append(torch.func.grad(weighed)(z))
+    for grad in found:
+        error = (torch.view_as_complex(grad.double()) - expected).abs() / expected.abs()
+        assert error.max() < 16 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("dk, dv", HEADS)
 def test_segments_joined_by_their_states_make_the_whole(dk, dv):
     q, k, v = draw(150, dk=dk, dv=dv)
@@ -176,6 +203,14 @@ def refusals():
         "no steps": ((q[:, :0], k[:, :0], v[:, :0], a[:, :0]), {}, ValueError, "q must have at least one time step"),
         "a list": ((q.tolist(), k, v, a), {}, TypeError, "q must be a tensor, got list"),
         "devices": ((q, k.to("meta"), v, a), {}, ValueError, "k must be on cpu like q, got meta"),
+        "gates' device": ((q, k, v, a.to("meta")), {}, ValueError, "gates must be on cpu like q"),
+        "logits' device": ((q, k, v), {"gate_logits": z.to("meta")}, ValueError,
+                           "gate_logits must be on cpu like q"),
+        "state's device": ((q, k, v, a), {"initial_state": s.to("meta")}, ValueError,
+                           "initial_state must be on cpu like q"),
+        "no channels": ((q[..., :0], k[..., :0], v, a), {}, ValueError,
+                        r"q must have sizes of at least 1, got \(2, 7, 3, 0\)"),
+        "no values": ((q, k, v[..., :0], a), {}, ValueError, "v must have sizes of at least 1"),
     }
 
 

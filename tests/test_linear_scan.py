@@ -68,6 +68,14 @@ def test_unit_gates_over_65536_steps():
     assert distance(found.to(gates.dtype), ops.linear_scan(gates, inputs)) < 2e-4
 
 
+def test_autocast_promotes_to_the_initial_state():
+    gates, inputs = torch.rand(2, 2, 20, 3).bfloat16().unbind(0)
+    state = torch.randn(2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = ops.linear_scan(gates, inputs, state)
+    assert torch.equal(states, ops.linear_scan(gates.float(), inputs.float(), state))
+
+
 def refusals():
     a, x = torch.rand(2, 2, 7, 3).unbind(0)
     c = a.to(torch.complex64)
@@ -78,7 +86,10 @@ def refusals():
         "too wide": ((a, x[..., :1]), {}, ValueError, "gates must have leading axes"),
         "state": ((a, x, x[:, 0, :2]), {}, ValueError,
                   r"initial_state must have shape \(2, 3\), got \(2, 2\)"),
-        "state dtype": ((c, x, x[:, 0]), {}, TypeError, "initial_state must be complex64, got float32"),
+        "state dtype": ((c, x.to(torch.complex64), x[:, 0]), {}, TypeError,
+                        "initial_state must be complex64 like gates, got float32"),
+        "mixed state dtype": ((c, x, x[:, 0]), {}, TypeError,
+                              "initial_state must be complex64, got float32"),
         "mixed": ((a, x.double()), {}, TypeError, "inputs must be float32 like gates, got float64"),
         "mixed complex": ((a.to(torch.complex128), x), {}, TypeError,
                           "gates must be complex64 for float32 inputs, got complex128"),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from cases import (
-    CASES, check_errors, complex_dtype, distance, largest, leaves, squared_errors, weigh)
+    CASES, check_errors, complex_dtype, distance, implementations, largest, leaves, squared_errors,
+    weigh)
 
 import fastmix
 from fastmix.fallback import _scan, causal_sgu, fft_conv, windowed_sgu
@@ -11,11 +12,6 @@ from fastmix.fallback import _scan, causal_sgu, fft_conv, windowed_sgu
 F64 = torch.float64
 LENGTHS = (1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 251, 300)
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-def implementations(operator):
-    return [name for name, reason in fastmix.implementations(operator, "cpu").items()
-            if reason is None]
 
 
 every_implementation = pytest.mark.parametrize(
@@ -106,6 +102,12 @@ def test_strided_views(case):
     assert any(not t.is_contiguous() for t in turned.values())
     for o, e in zip(case.run(turned), expected):
         assert distance(o, e) < 1e-14
+    shifted = {name: torch.cat([t.new_ones(1), t.flatten()])[1:].view_as(t)
+               for name, t in tensors.items()}
+    for implementation in implementations(case.operator):
+        with fastmix.force(implementation):
+            for o, e in zip(case.run(shifted), expected):
+                assert distance(o, e) < 1e-14
     every_second = {name: torch.stack([t, t + 1], dim=-1)[..., 0] for name, t in tensors.items()}
     strided = leaves(every_second)
     weights = [torch.randn_like(o) for o in expected]

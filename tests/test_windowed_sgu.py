@@ -94,6 +94,8 @@ def refusals():
         "integers": ((x.long(), weight, bias), {}, TypeError, "x must be.*got int64"),
         "a list": ((x.tolist(), weight, bias), {}, TypeError, "x must be a tensor, got list"),
         "no steps": ((x[:, :0], weight, bias), {}, ValueError, "x must have at least one time step"),
+        "no window": ((x, weight[:, :0, :0], bias[:, :0]), {}, ValueError,
+                      r"weight must have sizes of at least 1, got \(2, 0, 0\)"),
         "devices": ((x, weight.to("meta"), bias), {}, ValueError, "weight must be on cpu like x, got meta"),
     }
 

@@ -36,7 +36,16 @@ def cast_like(gradient, parameter):
 def normalize(gate, weight, bias, eps):
     """gate (b, n, c), weight and bias (c,) or None → normed, mean, inverse deviation."""
     weight, bias = cast(weight, gate.dtype), cast(bias, gate.dtype)
-    return torch.native_layer_norm(gate, gate.shape[-1:], weight, bias, eps)
+    if not torch._C._are_functorch_transforms_active():
+        return torch.native_layer_norm(gate, gate.shape[-1:], weight, bias, eps)
+    # To be differentiated: PyTorch's third derivatives of its layer norm are wrong, and so are
+    # tangents of a bias without a weight.
+    mean = gate.mean(dim=-1, keepdim=True)
+    normed = gate - mean
+    inverse_deviation = (normed.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    normed = normed * inverse_deviation
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias, mean, inverse_deviation
 
 
 def normalize_backward(grad, gate, mean, inverse_deviation, weight, bias):

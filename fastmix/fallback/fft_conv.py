@@ -94,9 +94,10 @@ def _cut(x, kernel, batch, heads, width):
 
 def _transform(x, length):
     """x (b, n, h, d) → its spectrum (b, h, channels, frequencies)."""
-    x = x.contiguous()
     if x.shape[-1] % 2:
-        return torch.fft.rfft(x.permute(0, 2, 3, 1), n=length)
+        return torch.fft.rfft(x.contiguous().permute(0, 2, 3, 1), n=length)
+    # A pair must begin at an even offset.
+    x = x.clone(memory_format=torch.contiguous_format) if x.storage_offset() % 2 else x.contiguous()
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.fft.fft(pairs.permute(0, 2, 3, 1), n=length)
 

@@ -17,14 +17,39 @@ def _chunk(dk, dv):
     return 16 if max(dk, dv) <= 16 else 64
 
 
-def activate(logits):
-    """a = σ(|z|) · z / |z|, ½ at z = 0; logits z (…, 2) → complex (…)."""
-    re, im = logits.unbind(-1)
-    at_zero = (re == 0) & (im == 0)
-    re, im = torch.where(at_zero, 1, re), torch.where(at_zero, 0, im)
-    size = torch.hypot(re, im)
-    sigmoid = torch.where(at_zero, 0.5, size.sigmoid())
-    return torch.complex(re / size * sigmoid, im / size * sigmoid)
+class _Activate(torch.autograd.Function):
+    """a = σ(|z|) · z / |z|, ½ at z = 0; logits z (…, 2) → complex (…).
+
+    Differentiated step by step, z / |z| near 0 would be a difference of large terms.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits):
+        re, im = logits.unbind(-1)
+        at_zero = (re == 0) & (im == 0)
+        re, im = torch.where(at_zero, 1, re), torch.where(at_zero, 0, im)
+        size = torch.hypot(re, im)
+        sigmoid = torch.where(at_zero, 0.5, size.sigmoid())
+        return torch.complex(re / size * sigmoid, im / size * sigmoid)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _activate_backward(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, tangent):  # the Jacobian is symmetric
+        moved = _activate_backward(torch.view_as_complex(tangent), *ctx.saved_tensors)
+        return torch.view_as_complex(moved)
+
+
+activate = _Activate.apply
 
 
 def _activate_backward(grad, logits):

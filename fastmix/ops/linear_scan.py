@@ -59,7 +59,12 @@ def linear_scan(gates, inputs, initial_state=None, *, reverse=False):
     gates, inputs = _match(where, gates, inputs)
     dtype = torch.promote_types(gates.dtype, inputs.dtype)
     if initial_state is not None:
-        check_tensor(where, "initial_state", initial_state, (dtype,), like=("gates", gates))
+        check_tensor(where, "initial_state", initial_state, REAL + COMPLEX, like=("gates", gates))
+        if gates.dtype == inputs.dtype:
+            gates, inputs, initial_state = match_dtypes(
+                where, gates=gates, inputs=inputs, initial_state=initial_state)
+        else:
+            check_tensor(where, "initial_state", initial_state, (dtype,))
         expected = (inputs.shape[0], *inputs.shape[2:])
         if initial_state.shape != expected:
             raise ValueError(f"{where}: initial_state must have shape {tuple(expected)}, "
