@@ -1,10 +1,24 @@
-"""What the five language models can do that most of the originals cannot: compile and export."""
+"""What holds in all five files: the signatures of the originals, and what most of the originals
+cannot do: compile and export."""
 
+import inspect
+
+import gated_state_spaces_pytorch.dsconv
+import gated_state_spaces_pytorch.mhesa
+import metaformer_gpt.metaformer_gpt
 import pytest
 import torch
 from cases import distance
+from g_mlp_gpt import g_mlp_gpt
+from gateloop_transformer import gateloop_transformer
 
 from fastmix import nn
+
+PUBLISHED = {
+    nn.dsconv: gated_state_spaces_pytorch.dsconv, nn.g_mlp_gpt: g_mlp_gpt,
+    nn.gateloop_transformer: gateloop_transformer, nn.mhesa: gated_state_spaces_pytorch.mhesa,
+    nn.metaformer_gpt: metaformer_gpt.metaformer_gpt}
+
 
 MODELS = {
     "MetaformerGPT": lambda: nn.MetaformerGPT(
@@ -87,3 +101,22 @@ def test_is_causal(name):
     else:
         assert distance(before, after) < 1e-13
     assert distance(model(tokens)[:, 60:], model(changed)[:, 60:]) > 1e-3
+
+
+# signatures
+
+
+def described(function):
+    return [(p.name, p.kind, repr(p.default))
+            for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("file, name", [
+    pytest.param(file, name, id=f"{file.__name__.split('.')[-1]}-{name}")
+    for file in PUBLISHED for name in file.__all__])
+def test_signature(file, name):
+    ours, theirs = getattr(file, name), getattr(PUBLISHED[file], name)
+    assert inspect.isclass(ours) == inspect.isclass(theirs)
+    assert described(ours) == described(theirs)
+    if inspect.isclass(ours):
+        assert described(ours.forward) == described(theirs.forward)
