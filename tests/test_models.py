@@ -1,5 +1,5 @@
-"""What holds in all five files: the signatures of the originals, and what most of the originals
-cannot do: compile and export."""
+"""What holds in all five files: signatures and attributes of the originals, and what most of the
+originals cannot do: compile and export."""
 
 import inspect
 
@@ -11,6 +11,7 @@ import torch
 from cases import distance
 from g_mlp_gpt import g_mlp_gpt
 from gateloop_transformer import gateloop_transformer
+from torch.nn import Linear
 
 from fastmix import nn
 
@@ -19,6 +20,66 @@ PUBLISHED = {
     nn.gateloop_transformer: gateloop_transformer, nn.mhesa: gated_state_spaces_pytorch.mhesa,
     nn.metaformer_gpt: metaformer_gpt.metaformer_gpt}
 
+
+def pairs(linears):
+    return torch.nn.ModuleList([torch.nn.ModuleList(linears)])
+
+
+# Per file, modules for x (b, n, 6), from the published file as from ours.
+SEQUENCE_MODULES = {
+    nn.dsconv: [
+        lambda m: m.EfficientDsConv(dim=6, heads=3),
+        lambda m: m.GatedDsConv(dim=6, heads=2, dim_dsconv=4)],
+    nn.mhesa: [
+        lambda m: m.MHESA(dim=6, heads=3),
+        lambda m: m.GatedMHESA(dim=6, heads=2, dim_mhesa=4)],
+    nn.metaformer_gpt: [
+        lambda m: m.MeanCenteringPool(6),
+        lambda m: m.MultiheadExponentialTimeDecay(6, heads=2, dim_head=3)],
+    nn.g_mlp_gpt: [
+        lambda m: m.Attention(6, 4, 5),
+        lambda m: m.LocalAttention(6, 4, 5, window=2),
+        lambda m: m.CausalSGU(6, 5, heads=3),
+        lambda m: m.CausalLocalSGU(6, 5, heads=3, window=2),
+        lambda m: m.AxiallyFold(6, 0, Linear(6, 6)),
+        lambda m: m.AxiallyFold(6, 1, Linear(6, 6)),
+        lambda m: m.AxiallyFold(6, 2, Linear(6, 6)),
+        lambda m: m.gMLPBlock(dim=6, seq_len=5, dim_ff=8, attn_dim=3),
+        lambda m: m.gMLPBlock(dim=6, seq_len=5, dim_ff=8, attn_dim=3, window=2)],
+    nn.gateloop_transformer: [
+        lambda m: m.CausalFullAttention(6, heads=2, dim_head=4),
+        lambda m: m.CausalFullAttention(6, heads=2, dim_head=4, rotary_emb=True,
+                                        add_swish_gating=True, data_dependent_rel_pos=True),
+        lambda m: m.GateLoopedAttention(6, heads=2, sub_ln=True),
+        lambda m: m.GateLoopedAttention(6, add_swish_gating=False)],
+}
+# For x (…, 6).
+FEATURE_MODULES = {
+    nn.metaformer_gpt: [lambda m: m.FeedForward(6)],
+    nn.g_mlp_gpt: [lambda m: m.PreNorm(6, Linear(6, 6)), lambda m: m.FeedForward(6)],
+    nn.gateloop_transformer: [
+        lambda m: m.RMSNorm(6), lambda m: m.PreNorm(6, Linear(6, 6)),
+        lambda m: m.PostNorm(6, Linear(6, 6)), lambda m: m.FeedForward(6)],
+}
+# For x of any width.
+OTHER_MODULES = {
+    nn.g_mlp_gpt: [
+        lambda m: m.GEGLU(), lambda m: m.Residual(Linear(6, 6)),
+        lambda m: m.SequentialSequence(pairs([Linear(6, 6)])),
+        lambda m: m.ReversibleSequence(pairs([Linear(6, 6), Linear(6, 6)]))],
+}
+
+
+def every(*tables):
+    """A parametrization by file and factory, named after what the factory makes."""
+    cases = [(file, make) for table in tables for file, makers in table.items() for make in makers]
+    return pytest.mark.parametrize("file, make", [
+        pytest.param(file, make, id=f"{file.__name__.split('.')[-1]}-{name_of(make(file))}")
+        for file, make in cases])
+
+
+def name_of(module):
+    return "FeedForward" if type(module) is torch.nn.Sequential else type(module).__name__
 
 MODELS = {
     "MetaformerGPT": lambda: nn.MetaformerGPT(
@@ -103,7 +164,7 @@ def test_is_causal(name):
     assert distance(model(tokens)[:, 60:], model(changed)[:, 60:]) > 1e-3
 
 
-# signatures
+# signatures and attributes
 
 
 def described(function):
@@ -120,3 +181,28 @@ def test_signature(file, name):
     assert described(ours) == described(theirs)
     if inspect.isclass(ours):
         assert described(ours.forward) == described(theirs.forward)
+
+
+LANGUAGE_MODELS = {
+    nn.dsconv: [lambda m: m.GatedDsConvLM(
+        num_tokens=5, dim=6, depth=1, heads=2, dim_dsconv=4, max_seq_len=7)],
+    nn.mhesa: [lambda m: m.GatedExponentialSmoothingLM(
+        num_tokens=5, dim=6, depth=1, heads=2, dim_mhesa=4)],
+    nn.metaformer_gpt: [lambda m: m.MetaformerGPT(
+        num_tokens=5, dim=6, depth=1, heads=2, dim_head=3, max_seq_len=7)],
+    nn.g_mlp_gpt: [
+        lambda m: m.gMLPGPT(num_tokens=5, dim=6, depth=1, seq_len=7),
+        lambda m: m.gMLPGPT(num_tokens=5, dim=6, depth=1, seq_len=7, reversible=True)],
+    nn.gateloop_transformer: [
+        lambda m: m.Transformer(6, num_tokens=5, depth=1),
+        lambda m: m.Transformer(6, num_tokens=5, depth=1, post_ln_norm=True,
+                                use_gate_looped_attn=False)],
+}
+
+
+@every(SEQUENCE_MODULES, FEATURE_MODULES, OTHER_MODULES, LANGUAGE_MODELS)
+def test_attributes(file, make):
+    ours, theirs = make(file), make(PUBLISHED[file])
+    assert set(dir(theirs)) <= set(dir(ours))
+    assert dict(ours.named_modules()).keys() == dict(theirs.named_modules()).keys()
+    assert list(ours.state_dict()) == list(theirs.state_dict())

@@ -7,6 +7,7 @@ Shapes: b batch, n time steps, h heads, d channels of a head.
 
 import torch
 import torch.nn.functional as F
+from einops.layers.torch import Rearrange
 from torch import nn
 
 from fastmix import ops
@@ -216,8 +217,9 @@ class GateLoopedAttention(nn.Module):
 
     x (b, n, dim) → (b, n, dim), any floating dtype. heads defaults to dim_inner, and that
     to dim. `checkpoint_gate_looped_attn` is kept but changes nothing: the operator
-    recomputes its states in backward anyway. ValueError where heads does not divide dim_inner,
-    or x is of another shape.
+    recomputes its states in backward anyway. `split_heads` and `merge_heads` are there for code
+    that uses them; the operator needs neither. ValueError where heads does not divide
+    dim_inner, or x is of another shape.
     """
 
     def __init__(
@@ -233,8 +235,10 @@ class GateLoopedAttention(nn.Module):
         self.checkpoint_gate_looped_attn = checkpoint_gate_looped_attn
         self.frac_gradient_state_transition = frac_gradient_state_transition
 
+        self.split_heads = Rearrange("b n (h d) -> (b h) n d", h=heads)
         self.to_qkv = nn.Linear(dim, 3 * dim_inner, bias=False)
         self.to_a = nn.Sequential(nn.Linear(dim, 2 * heads), nn.Unflatten(-1, (heads, 2)))
+        self.merge_heads = Rearrange("(b h) n d -> b n (h d)", h=heads)
         self.maybe_sub_ln = nn.LayerNorm(dim_inner) if sub_ln else nn.Identity()
         self.to_gates = None
         if add_swish_gating:
