@@ -1,7 +1,9 @@
-"""What holds in all five files: signatures and attributes of the originals, and what most of the
-originals cannot do: compile and export."""
+"""What holds in all five files: signatures and attributes of the originals, refusals, and what
+most of the originals cannot do: compile and export."""
 
+import copy
 import inspect
+import pickle
 
 import gated_state_spaces_pytorch.dsconv
 import gated_state_spaces_pytorch.mhesa
@@ -206,3 +208,94 @@ def test_attributes(file, make):
     assert set(dir(theirs)) <= set(dir(ours))
     assert dict(ours.named_modules()).keys() == dict(theirs.named_modules()).keys()
     assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+@pytest.mark.parametrize("file", [nn.metaformer_gpt, nn.gateloop_transformer])
+def test_feed_forward_is_a_plain_sequential(file):
+    ours = file.FeedForward(6)
+    assert type(ours) is torch.nn.Sequential
+    assert repr(ours) == repr(PUBLISHED[file].FeedForward(6))
+    x, bad = torch.randn(2, 6), torch.randn(2, 5)
+    for net in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(net(x), ours(x)) and torch.equal(net(input=x), ours(x))
+        with pytest.raises(ValueError, match="FeedForward: x must have shape"):
+            net(bad)
+
+
+# refusals
+
+
+def check_refused(module, x, error, message):
+    """In these words, eager and compiled alike."""
+    for call in (module, torch.compile(module, backend="eager")):
+        with pytest.raises(error, match=f"^{name_of(module)}: {message}"):
+            call(x)
+
+
+@every(SEQUENCE_MODULES, FEATURE_MODULES, OTHER_MODULES)
+def test_refused_type_and_device(file, make):
+    module = make(file)
+    check_refused(module, [1.0], TypeError, "x must be a tensor, got list")
+    x = torch.ones(2, 3, 6)
+    check_refused(module, x.long(), TypeError, "x must be float64 .*, got int64")
+    check_refused(module, x.cfloat(), TypeError, "x must be float64 .*, got complex64")
+    if any(True for _ in module.parameters()):
+        message = r"x must be on cpu like \S+, got meta"
+        check_refused(module, x.to("meta"), ValueError, message)
+
+
+@every(SEQUENCE_MODULES)
+def test_refused_sequence(file, make):
+    module, message = make(file), r"x must have shape \(b, n, dim\) = \(b, n, 6\), got "
+    check_refused(module, torch.ones(3, 6), ValueError, message + r"\(3, 6\)")
+    check_refused(module, torch.ones(2, 3, 5), ValueError, message + r"\(2, 3, 5\)")
+    check_refused(module, torch.ones(2, 0, 6), ValueError,
+                  "x must have at least one time step, got n=0")
+
+
+@every(FEATURE_MODULES)
+def test_refused_width(file, make):
+    module, message = make(file), r"x must have shape \(…, dim\) = \(…, 6\), got "
+    check_refused(module, torch.ones(2, 5), ValueError, message + r"\(2, 5\)")
+    check_refused(module, torch.ones(()), ValueError, message + r"\(\)")
+    assert module(torch.ones(2, 0, 6)).shape == (2, 0, 6)
+
+
+def test_refused_gates_and_streams():
+    message = "the last axis of x must be even, got shape "
+    check_refused(nn.GEGLU(), torch.ones(2, 5), ValueError, message + r"\(2, 5\)")
+    check_refused(nn.GEGLU(), torch.ones(()), ValueError, message + r"\(\)")
+    check_refused(nn.ReversibleSequence([]), torch.ones(2, 5), ValueError,
+                  r"x must have shape \(b, n, d\), got \(2, 5\)")
+
+
+@pytest.mark.parametrize("construct, message", [
+    (lambda: nn.MultiheadExponentialTimeDecay(4, heads=0), "heads must be at least 1, got 0"),
+    (lambda: nn.MultiheadExponentialTimeDecay(4, dim_head=0), "dim_head must be at least 1, got 0"),
+    (lambda: nn.MetaformerGPT(num_tokens=5, dim=4, depth=1, heads=0), "heads must be at least 1"),
+    (lambda: nn.MHESA(dim=0, heads=1), "MHESA: dim must be at least 1, got 0"),
+    (lambda: nn.MHESA(dim=4, heads=0), "MHESA: heads must divide dim, got heads=0"),
+    (lambda: nn.GatedMHESA(dim=4, heads=1, dim_mhesa=0), "dim_mhesa must be at least 1, got 0"),
+    (lambda: nn.EfficientDsConv(dim=0, heads=1), "DsConv: dim must be at least 1, got 0"),
+    (lambda: nn.GatedDsConv(dim=4, heads=1, dim_dsconv=0), "dim_dsconv must be at least 1, got 0"),
+    (lambda: nn.CausalFullAttention(4, heads=0), "CausalFullAttention: heads must be at least 1"),
+    (lambda: nn.CausalFullAttention(4, dim_head=0), "dim_head must be at least 1, got 0"),
+    (lambda: nn.GateLoopedAttention(4, dim_inner=0), "dim_inner must be at least 1, got 0"),
+    (lambda: nn.GateLoopedAttention(4, heads=1, dim_inner=0), "dim_inner must be at least 1"),
+    (lambda: nn.GateLoopedAttention(4, heads=0), "heads must divide dim_inner, got heads=0"),
+    (lambda: nn.Attention(4, 4, 0), "Attention: dim_inner must be at least 1, got 0"),
+    (lambda: nn.LocalAttention(4, 0, 4), "LocalAttention: dim_inner must be at least 1, got 0"),
+    (lambda: nn.LocalAttention(4, 4, 4, window=0), "window must be at least 1, got 0"),
+    (lambda: nn.CausalSGU(0, 5), "CausalSGU: dim must be at least 1, got 0"),
+    (lambda: nn.CausalSGU(8, 0), "CausalSGU: dim_seq must be at least 1, got 0"),
+    (lambda: nn.CausalLocalSGU(8, 5, window=-1), "window must be at least 1, got -1"),
+    (lambda: nn.AxiallyFold(4, -1, Linear(4, 4)), "AxiallyFold: every must be at least 0, got -1"),
+    (lambda: nn.gMLPBlock(dim=4, seq_len=0, dim_ff=8), "seq_len must be at least 1, got 0"),
+    (lambda: nn.gMLPBlock(dim=4, seq_len=5, dim_ff=8, attn_dim=0), "attn_dim must be at least 1"),
+    (lambda: nn.gMLPGPT(num_tokens=5, dim=0, depth=1, seq_len=5), r"dim \* ff_mult must be at le"),
+    (lambda: nn.gMLPGPT(num_tokens=5, dim=4, depth=1, seq_len=5, window=((2, -1),)),
+     "AxiallyFold: every must be at least 0, got -1"),
+])
+def test_refused_sizes(construct, message):
+    with pytest.raises(ValueError, match=message):
+        construct()

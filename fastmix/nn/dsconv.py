@@ -5,7 +5,8 @@ from torch import nn
 
 from fastmix import ops
 from fastmix.checks import check_divides, check_tokens
-from fastmix.nn.mhesa import check_sequence, conv1d_fft, token_loss
+from fastmix.nn._checks import check_sequence, check_sizes
+from fastmix.nn.mhesa import conv1d_fft, token_loss
 
 __all__ = ["conv1d_fft", "EfficientDsConv", "GatedDsConv", "GatedDsConvLM"]
 
@@ -20,6 +21,7 @@ class EfficientDsConv(nn.Module):
 
     def __init__(self, *, dim, heads):
         super().__init__()
+        check_sizes("EfficientDsConv", dim=dim)
         check_divides("EfficientDsConv", "heads", heads, "dim", dim)
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
@@ -27,7 +29,7 @@ class EfficientDsConv(nn.Module):
         self.param_D = nn.Parameter(torch.randn(dim))
 
     def forward(self, x):
-        check_sequence(self, x)
+        check_sequence(self, x, self.norm.normalized_shape[0])
         u = self.norm(x)
         heads = u.unflatten(-1, (self.heads, -1))
         skip = self.param_D.unflatten(0, (self.heads, -1))
@@ -46,6 +48,7 @@ class GatedDsConv(nn.Module):
         self, *, dim, heads=8, dim_dsconv=512, dim_expansion_factor=4, reverse_seq=False
     ):
         super().__init__()
+        check_sizes("GatedDsConv", dim_dsconv=dim_dsconv)
         check_divides("GatedDsConv", "heads", heads, "dim_dsconv", dim_dsconv)
         dim_hidden = int(dim_expansion_factor * dim)
         self.reverse_seq = reverse_seq
@@ -57,7 +60,7 @@ class GatedDsConv(nn.Module):
         self.to_out = nn.Linear(dim_hidden, dim)
 
     def forward(self, x):
-        check_sequence(self, x)
+        check_sequence(self, x, self.norm.normalized_shape[0])
         if self.reverse_seq:
             x = x.flip(1)
         normed = self.norm(x)

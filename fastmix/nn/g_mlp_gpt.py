@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import nn
 
 from fastmix import ops
-from fastmix.checks import (
-    check_divides, check_length, check_shape, check_tensor, check_tokens)
+from fastmix.checks import check_divides, check_length, check_tokens
+from fastmix.nn._checks import check_features, check_floating, check_sequence, check_sizes
 from fastmix.nn.reversible import ReversibleSequence, SequentialSequence
 
 __all__ = [
@@ -44,23 +44,11 @@ def dropout_layers(layers, prob_survival):
     return [layer for layer, gone in zip(layers, dropped) if not gone]
 
 
-def _check_input(where, x, dim):
-    """x (b, n, dim) with n ≥ 1; returns n."""
-    check_tensor(where, "x", x)
-    n = check_shape(where, "x", x, "b n dim", {"dim": dim})["n"]
-    check_length(where, "x", n)
-    return n
-
-
 def _check_gated_width(where, name, dim, heads):
+    check_sizes(where, **{name: dim})
     if dim % 2 != 0:
         raise ValueError(f"{where}: {name} must be even, got {dim}")
     check_divides(where, "heads", heads, f"{name} // 2", dim // 2)
-
-
-def _check_window(where, window):
-    if window < 1:
-        raise ValueError(f"{where}: window must be at least 1, got {window}")
 
 
 class Residual(nn.Module):
@@ -71,6 +59,7 @@ class Residual(nn.Module):
         self.fn = fn
 
     def forward(self, x):
+        check_floating(self, x)
         return x + self.fn(x)
 
 
@@ -83,6 +72,7 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x, **kwargs):
+        check_features(self, x, self.norm.normalized_shape[-1])
         return self.fn(self.norm(x), **kwargs)
 
 
@@ -90,7 +80,8 @@ class GEGLU(nn.Module):
     """(…, 2d) = [value, gate] -> value · gelu(gate), (…, d)."""
 
     def forward(self, x):
-        if x.shape[-1] % 2 != 0:
+        check_floating(self, x)
+        if x.ndim < 1 or x.shape[-1] % 2 != 0:
             raise ValueError(f"GEGLU: the last axis of x must be even, got shape {tuple(x.shape)}")
         value, gate = x.chunk(2, dim=-1)
         return F.gelu(gate) * value
@@ -105,6 +96,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(nn.Linear(dim, 2 * width), GEGLU(), nn.Linear(width, dim))
 
     def forward(self, x):
+        check_features(self, x, self.net[0].in_features)
         return self.net(x)
 
 
@@ -113,12 +105,13 @@ class Attention(nn.Module):
 
     def __init__(self, dim_in, dim_out, dim_inner):
         super().__init__()
+        check_sizes("Attention", dim_inner=dim_inner)
         self.scale = dim_inner ** -0.5
         self.to_qkv = nn.Linear(dim_in, 3 * dim_inner, bias=False)
         self.to_out = nn.Linear(dim_inner, dim_out)
 
     def forward(self, x):
-        _check_input("Attention", x, self.to_qkv.in_features)
+        check_sequence(self, x, self.to_qkv.in_features)
         q, k, v = self.to_qkv(x)[:, None].chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.to_out(out[:, 0])
@@ -135,14 +128,14 @@ class LocalAttention(nn.Module):
 
     def __init__(self, dim_in, dim_inner, dim_out, window=128):
         super().__init__()
-        _check_window("LocalAttention", window)
+        check_sizes("LocalAttention", dim_inner=dim_inner, window=window)
         self.scale = dim_inner ** -0.5
         self.window = window
         self.to_qkv = nn.Linear(dim_in, 3 * dim_inner, bias=False)
         self.to_out = nn.Linear(dim_inner, dim_out)
 
     def forward(self, x):
-        n, w = _check_input("LocalAttention", x, self.to_qkv.in_features), self.window
+        n, w = check_sequence(self, x, self.to_qkv.in_features), self.window
         q, k, _ = self.to_qkv(x).chunk(3, dim=-1)
         q = rearrange(pad_to_multiple(q, w, dim=1), "b (i r) d -> b i r d", r=w)
         # (b, i, 2w, d): a view, since the windows of neighbours share rows.
@@ -175,6 +168,7 @@ class CausalSGU(nn.Module):
     def __init__(self, dim, dim_seq, init_eps=1e-3, heads=4, act=nn.Identity()):
         super().__init__()
         _check_gated_width("CausalSGU", "dim", dim, heads)
+        check_sizes("CausalSGU", dim_seq=dim_seq)
         self.norm = nn.LayerNorm(dim // 2)
         self.heads = heads
         bound = init_eps / dim_seq
@@ -184,7 +178,7 @@ class CausalSGU(nn.Module):
         self.register_buffer("mask", torch.ones(dim_seq, dim_seq, dtype=torch.bool).tril())
 
     def forward(self, x, gate_res=None):
-        n = _check_input("CausalSGU", x, 2 * self.norm.normalized_shape[0])
+        n = check_sequence(self, x, 2 * self.norm.normalized_shape[0])
         check_length("CausalSGU", "x", n, self.weight.shape[-1])
         return ops.causal_sgu(
             x, self.weight, self.bias, norm_weight=self.norm.weight, norm_bias=self.norm.bias,
@@ -200,7 +194,7 @@ class CausalLocalSGU(nn.Module):
     def __init__(self, dim, dim_seq, init_eps=1e-3, heads=4, window=128, act=nn.Identity()):
         super().__init__()
         _check_gated_width("CausalLocalSGU", "dim", dim, heads)
-        _check_window("CausalLocalSGU", window)
+        check_sizes("CausalLocalSGU", window=window)
         self.norm = nn.LayerNorm(dim // 2)
         self.heads = heads
         self.window = window
@@ -212,7 +206,7 @@ class CausalLocalSGU(nn.Module):
         self.register_buffer("mask", visible)
 
     def forward(self, x, gate_res=None):
-        _check_input("CausalLocalSGU", x, 2 * self.norm.normalized_shape[0])
+        check_sequence(self, x, 2 * self.norm.normalized_shape[0])
         return ops.windowed_sgu(
             x, self.weight, self.bias, norm_weight=self.norm.weight, norm_bias=self.norm.bias,
             eps=self.norm.eps, gate_residual=gate_res, activation=_activation(self.act))
@@ -220,20 +214,23 @@ class CausalLocalSGU(nn.Module):
 
 class AxiallyFold(nn.Module):
     """Runs fn on the `every` interleaved subsequences of x (b, n, dim), then mixes the last
-    `every` steps with a causal depthwise convolution. every ≤ 1: fn alone.
+    `every` steps with a causal depthwise convolution. every ≤ 1: fn alone. ValueError for
+    every < 0.
     """
 
     def __init__(self, dim, every, fn):
         super().__init__()
+        if every < 0:
+            raise ValueError(f"AxiallyFold: every must be at least 0, got {every}")
+        self.dim = dim
         self.fn = fn
         self.every = every
         self.conv = nn.Conv1d(dim, dim, every, groups=dim) if every > 1 else None
 
     def forward(self, x):
-        every = self.every
+        n, every = check_sequence(self, x, self.dim), self.every
         if every <= 1:
             return self.fn(x)
-        n = _check_input("AxiallyFold", x, self.conv.in_channels)
         x = rearrange(pad_to_multiple(x, every, dim=1), "b (n e) d -> (b e) n d", e=every)
         x = rearrange(self.fn(x), "(b e) n d -> b d (n e)", e=every)
         x = self.conv(F.pad(x[..., :n], (every - 1, 0)))
@@ -256,6 +253,7 @@ class gMLPBlock(nn.Module):
                  attn_dim=None, act=nn.Identity()):
         super().__init__()
         _check_gated_width("gMLPBlock", "dim_ff", dim_ff, heads)
+        check_sizes("gMLPBlock", seq_len=seq_len, attn_dim=attn_dim)
         local = {"window": window} if _is_windowed(window, seq_len) else {}
         attention, sgu = (LocalAttention, CausalLocalSGU) if local else (Attention, CausalSGU)
 
@@ -266,7 +264,7 @@ class gMLPBlock(nn.Module):
         self.proj_out = nn.Linear(dim_ff // 2, dim)
 
     def forward(self, x):
-        _check_input("gMLPBlock", x, self.proj_out.out_features)
+        check_sequence(self, x, self.proj_out.out_features)
         gate_res = None if self.attn is None else self.attn(x)
         return self.proj_out(self.sgu(self.proj_in(x), gate_res=gate_res))
 

@@ -13,14 +13,11 @@ from torch import nn
 from fastmix import ops
 from fastmix.checks import (
     COMPLEX, REAL, check_divides, check_length, check_shape, check_tensor, check_tokens)
+from fastmix.nn._checks import (
+    check_features, check_sequence, check_sizes, with_checked_features)
 
 __all__ = ["RMSNorm", "PreNorm", "PostNorm", "FeedForward", "CausalFullAttention",
            "gate_loop_operator", "GateLoopedAttention", "Transformer", "associative_scan"]
-
-
-def _check_input(where, x, dim):
-    check_tensor(where, "x", x)
-    check_length(where, "x", check_shape(where, "x", x, f"b n {dim}")["n"])
 
 
 def _gate_logits(z, frac_gradient, ablate_complex):
@@ -38,11 +35,12 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
+        check_features(self, x, self.gamma.shape[0])
         return F.normalize(x, dim=-1) * (self.gamma * self.scale)
 
 
 class PreNorm(nn.Module):
-    """fn(RMSNorm(x)) + x. Keywords go to `fn`."""
+    """fn(RMSNorm(x)) + x, for x (…, dim). Keywords go to `fn`."""
 
     def __init__(self, dim, fn):
         super().__init__()
@@ -50,11 +48,12 @@ class PreNorm(nn.Module):
         self.norm = RMSNorm(dim)
 
     def forward(self, x, **kwargs):
+        check_features(self, x, self.norm.gamma.shape[0])
         return x + self.fn(self.norm(x), **kwargs)
 
 
 class PostNorm(nn.Module):
-    """LayerNorm(fn(x) + x). Keywords go to `fn`."""
+    """LayerNorm(fn(x) + x), for x (…, dim). Keywords go to `fn`."""
 
     def __init__(self, dim, fn):
         super().__init__()
@@ -62,12 +61,16 @@ class PostNorm(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x, **kwargs):
+        check_features(self, x, self.norm.normalized_shape[-1])
         return self.norm(x + self.fn(x, **kwargs))
 
 
 def FeedForward(dim, mult=4):
-    """dim → dim · mult → dim, with a GELU between."""
-    return nn.Sequential(nn.Linear(dim, dim * mult), nn.GELU(), nn.Linear(dim * mult, dim))
+    """dim → dim · mult → dim, with a GELU between, as an nn.Sequential. x (…, dim), ValueError
+    for another width.
+    """
+    return with_checked_features("FeedForward", dim, nn.Sequential(
+        nn.Linear(dim, dim * mult), nn.GELU(), nn.Linear(dim * mult, dim)))
 
 
 class CausalFullAttention(nn.Module):
@@ -79,7 +82,8 @@ class CausalFullAttention(nn.Module):
     product of learned complex gates; as in the published code that product runs over the
     channels, not over time, and what is below 1e-10 (all that is negative, too) counts as
     1e-10. It turns the softmax off unless `softmax_normalize` says otherwise.
-    ValueError where dim_head is odd under `data_dependent_rel_pos`, or x is of another shape.
+    ValueError where dim_head is odd under `data_dependent_rel_pos`, heads or dim_head is below
+    1, or x is of another shape.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class CausalFullAttention(nn.Module):
         softmax_normalize=None,
     ):
         super().__init__()
+        check_sizes("CausalFullAttention", dim_head=dim_head, heads=heads)
         if data_dependent_rel_pos and dim_head % 2 != 0:
             raise ValueError(
                 "CausalFullAttention: dim_head must be even with data_dependent_rel_pos, "
@@ -119,7 +124,7 @@ class CausalFullAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Flatten(-2), nn.Linear(dim_inner, dim))
 
     def forward(self, x, ablate_complex=False, ablate_state_transition=False):
-        _check_input("CausalFullAttention", x, self.dim)
+        check_sequence(self, x, self.dim)
         q, k, v = self.to_qkv(x).transpose(1, 3).unbind(2)  # (b, h, n, d) each
         if self.rotary_emb is not None:
             q = self.rotary_emb.rotate_queries_or_keys(q)
@@ -229,6 +234,7 @@ class GateLoopedAttention(nn.Module):
         super().__init__()
         dim_inner = dim if dim_inner is None else dim_inner
         heads = dim_inner if heads is None else heads
+        check_sizes("GateLoopedAttention", dim_inner=dim_inner)
         check_divides("GateLoopedAttention", "heads", heads, "dim_inner", dim_inner)
         self.dim = dim
         self.heads = heads
@@ -248,7 +254,7 @@ class GateLoopedAttention(nn.Module):
             self.to_out = nn.Linear(dim_inner, dim, bias=False)
 
     def forward(self, x, ablate_complex=False, ablate_state_transition=False):
-        _check_input("GateLoopedAttention", x, self.dim)
+        check_sequence(self, x, self.dim)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.to_qkv(x).chunk(3, dim=-1))
         if ablate_state_transition:
             dtype = torch.promote_types(q.dtype, torch.complex64)

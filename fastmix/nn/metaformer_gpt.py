@@ -6,7 +6,7 @@ from torch import nn
 from fastmix import ops
 from fastmix.checks import INTEGER, REAL, check_length, check_tensor, check_tokens
 from fastmix.nn import mhesa
-from fastmix.nn.mhesa import check_sequence
+from fastmix.nn._checks import check_sequence, check_sizes, with_checked_features
 
 __all__ = ["cummean", "conv1d_fft", "MeanCenteringPool", "MultiheadExponentialTimeDecay",
            "FeedForward", "MetaformerGPT"]
@@ -57,7 +57,7 @@ class MeanCenteringPool(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x):
-        check_sequence(self, x)
+        check_sequence(self, x, self.norm.normalized_shape[0])
         x = self.norm(x)
         return self.proj(ops.cumulative_mean(x) - x)
 
@@ -66,11 +66,13 @@ class MultiheadExponentialTimeDecay(nn.Module):
     """An exponential average along time, one learned α per head.
 
     y_t = (1 - α_h) y_{t-1} + α_h u_t over heads · dim_head channels, α = σ(alpha), between
-    a LayerNorm and linear maps in and out. x (b, n, dim) → (b, n, dim).
+    a LayerNorm and linear maps in and out. x (b, n, dim) → (b, n, dim). ValueError for no
+    heads or heads of no channels.
     """
 
     def __init__(self, dim, *, heads=8, dim_head=64):
         super().__init__()
+        check_sizes("MultiheadExponentialTimeDecay", heads=heads, dim_head=dim_head)
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.alpha = nn.Parameter(torch.randn(heads))
@@ -78,20 +80,22 @@ class MultiheadExponentialTimeDecay(nn.Module):
         self.project_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def forward(self, x):
-        check_sequence(self, x)
+        check_sequence(self, x, self.norm.normalized_shape[0])
         u = self.project_in(self.norm(x)).unflatten(-1, (self.heads, -1))
         alpha = self.alpha.sigmoid()
         return self.project_out(ops.decay_conv(u, 1 - alpha, alpha).flatten(-2))
 
 
 def FeedForward(dim, mult=4):
-    """LayerNorm, then two bias-free linear maps around a GELU, int(dim · mult) wide."""
+    """LayerNorm, then two bias-free linear maps around a GELU, int(dim · mult) wide, as an
+    nn.Sequential: x (…, dim) → (…, dim). ValueError for another width.
+    """
     hidden_dim = int(dim * mult)
-    return nn.Sequential(
+    return with_checked_features("FeedForward", dim, nn.Sequential(
         nn.LayerNorm(dim),
         nn.Linear(dim, hidden_dim, bias=False),
         nn.GELU(),
-        nn.Linear(hidden_dim, dim, bias=False))
+        nn.Linear(hidden_dim, dim, bias=False)))
 
 
 class MetaformerGPT(nn.Module):

@@ -7,16 +7,9 @@ from torch import nn
 from fastmix import ops
 from fastmix.checks import (
     check_divides, check_length, check_shape, check_tensor, check_tokens)
+from fastmix.nn._checks import check_sequence, check_sizes
 
 __all__ = ["conv1d_fft", "MHESA", "GatedMHESA", "GatedExponentialSmoothingLM"]
-
-
-def check_sequence(module, x):
-    """Holds x against (b, n, dim), n ≥ 1, for a module whose first step is a LayerNorm(dim)."""
-    where, norm = type(module).__name__, module.norm
-    check_tensor(where, "x", x, like=("norm.weight", norm.weight))
-    sizes = check_shape(where, "x", x, "b n dim", {"dim": norm.normalized_shape[0]})
-    check_length(where, "x", sizes["n"])
 
 
 def token_loss(where, logits, labels):
@@ -126,6 +119,7 @@ class MHESA(nn.Module):
 
     def __init__(self, *, dim, heads, reverse_seq=False):
         super().__init__()
+        check_sizes("MHESA", dim=dim)
         check_divides("MHESA", "heads", heads, "dim", dim)
         self.heads = heads
         self.reverse_seq = reverse_seq
@@ -135,7 +129,7 @@ class MHESA(nn.Module):
         self.param_D = nn.Parameter(torch.randn(dim))
 
     def forward(self, x):
-        check_sequence(self, x)
+        check_sequence(self, x, self.norm.normalized_shape[0])
         u = self.norm(x.flip(1) if self.reverse_seq else x)
         alpha = self.alphas.sigmoid()
         decay = (1 - alpha) * self.dampen_factors.sigmoid()
@@ -154,6 +148,7 @@ class GatedMHESA(nn.Module):
 
     def __init__(self, *, dim, heads=8, dim_mhesa=512, dim_expansion_factor=4):
         super().__init__()
+        check_sizes("GatedMHESA", dim_mhesa=dim_mhesa)
         check_divides("GatedMHESA", "heads", heads, "dim_mhesa", dim_mhesa)
         dim_hidden = int(dim_expansion_factor * dim)
         self.norm = nn.LayerNorm(dim)
@@ -164,7 +159,7 @@ class GatedMHESA(nn.Module):
         self.to_out = nn.Linear(dim_hidden, dim)
 
     def forward(self, x):
-        check_sequence(self, x)
+        check_sequence(self, x, self.norm.normalized_shape[0])
         normed = self.norm(x)
         gate = self.to_gate(self.mhesa(self.to_v(normed)))
         return self.to_out(gate * self.to_u(normed)) + x

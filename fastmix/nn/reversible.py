@@ -13,6 +13,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from fastmix.checks import check_shape
+from fastmix.nn._checks import check_floating
+
 
 def _route(args_route, kwargs, depth):
     """Per layer, the keyword arguments of its f and those of its g."""
@@ -129,6 +132,7 @@ class SequentialSequence(nn.Module):
         self.layer_dropout = layer_dropout
 
     def forward(self, x, **kwargs):
+        check_floating(self, x)
         layers = list(zip(self.layers, _route(self.args_route, kwargs, len(self.layers))))
         if self.training and self.layer_dropout > 0:
             layers = _survivors(layers, self.layer_dropout)
@@ -157,6 +161,7 @@ class ReversibleSequence(nn.Module):
         self.blocks = nn.ModuleList([ReversibleBlock(f, g) for f, g in blocks])
 
     def forward(self, x, layer_dropout=0., **kwargs):
+        check_shape(check_floating(self, x), "x", x, "b n d")
         layers = list(zip(self.blocks, _route(self.args_route, kwargs, len(self.blocks))))
         if self.training and layer_dropout > 0:
             layers = _survivors(layers, layer_dropout)
