@@ -299,3 +299,13 @@ def test_refused_gates_and_streams():
 def test_refused_sizes(construct, message):
     with pytest.raises(ValueError, match=message):
         construct()
+
+
+@every(LANGUAGE_MODELS)
+def test_empty_batch(file, make):
+    model, nothing = make(file), torch.zeros(0, 4, dtype=torch.long)
+    assert model(nothing).shape == (0, 4, 5)
+    if "labels" in inspect.signature(model.forward).parameters:
+        with pytest.raises(ValueError, match=f"^{name_of(model)}: labels must hold at least 1 "
+                                             r"sequence, got shape \(0, 4\)"):
+            model(nothing, nothing)

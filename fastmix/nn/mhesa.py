@@ -13,10 +13,13 @@ __all__ = ["conv1d_fft", "MHESA", "GatedMHESA", "GatedExponentialSmoothingLM"]
 
 
 def token_loss(where, logits, labels):
-    """Mean cross entropy of logits (b, n, num_tokens) at labels (b, n), int64."""
+    """Mean cross entropy of logits (b, n, num_tokens) at labels (b, n), int64, b ≥ 1."""
     check_tensor(where, "labels", labels, (torch.int64,), like=("x", logits))
     b, n, _ = logits.shape
     check_shape(where, "labels", labels, "b n", {"b": b, "n": n})
+    if b < 1:
+        raise ValueError(
+            f"{where}: labels must hold at least 1 sequence, got shape {tuple(labels.shape)}")
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
