@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 import pytest
 import torch
@@ -204,6 +205,18 @@ def test_causal_local_sgu(heads, channels, window, dtype):
         gate_res = torch.randn(2, n, channels, dtype=dtype)
         compare(theirs, ours, [x, gate_res], dtype)
         compare(theirs, ours, [x], dtype)
+
+
+SGUS = [("CausalSGU", {}), ("CausalLocalSGU", {"window": 3})]
+
+
+@both_dtypes
+@pytest.mark.parametrize("shape", [(2, 7, 4), (1, 7, 4), (7, 4), (2, 1, 4), (2, 7, 1), (4,), ()])
+@pytest.mark.parametrize("name, options", SGUS)
+def test_gate_res_broadcasts(name, options, shape, dtype):
+    theirs, ours = randomised(*build(name, 8, 7, heads=2, **options), dtype)
+    inputs = torch.randn(2, 7, 8, dtype=dtype), torch.randn(shape, dtype=dtype)
+    compare(theirs, ours, inputs, dtype)
 
 
 @both_dtypes
@@ -601,6 +614,23 @@ def test_refused_input(make, x, error, message):
     module = make()
     with pytest.raises(error, match=message.format(type(module).__name__)):
         module(x)
+
+
+@pytest.mark.parametrize("gate_res, error, message", [
+    ([1.0], TypeError, "must be a tensor, got list"),
+    (torch.ones(2, 3, 2).long(), TypeError, "must be float64 .*, got int64"),
+    (torch.ones(2, 3, 2).cfloat(), TypeError, "must be float64 .*, got complex64"),
+    (torch.ones(2, 3, 2).double(), TypeError, "must be float32 like x, got float64"),
+    (torch.ones(2, 3, 2, device="meta"), ValueError, "must be on cpu like x, got meta"),
+    *[(torch.ones(shape), ValueError,
+       rf"must broadcast to \(b, n, dim // 2\) = \(2, 3, 2\), got {re.escape(str(shape))}")
+      for shape in [(2, 3, 4), (3, 3, 2), (2, 2, 2), (3,), (1, 2, 3, 2)]]])
+@pytest.mark.parametrize("name, options", SGUS)
+def test_refused_gate_res(name, options, gate_res, error, message):
+    module = getattr(fast, name)(4, 6, heads=1, **options)
+    for call in (module, torch.compile(module, backend="eager")):
+        with pytest.raises(error, match=f"^{name}: gate_res {message}"):
+            call(torch.ones(2, 3, 4), gate_res=gate_res)
 
 
 def test_refused_length_and_width():

@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import nn
 
 from fastmix import ops
-from fastmix.checks import check_divides, check_length, check_tokens
+from fastmix.checks import (
+    check_divides, check_length, check_tensor, check_tokens, match_dtypes)
 from fastmix.nn._checks import check_features, check_floating, check_sequence, check_sizes
 from fastmix.nn.reversible import ReversibleSequence, SequentialSequence
 
@@ -156,13 +157,27 @@ def _activation(act):
     return _ACTIVATION_NAMES.get(type(act), act)
 
 
+def _match_gate_res(where, x, gate_res):
+    """x (b, n, 2c) and gate_res, broadcast to (b, n, c), in one dtype."""
+    if gate_res is None:
+        return x, None
+    check_tensor(where, "gate_res", gate_res, like=("x", x))
+    b, n, width = x.shape
+    shape = b, n, width // 2
+    sizes = zip(gate_res.shape[::-1], shape[::-1])
+    if gate_res.ndim > 3 or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(f"{where}: gate_res must broadcast to (b, n, dim // 2) = {shape}, "
+                         f"got {tuple(gate_res.shape)}")
+    return match_dtypes(where, x=x, gate_res=gate_res.expand(shape))
+
+
 class CausalSGU(nn.Module):
     """Causal spatial gating unit: x (b, n, dim) = [res, gate] -> (b, n, dim // 2), n ≤ dim_seq.
 
     The layer-normed gate is mixed over time by `weight` (heads, dim_seq, dim_seq), lower
-    triangle only; `bias` (heads, dim_seq) and `gate_res` (b, n, dim // 2) are added; `act` of
-    that multiplies res. Twin of `g_mlp_gpt.g_mlp_gpt.CausalSGU`. ValueError for an odd dim,
-    heads that do not divide dim // 2, n = 0 or n > dim_seq.
+    triangle only; `bias` (heads, dim_seq) and `gate_res`, which broadcasts to (b, n, dim // 2),
+    are added; `act` of that multiplies res. Twin of `g_mlp_gpt.g_mlp_gpt.CausalSGU`. ValueError
+    for an odd dim, heads that do not divide dim // 2, n = 0 or n > dim_seq.
     """
 
     def __init__(self, dim, dim_seq, init_eps=1e-3, heads=4, act=nn.Identity()):
@@ -180,6 +195,7 @@ class CausalSGU(nn.Module):
     def forward(self, x, gate_res=None):
         n = check_sequence(self, x, 2 * self.norm.normalized_shape[0])
         check_length("CausalSGU", "x", n, self.weight.shape[-1])
+        x, gate_res = _match_gate_res("CausalSGU", x, gate_res)
         return ops.causal_sgu(
             x, self.weight, self.bias, norm_weight=self.norm.weight, norm_bias=self.norm.bias,
             eps=self.norm.eps, gate_residual=gate_res, activation=_activation(self.act))
@@ -207,6 +223,7 @@ class CausalLocalSGU(nn.Module):
 
     def forward(self, x, gate_res=None):
         check_sequence(self, x, 2 * self.norm.normalized_shape[0])
+        x, gate_res = _match_gate_res("CausalLocalSGU", x, gate_res)
         return ops.windowed_sgu(
             x, self.weight, self.bias, norm_weight=self.norm.weight, norm_bias=self.norm.bias,
             eps=self.norm.eps, gate_residual=gate_res, activation=_activation(self.act))
