@@ -109,25 +109,6 @@ def test_refused_arguments():
         dsconv.GatedDsConvLM(num_tokens=3, dim=6, depth=1, heads=0, dim_dsconv=6)
 
 
-@pytest.mark.parametrize("name, arguments", [
-    ("EfficientDsConv", dict(dim=6, heads=3)),
-    ("GatedDsConv", dict(dim=6, heads=3, dim_dsconv=9, reverse_seq=True))])
-def test_refused_sequences(name, arguments):
-    model = getattr(dsconv, name)(**arguments)
-    with pytest.raises(ValueError, match=rf"^{name}: x must have shape \(b, n, dim\).*\(2, 7\)"):
-        model(torch.randn(2, 7))
-    with pytest.raises(ValueError, match=rf"^{name}: x .* = \(b, n, 6\), got \(2, 7, 5\)"):
-        model(torch.randn(2, 7, 5))
-    with pytest.raises(ValueError, match=f"^{name}: x must have at least one time step, got n=0"):
-        model(torch.randn(2, 0, 6))
-    with pytest.raises(TypeError, match=f"^{name}: x must be float64 .*, got complex64"):
-        model(torch.randn(2, 7, 6) + 0j)
-    with pytest.raises(TypeError, match=f"^{name}: x must be a tensor, got NoneType"):
-        model(None)
-    with pytest.raises(ValueError, match=rf"^{name}: x must be on meta like \S+, got cpu"):
-        model.to("meta")(torch.randn(2, 7, 6))
-
-
 def test_refused_tokens_and_labels():
     model = dsconv.GatedDsConvLM(**LM)
     x = torch.randint(0, 11, (2, 20))

@@ -197,24 +197,6 @@ def test_refused_arguments():
         mhesa.GatedExponentialSmoothingLM(num_tokens=3, dim=6, depth=1, heads=5, dim_mhesa=6)
 
 
-@pytest.mark.parametrize("name, arguments", [
-    ("MHESA", dict(dim=6, heads=3)), ("GatedMHESA", dict(dim=6, heads=3, dim_mhesa=9))])
-def test_refused_sequences(name, arguments):
-    model = getattr(mhesa, name)(**arguments)
-    with pytest.raises(ValueError, match=rf"^{name}: x must have shape \(b, n, dim\).*\(2, 7\)"):
-        model(torch.randn(2, 7))
-    with pytest.raises(ValueError, match=rf"^{name}: x .* = \(b, n, 6\), got \(2, 7, 5\)"):
-        model(torch.randn(2, 7, 5))
-    with pytest.raises(ValueError, match=f"^{name}: x must have at least one time step, got n=0"):
-        model(torch.randn(2, 0, 6))
-    with pytest.raises(TypeError, match=f"^{name}: x must be float64 .*, got int64"):
-        model(torch.ones(2, 7, 6, dtype=torch.int64))
-    with pytest.raises(TypeError, match=f"^{name}: x must be a tensor, got list"):
-        model([1.0])
-    with pytest.raises(ValueError, match=rf"^{name}: x must be on meta like \S+, got cpu"):
-        model.to("meta")(torch.randn(2, 7, 6))
-
-
 def test_refused_tokens_and_labels():
     model = mhesa.GatedExponentialSmoothingLM(**LM)
     x = torch.randint(0, 11, (2, 7))
