@@ -13,6 +13,17 @@ F64 = torch.float64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+ROUNDING = [(torch.float32, 3e-6, 3e-6), (torch.bfloat16, 2e-2, 2e-2),
+            (torch.float16, 2e-3, 2e-3)]
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """What one program does in a row, many do at once: 64 steps each."""
+    kernels = importlib.import_module("fastmix._triton.gate_loop_diagonal")
+    monkeypatch.setattr(kernels, "_chunks", lambda programs, n: (64, -(-n // 64)))
+
+
 def draw(n, dtype=F64, b=1, h=1, logits=True, state=True):
     made = {name: torch.randn(b, n, h, 1, dtype=F64) for name in "qkv"}
     if logits:  # not near 0, where the gradient has a pole
@@ -42,7 +53,7 @@ def define(tensors):
 
 
 def check(tensors, value=1e-12, gradient=1e-11):
-    tensors = leaves(tensors)
+    tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}  # same strides
     exact = leaves({name: t.to(torch.complex128 if t.is_complex() else F64)
                     for name, t in tensors.items()})
     weights = [torch.randn_like(o) for o in run(tensors)]
@@ -61,8 +72,7 @@ def test_around_every_edge(n):
     check(draw(n, logits=n % 2 == 1, state=n != 64))
 
 
-@pytest.mark.parametrize("dtype, value, gradient", [
-    (torch.float32, 3e-6, 3e-6), (torch.bfloat16, 2e-2, 2e-2), (torch.float16, 2e-3, 2e-3)])
+@pytest.mark.parametrize("dtype, value, gradient", ROUNDING)
 @pytest.mark.parametrize("logits", [True, False])
 def test_dtypes(dtype, value, gradient, logits):
     check(draw(37, dtype, h=2, logits=logits), value, gradient)
@@ -84,6 +94,43 @@ def test_slices_of_one_projection_and_split_logits():
         dense = {name: t.contiguous() for name, t in cast.items()}
         for o, e in zip(run(cast), run(dense)):
             assert torch.equal(o, e)
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("dtype, value, gradient", [(F64, 1e-12, 1e-11), *ROUNDING[:2]])
+def test_gradients_of_slices_of_one_projection(dtype, value, gradient, logits):
+    """With gates and states that are every second number of wider tensors."""
+    tensors = draw(67, dtype, b=2, h=3, logits=logits)
+    projection = torch.cat([tensors[name] for name in "qkv"], dim=2)
+    tensors.update(zip("qkv", projection.chunk(3, dim=2)))
+    for name in tensors.keys() - set("qkv"):
+        tensors[name] = torch.stack([tensors[name], tensors[name] + 1], dim=-1)[..., 0]
+    assert not any(t.is_contiguous() for t in tensors.values())
+    check(tensors, value, gradient)
+
+
+@pytest.mark.parametrize("dtype, value, gradient", ROUNDING[1:])
+def test_split_logits_in_half_precision(dtype, value, gradient):
+    tensors = draw(37, dtype, h=2)
+    split = tensors["gate_logits"].transpose(2, 3).contiguous().transpose(2, 3)
+    check({**tensors, "gate_logits": split}, value, gradient)
+    wide = torch.cat([split[..., 1:], tensors["gate_logits"]], dim=-1)  # side by side, not aligned
+    check({**tensors, "gate_logits": wide[..., 1:]}, value, gradient)
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_gates_that_hardly_fade(logits):
+    """Sizes in [0.99, 1]: what all of 400 steps leave is still there."""
+    tensors = draw(400, logits=logits)
+    size, angle = torch.rand(2, 1, 400, 1, dtype=F64, device=DEVICE)
+    if logits:
+        z = torch.polar(4.6 + 5 * size, 6.3 * angle)
+        tensors["gate_logits"] = torch.view_as_real(z)
+    else:
+        tensors["gates"] = torch.polar(1 - size / 100, 6.3 * angle)
+    check(tensors)
+    check({name: t.to(torch.complex64 if t.is_complex() else torch.float32)
+           for name, t in tensors.items()}, 1e-5, 1e-5)
 
 
 def test_reset_and_unit_gates():
@@ -108,25 +155,38 @@ def test_logits_at_zero():
     assert (grad[:, 3:5] == 0).all() and (grad[:, 5:] != 0).all()
 
 
-def test_chunks_of_time(monkeypatch):
-    """What one program does in a row, many do at once."""
-    kernels = importlib.import_module("fastmix._triton.gate_loop_diagonal")
-    monkeypatch.setattr(kernels, "_chunks", lambda programs, n: (64, -(-n // 64)))
+def test_chunks_of_time(chunks):
     check(draw(131))
     check(draw(129, logits=False, state=False))
 
 
-def test_expanded_gradient_and_unwritten_memory():
-    tensors = leaves(draw(66))
+@pytest.mark.parametrize("dtype, value, gradient", ROUNDING[:2])
+@pytest.mark.parametrize("logits", [True, False])
+def test_chunks_of_time_in(chunks, dtype, value, gradient, logits):
+    check(draw(131, dtype, logits=logits), value, gradient)
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("schedule", ["one walk", "chunks"])
+def test_expanded_gradient_and_unwritten_memory(schedule, logits, request):
+    """Twice, with equal bits."""
+    if schedule == "chunks":
+        request.getfixturevalue("chunks")
+    tensors = leaves(draw(66, logits=logits))
+
+    def both():
+        out, _ = run(tensors)
+        return out.detach(), *torch.autograd.grad(out.sum(), tensors.values())
+
     torch.use_deterministic_algorithms(True)
     try:
-        out, _ = run(tensors)
-        found = torch.autograd.grad(out.sum(), tensors.values())
+        found = both()
     finally:
         torch.use_deterministic_algorithms(False)
-    expected = torch.autograd.grad(define(tensors)[0].sum(), tensors.values())
-    for f, e in zip(found, expected):
-        assert distance(f, e) < 1e-11
+    out, _ = define(tensors)
+    expected = out, *torch.autograd.grad(out.sum(), tensors.values())
+    for f, again, e in zip(found, both(), expected, strict=True):
+        assert torch.equal(f, again) and distance(f, e) < 1e-11
 
 
 def test_empty_batch():
