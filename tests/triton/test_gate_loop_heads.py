@@ -93,6 +93,41 @@ def test_rounding_is_at_most_twice_the_definitions(dtype, logits):
     check_rounding(dtype, logits, 32 if dtype == torch.float32 else 64)
 
 
+def test_definition_of_heads_of_many_blocks():
+    tensors = draw(17, 136, 72, True, True, h=1)
+    weights = weights_for(tensors, F64)
+    for found, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
+        assert distance(found, expected) < 1e-12
+
+
+def test_rounding_of_the_largest_heads():
+    def errors():
+        tensors = in_dtype(draw(66, 256, 256, True, True, h=1), torch.bfloat16)
+        weights = weights_for(tensors, torch.bfloat16)
+        plain, exact = (defined(in_dtype(tensors, d), in_dtype(
+            dict(enumerate(weights)), d).values()) for d in (torch.float32, F64))
+        return squared_errors(kernels(tensors, weights), plain, exact)
+
+    check_errors(errors, (1, 3))
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_gates_that_hardly_fade(logits):
+    """Sizes in [0.99, 1]: what all of 200 steps leave is still there."""
+    made = draw(200, 3, 2, logits, True, h=1)
+    size, angle = torch.rand(2, 1, 200, 1, dtype=F64)
+    if logits:
+        made["gate_logits"] = torch.view_as_real(torch.polar(4.6 + 5 * size, 6.3 * angle))
+    else:
+        made["gates"] = torch.polar(1 - size / 100, 6.3 * angle)
+    for dtype, bound in ((F64, 1e-12), (torch.float32, 1e-5)):
+        tensors = in_dtype(made, dtype)
+        weights = weights_for(tensors, dtype)
+        exact = defined(in_dtype(tensors, F64), in_dtype(dict(enumerate(weights)), F64).values())
+        for found, e in zip(kernels(tensors, weights), exact, strict=True):
+            assert distance(found.to(e.dtype), e) < bound
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter: a GPU runs what is its own")
 @pytest.mark.parametrize("arch, edge", [(80, 32), (90, 64)])
 @pytest.mark.parametrize("dtype, logits", [
