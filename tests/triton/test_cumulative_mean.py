@@ -7,6 +7,7 @@ from cases import check_errors, distance, squared_errors
 import fastmix
 from fastmix import ops, reference
 from fastmix._triton import cumulative_mean as kernels
+from fastmix._triton import scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F64 = torch.float64
@@ -48,6 +49,18 @@ def test_any_rank_with_the_real_tiles(shape):
     x, weight = torch.randn(2, *shape, dtype=F64, device=DEVICE)
     for found, expected in zip(*both(x, weight)):
         assert distance(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype, bound", [(F64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("n", [31, 32, 33])
+def test_definition_with_wide_tiles(n, dtype, bound, monkeypatch):
+    """Those of a GPU that channels alone fill: blocks of 128 and a rest."""
+    monkeypatch.setattr(scan, "FILLED", 0)
+    assert kernels.tile(150, 1, dtype.itemsize, 128)["COLS"] == 128
+    x, weight = torch.randn(2, 1, n, 150, dtype=dtype, device=DEVICE)
+    exact = differentiate(reference.cumulative_mean, x.double(), weight.double())
+    for found, expected in zip(kernels_of(x, weight), exact):
+        assert distance(found.double(), expected) < bound
 
 
 def test_strides(cut):

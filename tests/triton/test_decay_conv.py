@@ -7,6 +7,7 @@ from cases import CASES, check_errors, distance, leaves, squared_errors, weigh
 import fastmix
 from fastmix import ops, reference
 from fastmix._triton import decay_conv as kernels
+from fastmix._triton import scan
 from fastmix.fallback import decay_conv as fallback
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,6 +49,20 @@ def test_definition(cut, name, n):
 
 def test_definition_with_the_real_tiles():
     check("decay_conv", drawn("decay_conv", 140, b=1))
+
+
+def drawn_wide(n, dtype, monkeypatch):
+    """As drawn, for the tiles of a GPU that channels alone fill: a block of 128 and a rest."""
+    monkeypatch.setattr(scan, "FILLED", 0)
+    assert kernels.tile(160, 1, dtype.itemsize, 128)["COLS"] == 128
+    t = drawn("decay_conv", n, dtype, 1)
+    return t | {"x": torch.randn(1, n, 8, 20, dtype=dtype, device=DEVICE),
+                "initial_state": torch.randn(1, 8, 20, dtype=dtype, device=DEVICE)}
+
+
+@pytest.mark.parametrize("n", [16, 33])
+def test_definition_with_wide_tiles(n, monkeypatch):
+    check("decay_conv", drawn_wide(n, F64, monkeypatch))
 
 
 def test_decays_at_and_beyond_the_edge(cut):
@@ -93,9 +108,18 @@ def test_strides_and_expanded_gradients(cut):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding(cut, dtype):
     """At most twice the error of the definition in float32, rounded to the dtype."""
+    check_rounding(dtype, lambda: drawn("decay_conv", 131, torch.float32, b=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_with_wide_tiles(dtype, monkeypatch):
+    check_rounding(dtype, lambda: drawn_wide(70, torch.float32, monkeypatch), (1, 4, 16, 64))
+
+
+def check_rounding(dtype, make, draws=(3, 12, 48, 192)):
     def draw():
         t = {k: v.to(dtype if k != "initial_state" else torch.float32)
-             for k, v in drawn("decay_conv", 131, torch.float32, b=1).items()}
+             for k, v in make().items()}
         with fastmix.force("triton"):
             ours, grads, weights = gradients(CASES["decay_conv"].run, leaves(t))
         plain, exact = (
@@ -104,7 +128,7 @@ def test_rounding(cut, dtype):
         return squared_errors(*([*outputs, *grads[:3]] for outputs, grads in (
             (ours, grads), plain, exact)), floor=0)
 
-    check_errors(draw, (3, 12, 48, 192))
+    check_errors(draw, draws)
 
 
 def test_slow_decay_keeps_its_accuracy():
@@ -117,6 +141,13 @@ def test_slow_decay_keeps_its_accuracy():
     exact = reference.decay_conv(x.double(), decay.double())
     plain = reference.decay_conv(x, decay)
     assert (found - exact).square().mean() <= 4 * (plain - exact).square().mean()
+
+
+def test_decays_that_hardly_fade():
+    """In [0.99, 1]: what all of 300 steps leave is still there."""
+    t = drawn("decay_conv", 300, b=1)
+    t["decay"] = 1 - torch.rand(8, dtype=F64, device=DEVICE) / 100
+    check("decay_conv", t)
 
 
 def test_nothing_before_an_infinity_changes(cut):
