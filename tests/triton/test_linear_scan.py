@@ -36,6 +36,40 @@ def test_definition(cut, name, n):
         assert distance(found, expected) < 1e-11
 
 
+def check(gates, inputs, initial_state=None, **options):
+    """Values and gradients in float64; gates broadcast over trailing axes."""
+    tensors = {"gates": gates, "inputs": inputs, "initial_state": initial_state}
+    tensors = leaves({name: t.to(DEVICE) for name, t in tensors.items() if t is not None})
+    with fastmix.force("triton"):
+        outputs, grads, weights = gradients(
+            lambda t: [ops.linear_scan(**t, **options)], tensors)
+    defined, defined_grads, _ = gradients(
+        lambda t: [reference.linear_scan(**t, **options)], tensors, weights)
+    for found, expected in zip((*outputs, *grads), (*defined, *defined_grads), strict=True):
+        assert distance(found, expected) < 1e-11
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_real_gates_of_complex_inputs(cut, reverse):
+    gates = torch.rand(1, 70, 3, dtype=F64)
+    inputs, state = torch.randn(1, 71, 3, 2, dtype=torch.complex128).split([70, 1], dim=1)
+    check(gates, inputs, state[:, 0], reverse=reverse)
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 2, 3, 2), (1, 20, 2, 3, 2, 2), (1, 20, 2, 1, 1, 1)])
+def test_six_axes(shape):
+    check(random_gates(*shape, dtype=F64), torch.randn(1, 20, 2, 3, 2, 2, dtype=F64),
+          torch.randn(1, 2, 3, 2, 2, dtype=torch.complex128))
+
+
+def test_gates_that_hardly_fade():
+    """In [0.99, 1]: what all of 270 steps leave is still there."""
+    gates = 1 - torch.rand(1, 270, 3, dtype=F64) / 100
+    check(gates, torch.randn(1, 270, 3, dtype=F64))
+    turning = torch.polar(gates, 6.3 * torch.rand_like(gates))
+    check(turning, torch.randn(1, 270, 3, dtype=torch.complex128), reverse=True)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     "shape", [(1, 40), (1, 40, 2), (1, 40, 2, 1), (1, 40, 1, 4), (1, 40, 2, 4)])
@@ -79,22 +113,32 @@ def test_resets_unit_gates_and_strides(cut):
         assert distance(g[..., :2], d[..., :2]) < 1e-11
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rounding(dtype):
+def check_rounding(dtype, lengths, draws=(3, 12, 48), **options):
     """At most twice the error of the definition in float32, rounded to the dtype."""
-    case = CASES["linear_scan"]
-
-    def draw():
-        t = {k: v.to(dtype) for k, v in on_device(case.make(131, torch.float32)).items()}
+    def errors(n):
+        t = {k: v.to(dtype)
+             for k, v in on_device(CASES["linear_scan"].make(n, torch.float32)).items()}
         with fastmix.force("triton"):
-            ours, grads, weights = gradients(case.run, leaves(t))
+            ours, grads, weights = gradients(
+                lambda t: [ops.linear_scan(**t, **options)], leaves(t))
         plain, exact = (
-            gradients(case.define, leaves({k: v.to(wide) for k, v in t.items()}),
+            gradients(lambda t: [reference.linear_scan(**t, **options)],
+                      leaves({k: v.to(wide) for k, v in t.items()}),
                       [w.to(wide) for w in weights])[:2] for wide in (torch.float32, F64))
         return squared_errors(*([*outputs, *grads] for outputs, grads in (
             (ours, grads), plain, exact)), floor=0)
 
-    check_errors(draw)
+    check_errors(lambda: sum(errors(n) for n in lengths), draws)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding(dtype):
+    check_rounding(dtype, [131])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_around_the_edges_of_chunks_and_tiles(dtype):
+    check_rounding(dtype, [1, 65, 257], (1, 4, 16))
 
 
 def test_unwritten_memory_and_empty_batches():
