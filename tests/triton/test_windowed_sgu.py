@@ -63,6 +63,21 @@ def test_definition(n, w):
     check(draw(n, w, b=1 + (n < 20)), activation="gelu")
 
 
+# The window before and one step of the next.
+@pytest.mark.parametrize("w, dtype, bound", [
+    (256, F64, 1e-11), (512, torch.float32, 1e-5), (1024, torch.bfloat16, 2e-2)])
+def test_wide_windows(w, dtype, bound, monkeypatch):
+    # Thousands of programs where the others are tens; every other test has it.
+    monkeypatch.setattr(kernels, "_total", lambda parts, like: parts.sum(0).to(like.dtype))
+    tensors = draw(w + 1, w, h=1, dtype=dtype)
+    tensors["weight"] /= w ** 0.5
+    grad = output_grad(tensors)
+    exact = differentiate(reference.windowed_sgu, {k: t.double() for k, t in tensors.items()},
+                          grad.double(), activation="silu")
+    for f, e in zip(kernels_of(tensors, grad, activation="silu"), exact, strict=True):
+        assert distance(f.double(), e) < bound
+
+
 def test_many_programs(monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 512)
     check(draw(37, 3), activation="gelu")
@@ -163,8 +178,22 @@ def test_empty_batch(activation):
     (40, 6, "gelu", torch.float16, torch.float32), (45, 20, None, torch.bfloat16, torch.float32),
     (131, 129, "silu", torch.bfloat16, None)])
 def test_rounding_is_at_most_twice_the_definitions(n, w, activation, dtype, parameters):
+    check_rounding(n, w, 8, activation, dtype, parameters)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter: a GPU runs what is its own")
+@pytest.mark.parametrize("device", [(False, 3, 64), (False, 2, 32)], ids=["sm80", "AMD"])
+@pytest.mark.parametrize("n, w, dtype", [
+    (40, 20, torch.bfloat16), (75, 70, torch.bfloat16), (75, 70, torch.float16)])
+def test_rounding_with_the_tiles_of(device, n, w, dtype, monkeypatch):
+    """Windows beyond 64 are tiles there, of at most 32 channels."""
+    monkeypatch.setattr(kernels, "_device", lambda: device)
+    check_rounding(n, w, 40, "gelu", dtype)
+
+
+def check_rounding(n, w, c, activation, dtype, parameters=None):
     def errors():
-        tensors = draw(n, w, c=8, dtype=dtype)
+        tensors = draw(n, w, h=2 if c == 8 else 1, c=c, dtype=dtype)
         if parameters is not None:
             tensors.update({k: torch.randn_like(t, dtype=parameters)
                             for k, t in tensors.items() if k not in ("x", "gate_residual")})
