@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter, which has to be chosen before ke
 imported.
 """
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent / "triton"
+BENCH = Path(__file__).parent.parent / "bench"
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
                                   reason="Triton is not installed: there are no wheels for it here")
@@ -30,3 +32,48 @@ def test_kernels(file):
     ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
                          env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def gate_loop(b, n, h, d):
+    q = empty(b, n, h, d)
+    return q, q, q, None, empty(b, n, h, 2), empty(b, h, d, d, dtype=torch.complex64), 64
+
+
+# Name → operator, and what its forward takes for b sequences of n steps.
+LAUNCHES = {
+    "decay_conv": ("decay_conv", lambda b, n: (
+        empty(b, n, 8, 64), empty(8), empty(8), empty(b, 8, 64, dtype=torch.float32), 64)),
+    "cumulative_mean": ("cumulative_mean", lambda b, n: (empty(b, n, 512),)),
+    "linear_scan": ("linear_scan", lambda b, n: (
+        empty(b, n, 512), empty(b, n, 512), empty(b, 512), False, 64)),
+    "gate_loop-channels": ("gate_loop", lambda b, n: gate_loop(b, n, 512, 1)),
+    "gate_loop-heads": ("gate_loop", lambda b, n: gate_loop(b, n, 8, 64)),
+}
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
+@pytest.mark.parametrize("sizes", [[(64, 4096), (67, 5003)], [(1, 65536), (2, 50001)]],
+                         ids=["many-sequences", "long-sequences"])
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_kernels_are_the_same_for_all_lengths_and_batches(name, sizes, monkeypatch):
+    """Launched on tensors without memory for a GPU that is not there; nothing is compiled."""
+    monkeypatch.syspath_prepend(BENCH)
+    import triton_static
+
+    operator, arguments = LAUNCHES[name]
+    kernels = importlib.import_module(f"fastmix._triton.{operator}")
+    made_from = []
+    for b, n in sizes:
+        keys, args = set(), arguments(b, n)
+        with triton_static.recording("sm90", lambda key: keys.add(key) or True) as compiled:
+            out = kernels.forward(*args)
+            out = out if isinstance(out, tuple) else (out,)
+            kernels.backward(*out, *args)
+        assert len(keys) > 1 and not compiled
+        made_from.append(keys)
+    assert made_from[0] == made_from[1]
