@@ -66,6 +66,25 @@ def attention(b, n, dim, heads):
     return logits, *(normal(b, n, heads, dim // heads) for _ in range(3))
 
 
+def turning(b, n, dim, heads):
+    """Complex gates, of the same sizes."""
+    logits, *others = attention(b, n, dim, heads)
+    angle = 2 * math.pi * torch.rand(b, n, heads, dtype=torch.float64)
+    return torch.view_as_real(torch.polar(logits[..., 0], angle)), *others
+
+
+def doubled(logits, q, k, v):
+    """Real gates for the same result: queries and keys turned by all angles so far, and twice
+    as wide."""
+    z = torch.view_as_complex(logits.double())
+    angle = z.angle().cumsum(1)[..., None]
+
+    def turned(t):
+        return torch.cat([t * angle.cos(), t * angle.sin()], dim=-1).to(t.dtype)
+
+    return torch.nn.functional.logsigmoid(z.abs()).to(q.dtype), turned(q), turned(k), v
+
+
 def retention(b, n, dim, heads):
     """The gates that chunk_retention has built in."""
     gates = 1 - 2.0 ** (-5 - torch.arange(heads, dtype=torch.float64))
@@ -93,11 +112,16 @@ def plainly(function, *inputs):
     return function(*inputs)
 
 
+def gated(function, log_gates, q, k, v):
+    return function(q, k, v, g=log_gates, scale=1.0)[0]
+
+
 def swapped(function, log_gates, x):
     return function(x, log_gates)[0]
 
 
 SCALAR, HGRN = "accelerated_scan.scalar.scan", "fla.ops.hgrn.chunk_hgrn"
+GLA = "fla.ops.simple_gla.chunk_simple_gla"
 PEERS = [
     Peer(SCALAR, "linear_scan real", real_scan, scan, innermost, plainly, lambda y: y.mT),
     Peer(HGRN, "linear_scan real", real_scan, scan, lambda gates, x: (gates.log(), x), swapped),
@@ -108,9 +132,9 @@ PEERS = [
     Peer(HGRN, "decay_conv", convolution, lambda decay, x: ops.decay_conv(x, decay),
          lambda decay, x: repeated(decay.double().log(), x),
          swapped),
-    Peer("fla.ops.simple_gla.chunk_simple_gla", "gate_loop, real gates", attention, gate_loop,
-         lambda logits, q, k, v: (torch.nn.functional.logsigmoid(logits[..., 0]), q, k, v),
-         lambda function, g, q, k, v: function(q, k, v, g=g, scale=1.0)[0]),
+    Peer(GLA, "gate_loop, real gates", attention, gate_loop,
+         lambda logits, q, k, v: (torch.nn.functional.logsigmoid(logits[..., 0]), q, k, v), gated),
+    Peer(GLA, "gate_loop, complex gates", turning, gate_loop, doubled, gated),
     Peer("fla.ops.retention.chunk_retention", "gate_loop, constant gates", retention,
          lambda gates, q, k, v: ops.gate_loop(q, k, v, gates),
          lambda gates, q, k, v: (q, k, v),

@@ -241,7 +241,8 @@ def test_peers(monkeypatch, tmp_path, capsys):
     peers.main(["--batch", "2", "--seq", "40", "--dim", "32", "--heads", "2", "--dtype", "float32",
                 "--device", "cpu", "--json", str(path)])
     *rows, retention = json.loads(path.read_text())["rows"]
-    assert [row["status"] for row in rows] == ["ok", "ok", "not installed", "ok", "ok", "ok"]
+    assert [row["status"] for row in rows] == [
+        "ok", "ok", "not installed", "ok", "ok", "ok", "ok"]
     for row in rows:
         if row["status"] == "ok":
             assert row["off"] < 1e-4, row
