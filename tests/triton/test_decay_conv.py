@@ -60,7 +60,7 @@ def drawn_wide(n, dtype, monkeypatch):
                 "initial_state": torch.randn(1, 8, 20, dtype=dtype, device=DEVICE)}
 
 
-@pytest.mark.parametrize("n", [16, 33])
+@pytest.mark.parametrize("n", [16, 17])
 def test_definition_with_wide_tiles(n, monkeypatch):
     check("decay_conv", drawn_wide(n, F64, monkeypatch))
 
@@ -111,9 +111,9 @@ def test_rounding(cut, dtype):
     check_rounding(dtype, lambda: drawn("decay_conv", 131, torch.float32, b=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_with_wide_tiles(dtype, monkeypatch):
-    check_rounding(dtype, lambda: drawn_wide(70, torch.float32, monkeypatch), (1, 4, 16, 64))
+def test_rounding_with_wide_tiles(monkeypatch):
+    check_rounding(torch.bfloat16, lambda: drawn_wide(70, torch.float32, monkeypatch),
+                   (1, 4, 16, 64))
 
 
 def check_rounding(dtype, make, draws=(3, 12, 48, 192)):
@@ -144,8 +144,8 @@ def test_slow_decay_keeps_its_accuracy():
 
 
 def test_decays_that_hardly_fade():
-    """In [0.99, 1]: what all of 300 steps leave is still there."""
-    t = drawn("decay_conv", 300, b=1)
+    """In [0.99, 1]: what all of 200 steps leave is still there."""
+    t = drawn("decay_conv", 200, b=1)
     t["decay"] = 1 - torch.rand(8, dtype=F64, device=DEVICE) / 100
     check("decay_conv", t)
 

@@ -50,7 +50,7 @@ def check(gates, inputs, initial_state=None, **options):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_real_gates_of_complex_inputs(cut, reverse):
+def test_real_gates_of_complex_inputs(reverse):
     gates = torch.rand(1, 70, 3, dtype=F64)
     inputs, state = torch.randn(1, 71, 3, 2, dtype=torch.complex128).split([70, 1], dim=1)
     check(gates, inputs, state[:, 0], reverse=reverse)
@@ -63,11 +63,11 @@ def test_six_axes(shape):
 
 
 def test_gates_that_hardly_fade():
-    """In [0.99, 1]: what all of 270 steps leave is still there."""
-    gates = 1 - torch.rand(1, 270, 3, dtype=F64) / 100
-    check(gates, torch.randn(1, 270, 3, dtype=F64))
+    """In [0.99, 1]: what all of 200 steps leave is still there."""
+    gates = 1 - torch.rand(1, 200, 3, dtype=F64) / 100
+    check(gates, torch.randn(1, 200, 3, dtype=F64))
     turning = torch.polar(gates, 6.3 * torch.rand_like(gates))
-    check(turning, torch.randn(1, 270, 3, dtype=torch.complex128), reverse=True)
+    check(turning, torch.randn(1, 200, 3, dtype=torch.complex128), reverse=True)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -138,7 +138,7 @@ def test_rounding(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_around_the_edges_of_chunks_and_tiles(dtype):
-    check_rounding(dtype, [1, 65, 257], (1, 4, 16))
+    check_rounding(dtype, [65, 257], (1, 4, 16))
 
 
 def test_unwritten_memory_and_empty_batches():
