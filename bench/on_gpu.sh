@@ -6,7 +6,7 @@
 #                              take seven: an estimate, as no GPU has run them yet. Up to
 #                              three more where compute-sanitizer is.
 # bench/on_gpu.sh --rehearse OUT   the same steps with tiny shapes and interpreted kernels, on
-#                              a machine without a GPU: about as long on two cores.
+#                              a machine without a GPU: ten minutes on two cores, if all theirs.
 # A step that fails does not stop the others; the last lines and the exit status tell.
 set -uo pipefail
 cd "$(dirname "$0")/.."
