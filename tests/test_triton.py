@@ -43,6 +43,11 @@ def gate_loop(b, n, h, d):
     return q, q, q, None, empty(b, n, h, 2), empty(b, h, d, d, dtype=torch.complex64), 64
 
 
+def windowed_sgu(b, n, w):
+    return (empty(b, n, 1024), empty(4, w, 2 * w), empty(4, w), empty(512), empty(512), 1e-5,
+            None, "gelu")
+
+
 # Name → operator, and what its forward takes for b sequences of n steps.
 LAUNCHES = {
     "decay_conv": ("decay_conv", lambda b, n: (
@@ -52,6 +57,8 @@ LAUNCHES = {
         empty(b, n, 512), empty(b, n, 512), empty(b, 512), False, 64)),
     "gate_loop-channels": ("gate_loop", lambda b, n: gate_loop(b, n, 512, 1)),
     "gate_loop-heads": ("gate_loop", lambda b, n: gate_loop(b, n, 8, 64)),
+    "windowed_sgu-walk": ("windowed_sgu", lambda b, n: windowed_sgu(b, n, 128)),
+    "windowed_sgu-tiles": ("windowed_sgu", lambda b, n: windowed_sgu(b, n, 512)),
 }
 
 

@@ -141,6 +141,11 @@ def test_rounding_around_the_edges_of_chunks_and_tiles(dtype):
     check_rounding(dtype, [65, 257], (1, 4, 16))
 
 
+def test_rounding_in_reverse():
+    """Steps beyond the end come first there, and must hand the initial state on."""
+    check_rounding(torch.bfloat16, [65], reverse=True)
+
+
 def test_unwritten_memory_and_empty_batches():
     case = CASES["linear_scan"]
     tensors = leaves(on_device(case.make(77, F64, 1)))
