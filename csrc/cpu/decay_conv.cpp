@@ -54,31 +54,55 @@ C* parameter(Scratch& scratch, const double* values, const Unit& u) {
   return found;
 }
 
+// From the state before a chunk to the one after it; against time, of decay · g.
+template <class T, bool backward, class C>
+void walk(const DecayConv& f, const Unit& u, const C* decay, const C* gain, C* state,
+          T* gathered) {
+  for (int64_t i = u.start; i < u.end; ++i) {
+    const int64_t t = backward ? u.end - 1 - (i - u.start) : i;
+    const T* in = read(backward ? f.grad : f.x, u.b, t, u.c0, u.count, gathered);
+    each_vector<C>(u.count, [&](auto zero, int64_t c) LAMBDA {
+      using V = decltype(zero);
+      const V a = load<V>(decay + c), s = load<V>(state + c), x = load<V>(in + c);
+      store(state + c, backward ? a * (s + x) : a * s + load<V>(gain + c) * x);
+    });
+  }
+}
+
+// Whether power · entering + added is what a walk comes to. It is not if decay^steps has left
+// double's range, or underflowed and now meets an infinity: 0 · ∞.
+template <class C>
+INLINE bool finite(double power, C entering, C added) {
+  return (power + entering + added) * 0 == 0;
+}
+
 // The state that enters a chunk; the next chunk gets decay^steps times it, and what this one
-// adds: its last state if it starts from zero. Against time, the same of decay · g.
+// adds: its last state if it starts from zero.
 template <class T, bool backward, class C>
 C* enter(const DecayConv& f, const Unit& u, const C* decay, const C* gain, Scratch& scratch) {
-  C* state = scratch.take<C>(u.count);
+  C *state = scratch.take<C>(u.count), *added = scratch.take<C>(u.count);
+  T* gathered = scratch.take<T>(u.count);
   const bool followed = u.order + 1 < f.chain.chunks;
   if (followed) {
-    T* gathered = scratch.take<T>(u.count);
-    memset(state, 0, u.count * sizeof(C));
-    for (int64_t i = u.start; i < u.end; ++i) {
-      const int64_t t = backward ? u.end - 1 - (i - u.start) : i;
-      const T* in = read(backward ? f.grad : f.x, u.b, t, u.c0, u.count, gathered);
-      each_vector<C>(u.count, [&](auto zero, int64_t c) LAMBDA {
-        using V = decltype(zero);
-        const V a = load<V>(decay + c), s = load<V>(state + c), x = load<V>(in + c);
-        store(state + c, backward ? a * (s + x) : a * s + load<V>(gain + c) * x);
-      });
-    }
+    memset(added, 0, u.count * sizeof(C));
+    walk<T, backward>(f, u, decay, gain, added, gathered);
   }
   await(u);
-  const double* power = (u.end == f.n ? f.over_last : f.over_chunk) + u.c0;
-  for (int64_t c = 0; c < u.count; ++c) {
-    const double entering = u.state[c];
-    if (followed) u.state[c] = power[c] * entering + state[c];
-    state[c] = static_cast<C>(entering);
+  for (int64_t c = 0; c < u.count; ++c) state[c] = static_cast<C>(u.state[c]);
+  if (followed) {
+    const double* power = (u.end == f.n ? f.over_last : f.over_chunk) + u.c0;
+    int plain = 1;
+    for (int64_t c = 0; c < u.count; ++c) {
+      u.state[c] = power[c] * u.state[c] + added[c];
+      plain &= finite(power[c], state[c], added[c]);
+    }
+    if (!plain) {
+      C* walked = scratch.take<C>(u.count);
+      memcpy(walked, state, u.count * sizeof(C));
+      walk<T, backward>(f, u, decay, gain, walked, gathered);
+      for (int64_t c = 0; c < u.count; ++c)
+        if (!finite(power[c], state[c], added[c])) u.state[c] = walked[c];
+    }
   }
   hand_on(u);
   return state;
