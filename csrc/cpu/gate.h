@@ -10,14 +10,15 @@ namespace fastmix::FASTMIX_CPU {
 namespace {
 
 // e^x = 2^k (1 + part) for x ≤ 0, to about an ulp; what is below the range of normal numbers
-// becomes tiny. x = k ln 2 + r: adding 1.5 · 2^23 (2^52) rounds k to an integer in the low bits.
+// becomes 0, whose exponent's bits are those of the k of -88 (-709). x = k ln 2 + r: adding
+// 1.5 · 2^23 (2^52) rounds k to an integer in the low bits.
 template <class C>
 struct Exponential {
   C power, part;  // 2^k, and e^r - 1
 };
 
 INLINE Exponential<float> exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
+  x = x < -88.0f ? -88.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f, k = shifted - 12582912.0f;
   float r = x - k * 0.693359375f;
   r = r + k * 2.12194440e-4f;
@@ -37,7 +38,7 @@ INLINE Exponential<float> exponential(float x) {
 }
 
 INLINE Exponential<double> exponential(double x) {
-  x = x < -708.0 ? -708.0 : x;
+  x = x < -709.0 ? -709.0 : x;
   const double shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const double k = shifted - 6755399441055744.0;
   double r = x - k * 0.693147180369123816490;
@@ -98,18 +99,19 @@ struct Polar {
   C length;   // its length there, 1 at z = 0
   C size;     // |z|
   C e;        // e^{-|z|}
-  bool zero;
+  bool zero, safe;
 };
 
 // A straight line of selections: a compiler can do many at once. Where z is not `safe` to be
 // squared as it is, which is nearly nowhere, only `careful` is right.
 template <bool careful, class C>
-INLINE Polar<C> polar(C re, C im, int& safe) {
+INLINE Polar<C> polar(C re, C im) {
   using R = Range<C>;
+  const C square = re * re + im * im;
+  const bool safe = (square > R::small * R::small) & (square < R::large * R::large);
   if constexpr (!careful) {
-    const C square = re * re + im * im, length = R::root(square);
-    safe &= (square > R::small * R::small) & (square < R::large * R::large);
-    return {re, im, length, length, exp_below_zero(-length), false};
+    const C length = R::root(square);
+    return {re, im, length, length, exp_below_zero(-length), false, safe};
   }
   const C x = re < 0 ? -re : re, y = im < 0 ? -im : im, most = x < y ? y : x;
   const C scale = most < R::small ? R::up : most > R::large ? R::down : C(1);
@@ -118,18 +120,21 @@ INLINE Polar<C> polar(C re, C im, int& safe) {
   re *= scale;
   im *= scale;
   const C length = R::root(re * re + im * im), size = length * back;
-  return {re, im, zero ? C(1) : length, size, exp_below_zero(-size), zero};
+  return {re, im, zero ? C(1) : length, size, exp_below_zero(-size), zero, safe};
 }
 
-// Says whether every z was safe.
+// Says whether every z was safe. `careful` keeps what was found for those that are: no result
+// depends on its neighbours.
 template <bool careful, class C>
 bool activate(const C* __restrict z, C* __restrict re, C* __restrict im, int64_t count) {
   int safe = 1;
   for (int64_t c = 0; c < count; ++c) {
-    const Polar<C> p = polar<careful>(z[2 * c], z[2 * c + 1], safe);
+    const Polar<C> p = polar<careful>(z[2 * c], z[2 * c + 1]);
     const C share = C(1) / (p.length * (C(1) + p.e));
-    re[c] = p.zero ? C(0.5) : p.re * share;
-    im[c] = p.im * share;
+    const bool keep = careful & p.safe;
+    re[c] = keep ? re[c] : p.zero ? C(0.5) : p.re * share;
+    im[c] = keep ? im[c] : p.im * share;
+    safe &= p.safe;
   }
   return safe;
 }
@@ -145,15 +150,17 @@ bool activate_backward(const C* __restrict z, const C* __restrict re, const C* _
                        C* __restrict grad, int64_t count) {
   int safe = 1;
   for (int64_t c = 0; c < count; ++c) {
-    const Polar<C> p = polar<careful>(z[2 * c], z[2 * c + 1], safe);
+    const Polar<C> p = polar<careful>(z[2 * c], z[2 * c + 1]);
     const C share = C(1) / (p.length * (C(1) + p.e));
     const C sigmoid = share * p.length, inverse = share + share * p.e;
     const C unit_re = p.re * inverse, unit_im = p.im * inverse;
     const C size = p.size < Range<C>::least ? Range<C>::least : p.size;
     const C along = (unit_re * re[c] + unit_im * im[c]) * (p.e * sigmoid * sigmoid);
     const C across = (unit_re * im[c] - unit_im * re[c]) * (careful ? sigmoid / size : share);
-    grad[2 * c] = unit_re * along - unit_im * across;
-    grad[2 * c + 1] = unit_im * along + unit_re * across;
+    const bool keep = careful & p.safe;
+    grad[2 * c] = keep ? grad[2 * c] : unit_re * along - unit_im * across;
+    grad[2 * c + 1] = keep ? grad[2 * c + 1] : unit_im * along + unit_re * across;
+    safe &= p.safe;
   }
   return safe;
 }
