@@ -39,7 +39,8 @@ def cache_folder():
     """$FASTMIX_CACHE, or fastmix in the user's cache directory."""
     named = os.environ.get("FASTMIX_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(base) / "fastmix"
+    # The working directory may be another one by the time the library is opened again.
+    return (Path(named) if named else Path(base) / "fastmix").absolute()
 
 
 def _distrusted(path):
@@ -60,15 +61,18 @@ def _gpu_code():
 
 
 def _cached(part):
-    """The library's place in the cache, there or not. RuntimeError if it is not safe."""
+    """The library's place in the cache, there or not. RuntimeError if it cannot be looked at or
+    is not safe."""
     folder = cache_folder()
     # Without a compiler: whatever one has compiled these sources before.
     name = _build.compiled_name(part, _gpu_code() if part == "cuda" else ())
-    path = next(iter(sorted(folder.glob(name))), folder / name)
-    for place in (folder, path):
-        reason = _distrusted(place) if place.exists() else None
-        if reason is not None:
-            raise RuntimeError(reason)
+    try:
+        path = next(iter(sorted(folder.glob(name))), folder / name)
+        reasons = [_distrusted(place) for place in (folder, path) if place.exists()]
+    except OSError as error:
+        raise RuntimeError(f"the cache directory cannot be used: {error} (set FASTMIX_CACHE)")
+    for reason in filter(None, reasons):
+        raise RuntimeError(reason)
     return path
 
 
