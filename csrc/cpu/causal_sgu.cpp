@@ -14,7 +14,8 @@ struct CausalSgu {
   Activation activation;
   double eps;
   const double *bias, *norm_weight, *norm_bias;  // (h, s), (c,), (c,)
-  const void* weight;                            // (h, s, s), dense
+  const void* weight;                            // (h, s, s), rows without gaps
+  int64_t weight_head, weight_row;               // its strides
   Type weight_type;
   Source x, residual, grad;
   Sink out, grad_x, grad_residual;
@@ -23,7 +24,7 @@ struct CausalSgu {
   void* statistics;  // (b, n, 2): mean and inverse deviation of the gate
   void* turned;      // (b, h, d_, n_), the normed gate; then its gradient (b, n, h, d_)
   void* grad_mixed;  // (b, n, h, d_)
-  Sink grad_weight;  // (h · s, s)
+  Sink grad_weight;  // (h · s, as many columns of zeros as has the weight of others, and s)
   double* grad_bias;
   int64_t runs;      // of steps, each with its own sums: (runs, c)
   double *grad_norm_weight, *grad_norm_bias;  // zeros at first
@@ -93,9 +94,10 @@ struct Block {
     by_type(f.weight_type, [&](auto stored) {
       using A = decltype(stored);
       if constexpr (sizeof(Computed<A>) == sizeof(C)) {
-        const A* weight = static_cast<const A*>(f.weight) + head * f.s * f.s;
-        gemm<C, A>(f.n, width, f.n, {weight, turned ? 1 : f.s, turned ? f.s : 1}, {from, kBlock},
-                   {to, kBlock}, !turned, turned ? kUpper : kLower);
+        const A* weight = static_cast<const A*>(f.weight) + head * f.weight_head;
+        gemm<C, A>(f.n, width, f.n,
+                   {weight, turned ? 1 : f.weight_row, turned ? f.weight_row : 1},
+                   {from, kBlock}, {to, kBlock}, !turned, turned ? kUpper : kLower);
       }
     });
   }
@@ -201,6 +203,7 @@ void grad_weight(const CausalSgu& f, int64_t begin, int64_t end) {
   Scratch scratch;
   C *sums = scratch.take<C>(kStrip * f.n_), *zeros = scratch.take<C>(f.s);
   memset(zeros, 0, f.s * sizeof(C));
+  const int64_t others = f.grad_weight.channels - f.s;
   memset(sums, 0, kStrip * f.n_ * sizeof(C));
   const int64_t d = f.c / f.h, strips = (f.s + kStrip - 1) / kStrip, row = f.h * f.d_;
   for (int64_t i = begin; i < end; ++i) {
@@ -213,9 +216,10 @@ void grad_weight(const CausalSgu& f, int64_t begin, int64_t end) {
               b > 0, kFull);
     }
     for (int64_t r = first; r < smaller(first + kStrip, f.s); ++r) {
-      const int64_t kept = r < f.n ? r + 1 : 0;
-      write(f.grad_weight, 0, head * f.s + r, 0, kept, sums + (r - first) * f.n_);
-      write(f.grad_weight, 0, head * f.s + r, kept, f.s - kept, zeros);
+      const int64_t kept = r < f.n ? r + 1 : 0, to = head * f.s + r;
+      write(f.grad_weight, 0, to, 0, others, zeros);
+      write(f.grad_weight, 0, to, others, kept, sums + (r - first) * f.n_);
+      write(f.grad_weight, 0, to, others + kept, f.s - kept, zeros);
       double total = 0;
       for (int64_t b = 0; b < f.b && r < f.n; ++b) {
         const C* grad = static_cast<const C*>(f.grad_mixed) + (b * f.n + r) * row + head * f.d_;
@@ -300,9 +304,13 @@ FASTMIX_PHASE(grad_gate)
 namespace fastmix {
 namespace {
 
-// The weight as it is, if that is computed with in the type that is wanted: it may be large.
-Tensor stored(const Tensor& weight, ScalarType wanted) {
-  return dense(wide(weight) == wanted ? weight : torch::stable::to(weight, wanted));
+// The weight (h, s, s), or the last s columns of more, as it is if that is computed with in the
+// type that is wanted: it may be large.
+Tensor stored(Tensor weight, ScalarType wanted) {
+  const int64_t s = weight.size(1);
+  const Tensor own = torch::stable::narrow(weight, 2, weight.size(2) - s, s);
+  const Tensor found = wide(own) == wanted ? own : converted(own, wanted);
+  return found.stride(2) == 1 ? found : dense(found);
 }
 
 // The sizes, and the norm's statistics.
@@ -319,6 +327,8 @@ struct Call {
     fill(f, x, parameters, eps, residual, activation);
     f.s = weight.size(1);
     f.weight_type = type_of(parameters.weight.scalar_type());
+    f.weight_head = parameters.weight.stride(0);
+    f.weight_row = parameters.weight.stride(1);
     f.statistics = statistics.mutable_data_ptr();
     // Whole vectors on every machine; an odd number of them, so that rows of powers of two do
     // not crowd a few places of the caches.
@@ -353,7 +363,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> causal_sgu_backward(
   f.grad = source(grad);
   f.grad_x = sink(grad_x, f.n, 2 * f.c);
   if (residual) f.grad_residual = sink(grad_residual, f.n, f.c);
-  f.grad_weight = sink(grad_weight, f.h * f.s, f.s);
+  f.grad_weight = sink(grad_weight, f.h * f.s, weight.size(2));
   const Tensor turned = fresh(x, {f.b, f.h * f.d_, f.n_}, wide(x)),
                grad_mixed = fresh(x, {f.b, f.n, f.h * f.d_}, wide(x));
   f.turned = turned.mutable_data_ptr();

@@ -99,7 +99,7 @@ Tensor run(const Tensor& x, bool backward) {
   const int64_t b = x.size(0), n = x.size(1);
   Tensor out = fresh(x);
   const int64_t channels = b ? x.numel() / (b * n) : 0;
-  const Tensor rows = x.dim() <= 4 ? x : torch::stable::reshape(x, {{b, n, channels}});
+  const Tensor rows = x.dim() <= 4 ? x : reshaped(x, {b, n, channels});
   ChainStorage storage(b, n, channels);
   const CumulativeMean f{storage.chain, n, source(rows), sink(out, n, channels), backward};
   spread(FASTMIX_KERNELS(cumulative_mean), f, storage.units());

@@ -176,6 +176,8 @@ void linear_scan_backward(const LinearScan& f, int64_t begin, int64_t end) {
 
 #else  // registration
 
+#include <numeric>
+
 #include "tensors.h"
 
 namespace fastmix {
@@ -194,27 +196,28 @@ LinearScan arguments(const Tensor& gates, const Tensor& inputs, bool reverse,
   f.heads = f.d = 1;
   for (int64_t i = 2; i < inputs.dim(); ++i)
     (gates.size(i) == inputs.size(i) && f.d == 1 ? f.heads : f.d) *= inputs.size(i);
-  f.block = std::max<int64_t>(1, channel_block(b, f.heads * f.d, 512) / std::max<int64_t>(1, f.d));
   f.carry_every = carry_every;
   f.reverse = reverse;
   f.complex = is_complex(gates) || is_complex(inputs);
+  // Whole heads; if complex, whole vectors too: a compiler fuses the products of what is left
+  // over from those in another way.
+  const int64_t d = std::max<int64_t>(1, f.d), least = f.complex ? 16 / std::gcd<int64_t>(d, 16) : 1;
+  f.block = std::max<int64_t>(1, channel_block(b, f.heads * d, 512) / d);
+  f.block = (f.block + least - 1) / least * least;
   f.doubles = is_double(gates) || is_double(inputs) ||
               gates.scalar_type() == ScalarType::ComplexDouble ||
               inputs.scalar_type() == ScalarType::ComplexDouble;
   return f;
 }
 
-// (b, n, …) → (b, n, heads, d), and (b, …) → (b, heads, d); copied only if strides demand.
-Tensor rows(const LinearScan& f, const Tensor& x) {
-  return torch::stable::reshape(x, {{x.size(0), x.size(1), f.heads, f.d}});
+// (b, n, …) as rows of heads · d channels; copied only if strides demand.
+Tensor rows(const Tensor& x, int64_t heads, int64_t d) {
+  if (x.dim() < 4 || (x.dim() == 4 && x.stride(3) == 1)) return x;
+  return reshaped(x, {x.size(0), x.size(1), heads, d});
 }
 
 Tensor state(const LinearScan& f, const Tensor& x) {
-  return torch::stable::reshape(x, {{x.size(0), f.heads, f.d}});
-}
-
-Tensor gate_rows(const LinearScan& f, const Tensor& x) {
-  return torch::stable::reshape(x, {{x.size(0), x.size(1), f.heads}});
+  return reshaped(x, {x.size(0), f.heads, f.d});
 }
 
 int64_t units(const LinearScan& f, int64_t batches) {
@@ -233,7 +236,7 @@ std::tuple<Tensor, Tensor> linear_scan(const Tensor& gates, const Tensor& inputs
   Tensor states = fresh(inputs, shape, type);
   shape[1] = carries;
   Tensor kept = fresh(inputs, shape, wide_type);
-  const Tensor gate = gate_rows(f, gates), input = rows(f, inputs);
+  const Tensor gate = rows(gates, f.heads, 1), input = rows(inputs, f.heads, f.d);
   const Maybe initial = initial_state ? Maybe(state(f, *initial_state)) : Maybe();
   f.gates = source(gate);
   f.inputs = source(input);
@@ -251,8 +254,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(
   const int64_t b = inputs.size(0), channels = f.heads * f.d;
   Tensor grad_gates = fresh(gates), grad_inputs = fresh(inputs),
          grad_initial = initial_state ? fresh(*initial_state) : nothing(inputs);
-  const Tensor gate = gate_rows(f, gates), input = rows(f, inputs), grads = rows(f, grad),
-               kept = rows(f, carries);
+  const Tensor gate = rows(gates, f.heads, 1), input = rows(inputs, f.heads, f.d),
+               grads = rows(grad, f.heads, f.d), kept = rows(carries, f.heads, f.d);
   f.gates = source(gate);
   f.inputs = source(input);
   f.grad = source(grads);
@@ -260,6 +263,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(
   f.grad_gates = sink(grad_gates, f.n, f.heads);
   f.grad_inputs = sink(grad_inputs, f.n, channels);
   if (initial_state) f.grad_initial = sink(grad_initial, 1, channels);
+  if (f.d == 0) clear(grad_gates);
   spread(FASTMIX_KERNELS(linear_scan_backward), f, units(f, b));
   return {grad_gates, grad_inputs, grad_initial};
 }

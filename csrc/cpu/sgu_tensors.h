@@ -47,7 +47,8 @@ void fill(Arguments& f, const Tensor& x, const Parameters& p, double eps, const 
   if (residual) f.residual = source(*residual);
 }
 
-// In causal_sgu.cpp; windowed_sgu.cpp has a use for them.
+// In causal_sgu.cpp; windowed_sgu.cpp has a use for them. They take a window's weight as well,
+// (h, s, 2s), whose first half meets nothing.
 Tensor causal_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                   const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                   const Maybe& residual, std::string activation);

@@ -15,21 +15,27 @@ namespace fastmix {
 
 namespace {
 
-template <class T>
-void gather(const Tensor& x, std::vector<double>& to) {
-  const T* data = static_cast<const T*>(x.const_data_ptr());
+// Calls f(i, offset) for every element of x, in order.
+template <class F>
+void each_element(const Tensor& x, F f) {
   std::vector<int64_t> index(x.dim());
-  for (double& value : to) {
+  for (int64_t element = 0; element < x.numel(); ++element) {
     int64_t at = 0;
     for (int64_t i = 0; i < x.dim(); ++i) at += index[i] * x.stride(i);
-    value = static_cast<double>(data[at]);
+    f(element, at);
     for (int64_t i = x.dim() - 1; i >= 0 && ++index[i] == x.size(i); --i) index[i] = 0;
   }
 }
 
 template <class T>
-void scatter(const Tensor& x, const std::vector<double>& from) {
-  T* data = static_cast<T*>(x.mutable_data_ptr());
+void gather(const Tensor& x, std::vector<double>& to) {
+  const T* data = static_cast<const T*>(x.const_data_ptr());
+  each_element(x, [&](int64_t i, int64_t at) { to[i] = static_cast<double>(data[at]); });
+}
+
+template <class T>
+void scatter(const Tensor& x, const std::vector<double>& from, int64_t first) {
+  T* data = static_cast<T*>(x.mutable_data_ptr()) + first;
   for (size_t i = 0; i < from.size(); ++i) data[i] = static_cast<T>(from[i]);
 }
 
@@ -92,12 +98,12 @@ std::vector<double> values(const Tensor& parameter) {
   return found;
 }
 
-void assign(const Tensor& x, const std::vector<double>& results) {
+void assign(const Tensor& x, const std::vector<double>& results, int64_t first) {
   switch (x.scalar_type()) {
-    case ScalarType::Double: return scatter<double>(x, results);
-    case ScalarType::Float: return scatter<float>(x, results);
-    case ScalarType::BFloat16: return scatter<torch::headeronly::BFloat16>(x, results);
-    default: return scatter<torch::headeronly::Half>(x, results);
+    case ScalarType::Double: return scatter<double>(x, results, first);
+    case ScalarType::Float: return scatter<float>(x, results, first);
+    case ScalarType::BFloat16: return scatter<torch::headeronly::BFloat16>(x, results, first);
+    default: return scatter<torch::headeronly::Half>(x, results, first);
   }
 }
 
@@ -110,6 +116,29 @@ Tensor totals(const std::vector<double>& parts, const Tensor& parameter, int64_t
 }
 
 bool may_use_threads() { return !threads_lost; }
+
+Tensor dense(const Tensor& x) {
+  if (may_use_threads() || x.is_contiguous()) return torch::stable::contiguous(x);
+  Tensor copy = fresh(x);
+  const int64_t size = x.element_size();
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(copy.mutable_data_ptr());
+  each_element(x, [&](int64_t i, int64_t at) {
+    std::memcpy(to + i * size, from + at * size, size);
+  });
+  return copy;
+}
+
+Tensor converted(const Tensor& x, ScalarType type) {
+  if (may_use_threads() || x.scalar_type() == type) return torch::stable::to(x, type);
+  Tensor copy = fresh(x, {x.sizes().begin(), x.sizes().end()}, type);
+  assign(copy, values(x));
+  return copy;
+}
+
+Tensor reshaped(const Tensor& x, std::vector<int64_t> shape) {
+  return torch::stable::reshape(may_use_threads() ? x : dense(x), shape);
+}
 
 int instruction_set() {
   const int set = chosen.load(std::memory_order_relaxed);

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -46,13 +47,14 @@ inline ScalarType wide_complex(const Tensor& x) {
 inline Source source(const Tensor& x) {
   return {x.const_data_ptr(), type_of(x.scalar_type()), x.stride(0), x.stride(1),
           x.dim() > 2 ? x.stride(2) : 1, x.dim() > 3 ? x.stride(3) : 1,
-          x.dim() > 3 ? x.size(3) : 1};
+          x.dim() > 3 ? std::max<int64_t>(1, x.size(3)) : 1};
 }
 
 // x (b, h, d), as a source of one step.
 inline Source state_source(const Tensor& x) {
   return {x.const_data_ptr(), type_of(x.scalar_type()), x.stride(0), 0,
-          x.stride(1), x.dim() > 2 ? x.stride(2) : 1, x.dim() > 2 ? x.size(2) : 1};
+          x.stride(1), x.dim() > 2 ? x.stride(2) : 1,
+          x.dim() > 2 ? std::max<int64_t>(1, x.size(2)) : 1};
 }
 
 inline Source state_source(const Maybe& x) { return x ? state_source(*x) : Source{}; }
@@ -72,11 +74,15 @@ inline Tensor fresh(const Tensor& like) {
 // What a schema returns for no gradient: it has tensors only.
 inline Tensor nothing(const Tensor& like) { return fresh(like, {0}, like.scalar_type()); }
 
+inline void clear(const Tensor& x) {
+  std::memset(x.mutable_data_ptr(), 0, x.numel() * x.element_size());
+}
+
 // The values of a parameter with any dtype and strides, in double.
 std::vector<double> values(const Tensor& parameter);
 
-// `results`, as many as x has elements, into the fresh tensor x.
-void assign(const Tensor& x, const std::vector<double>& results);
+// `results` into the fresh tensor x, from its element `first` on.
+void assign(const Tensor& x, const std::vector<double>& results, int64_t first = 0);
 
 // A parameter's gradient: the sums of `parts`, (…, elements of the parameter, d).
 Tensor totals(const std::vector<double>& parts, const Tensor& parameter, int64_t d = 1);
@@ -107,9 +113,12 @@ void spread(std::initializer_list<Kernel<Arguments>> kernels, const Arguments& a
 #define FASTMIX_KERNELS(name) {portable::name}
 #endif
 
-// x itself, or a copy without gaps: for states, which are small.
-inline Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
+// x itself or a copy: without gaps; in another dtype, if x is real; in another shape. By torch,
+// but where that would wait for threads that are not there.
+Tensor dense(const Tensor& x);
 inline Maybe dense(const Maybe& x) { return x ? Maybe(dense(*x)) : x; }
+Tensor converted(const Tensor& x, ScalarType type);
+Tensor reshaped(const Tensor& x, std::vector<int64_t> shape);
 
 // Channels of a unit of work where a channel's result does not depend on its unit: enough
 // units for every thread, of whole cache lines.

@@ -359,14 +359,18 @@ WindowedSgu arguments(const Tensor& x, const Parameters& p, double eps, const Ma
   return f;
 }
 
-// Σ over the first axis of `parts`, into the fresh tensor `sum`.
+// Σ over the first axis of `parts`, into the fresh tensor `sum`, row by row.
 template <class C>
 void add_runs(const Tensor& parts, const Tensor& sum) {
   const C* data = static_cast<const C*>(parts.const_data_ptr());
-  std::vector<double> total(sum.numel());
-  for (int64_t run = 0; run < parts.size(0); ++run)
-    for (int64_t i = 0; i < sum.numel(); ++i) total[i] += data[run * sum.numel() + i];
-  assign(sum, total);
+  const int64_t numbers = sum.numel(), row = sum.size(2);
+  std::vector<double> total(row);
+  for (int64_t at = 0; at < numbers; at += row) {
+    std::fill(total.begin(), total.end(), 0.0);
+    for (int64_t run = 0; run < parts.size(0); ++run)
+      for (int64_t i = 0; i < row; ++i) total[i] += data[run * numbers + at + i];
+    assign(sum, total, at);
+  }
 }
 
 // Whether the sequences are of one window and so few that work is better cut by channels.
@@ -374,21 +378,16 @@ bool causal(const Tensor& x, const Tensor& weight) {
   return x.size(1) <= weight.size(1) && x.size(0) < 8;
 }
 
-// The part of the weight, or of its gradient, for a window itself.
-Tensor own(Tensor weight) {
-  return torch::stable::narrow(weight, 2, weight.size(1), weight.size(1));
-}
-
 // The weight in the compute type: unlike causal_sgu's it is small.
 Tensor computed(const Tensor& weight, const Tensor& x) {
-  return dense(torch::stable::to(weight, wide(x)));
+  return dense(converted(weight, wide(x)));
 }
 
 Tensor windowed_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                     const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                     const Maybe& residual, std::string activation) {
   if (causal(x, weight))
-    return causal_sgu(x, own(weight), bias, norm_weight, norm_bias, eps, residual, activation);
+    return causal_sgu(x, weight, bias, norm_weight, norm_bias, eps, residual, activation);
   const Parameters p(x, computed(weight, x), bias, norm_weight, norm_bias);
   WindowedSgu f = arguments(x, p, eps, residual, activation);
   Tensor out = fresh(x, {f.b, f.n, f.c}, x.scalar_type());
@@ -401,14 +400,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
     const Maybe& norm_weight, const Maybe& norm_bias, double eps, const Maybe& residual,
     std::string activation) {
-  if (causal(x, weight)) {
-    auto found = causal_sgu_backward(grad, x, own(weight), bias, norm_weight, norm_bias, eps,
-                                     residual, activation);
-    Tensor grad_weight = fresh(weight), grad_own = own(torch::stable::zero_(grad_weight));
-    torch::stable::copy_(grad_own, std::get<1>(found));
-    std::get<1>(found) = grad_weight;
-    return found;
-  }
+  if (causal(x, weight))
+    return causal_sgu_backward(grad, x, weight, bias, norm_weight, norm_bias, eps, residual,
+                               activation);
   const Parameters p(x, computed(weight, x), bias, norm_weight, norm_bias);
   WindowedSgu f = arguments(x, p, eps, residual, activation);
   Tensor grad_x = fresh(x), grad_residual = residual ? fresh(*residual) : nothing(x);

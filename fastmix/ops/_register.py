@@ -133,7 +133,7 @@ class Operator:
         """Gradients of the arguments, None for those that are no tensors."""
         stored = ctx.saved_tensors
         args = self._restore(ctx, stored)
-        grads = tuple(stored[0].new_zeros(size, dtype=dtype) if g is None else g
+        grads = tuple(stored[0].new_zeros((), dtype=dtype).expand(size) if g is None else g
                       for g, (size, dtype) in zip(grads, ctx.sizes))
         if torch.is_grad_enabled():
             return self._pull(args)[1](grads)
