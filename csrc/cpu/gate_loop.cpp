@@ -586,7 +586,7 @@ Source states(const Tensor& x, bool steps) {
   const int64_t axes = x.dim();
   const int64_t numbers = x.size(axes - 1) * x.size(axes - 2) * x.size(axes - 3);
   return {x.const_data_ptr(), type_of(x.scalar_type()), x.stride(0),
-          steps ? x.stride(1) : 0, 1, 1, numbers};
+          steps ? x.stride(1) : 0, 1, 1, std::max<int64_t>(1, numbers)};
 }
 
 GateLoop arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& gates,
