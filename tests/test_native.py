@@ -100,23 +100,43 @@ def wide(operator, dtype):
     return {"x": randn(1, 3000, 335, dtype=dtype)}
 
 
-@pytest.mark.parametrize("operator", _native.KERNELS["cpu"])
-def test_the_same_bits_for_any_number_of_threads(operator):
+def check_bits(operator, tensors):
+    """The same for 1, 2 and 5 threads."""
     def run(tensors):
         out = getattr(ops, operator)(**tensors)
         return out if isinstance(out, tuple) else (out,)
 
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 5, 2):
+            torch.set_num_threads(count)
+            found.append(gradients(run, tensors))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("operator", _native.KERNELS["cpu"])
+def test_the_same_bits_for_any_number_of_threads(operator):
     for dtype in (torch.float32, torch.bfloat16):
-        tensors, threads = wide(operator, dtype), torch.get_num_threads()
-        try:
-            found = []
-            for count in (1, 2, 5, 2):
-                torch.set_num_threads(count)
-                found.append(gradients(run, tensors))
-        finally:
-            torch.set_num_threads(threads)
-        for other in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+        check_bits(operator, wide(operator, dtype))
+
+
+@pytest.mark.parametrize("h, d", [(102, 3), (43, 5), (29, 12), (3, 170)])
+def test_the_same_bits_where_heads_are_no_whole_vectors(h, d):
+    """A unit's last channels, fewer than a vector, may be rounded in another way."""
+    for dtype in (torch.complex64, torch.complex128):
+        check_bits("linear_scan", {"gates": 0.9 * randn(1, 63, h, dtype=dtype).sgn(),
+                                   "inputs": randn(1, 63, h, d, dtype=dtype)})
+
+
+def test_the_same_bits_beside_a_logit_of_zero():
+    """A gate's neighbours are not to be seen in its gradient."""
+    tensors = wide("gate_loop", torch.float32)
+    tensors["gate_logits"][0, :, 0] = 0
+    check_bits("gate_loop", tensors)
 
 
 @pytest.mark.parametrize("operator", _native.KERNELS["cpu"])
@@ -154,6 +174,69 @@ def test_what_is_not_finite_goes_where_the_definition_sends_it(case, value):
             assert torch.equal(found.isnan(), defined.isnan())
         there = defined.isfinite()
         torch.testing.assert_close(found[there], defined[there], rtol=1e-4, atol=1e-4)
+
+
+def test_infinities_outlast_the_powers_of_a_decay():
+    """decay^steps of a chunk is 0 or beyond double's range: 0 · ∞ where the definition has none."""
+    decay = torch.tensor([0, 1e-6, -1e-6, 0.5, 1, 1e6, -1e6, 1.5])
+    x, weight, state = torch.randn(1, 200, 8, 128), torch.randn(1, 200, 8, 128), torch.randn(1, 8, 128)
+    # Nothing at first for those that grow.
+    x[:, :150, 5:], state[:, 5:], weight[:, 40:, 5:] = 0, 0, 0
+    x[0, 3, :, 5], x[0, 70, :, 5] = float("inf"), -float("inf")
+    x[0, 30, :, 6], weight[0, 170, :, 7] = -float("inf"), float("inf")
+    tensors = {"x": x, "decay": decay, "initial_state": state}
+
+    def results(module):
+        given = leaves(tensors)
+        out = module.decay_conv(**given)
+        return out, *torch.autograd.grad(out, given.values(), weight)
+
+    for found, defined in zip(results(ops), results(fastmix.reference), strict=True):
+        torch.testing.assert_close(found, defined, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "gelu", "silu"])
+def test_activations_far_from_zero(activation):
+    sizes = torch.tensor([0, 1e-30, 1, 20, 87, 88, 100, 1e4, 1e30, 1e38, 3e38, float("inf")])
+    values = torch.cat([sizes, -sizes])[None, None]
+    ones, zeros = torch.ones(1, 1, 2 * values.shape[-1]), torch.zeros(1, 1, 2)
+
+    def results(module, dtype):
+        residual = values.to(dtype).requires_grad_()
+        out = module.windowed_sgu(ones.to(dtype), zeros.to(dtype), zeros[0, :, :1].to(dtype),
+                                  gate_residual=residual, activation=activation)
+        return out.double(), torch.autograd.grad(out.sum(), residual)[0].double()
+
+    defined = results(fastmix.reference, torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(results(ops, dtype), defined, rtol=1e-5, atol=1e-6,
+                                   equal_nan=True)
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is filled with NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_of_what_meets_nothing_are_zero(poisoned):
+    def zeros(found):
+        return all(torch.equal(t, torch.zeros_like(t)) for t in found)
+
+    for gates in ((1, 3, 2), (1, 3, 2, 0), (1, 3)):
+        assert zeros(gradients(lambda t: (ops.linear_scan(**t),), {
+            "gates": torch.rand(gates), "inputs": torch.randn(1, 3, 2, 0)}))
+    for dk, dv in ((0, 2), (2, 0), (0, 0), (1, 0)):
+        q, k = torch.randn(2, 1, 3, 2, dk).unbind(0)
+        assert zeros(gradients(lambda t: ops.gate_loop(**t, return_state=True), {
+            "q": q, "k": k, "v": torch.randn(1, 3, 2, dv), "gate_logits": torch.randn(1, 3, 2, 2)}))
+    assert zeros(gradients(lambda t: (ops.decay_conv(**t),), {
+        "x": torch.randn(2, 3, 2, 0), "decay": torch.rand(2), "gain": torch.rand(2)}))
+    assert zeros(gradients(lambda t: (ops.fft_conv(**t),), {
+        "x": torch.randn(2, 3, 2, 0), "kernel": torch.randn(3, 2), "skip": torch.randn(2, 0)}))
 
 
 def test_denormals_are_kept():
@@ -263,19 +346,44 @@ def test_data_loader_workers():
 
 
 def test_after_a_fork():
-    """The child has no threads but its own; torch's own operators may wait for ever there."""
+    """The child has no threads but its own; torch's own operators wait for ever there if they
+    are given more than 32,768 numbers."""
     ran = python("-c", """
 import os, signal, torch
 from fastmix import ops
 torch.set_num_threads(2)
-x, decay = torch.randn(1, 5000, 8, 64), torch.rand(8)
-expected = ops.decay_conv(x, decay)
-child = os.fork()
-if child == 0:
-    signal.alarm(30)
-    os._exit(0 if bytes(ops.decay_conv(x, decay).numpy()) == bytes(expected.numpy()) else 1)
-assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(ops.decay_conv(x, decay), expected)
+r = torch.randn
+calls = [
+    ("decay_conv", dict(x=r(16, 100, 16, 256), decay=torch.rand(16))),
+    ("gate_loop", dict(q=r(2, 90, 8, 64), k=r(2, 90, 8, 64), v=r(2, 90, 8, 64),
+                       gate_logits=r(2, 90, 8, 2))),
+    ("linear_scan", dict(gates=r(2, 300, 20, 30).sigmoid(),
+                         inputs=r(2, 30, 300, 20).permute(0, 2, 3, 1))),
+    ("fft_conv", dict(x=r(1, 300, 4, 64), kernel=r(300, 4))),
+    ("windowed_sgu", dict(x=r(1, 400, 128), weight=r(2, 512, 1024), bias=r(2, 512))),
+    ("windowed_sgu", dict(x=r(1, 600, 128).bfloat16(), weight=r(2, 256, 512).bfloat16(),
+                          bias=r(2, 256).bfloat16())),
+    ("causal_sgu", dict(x=r(1, 300, 128), weight=r(2, 300, 300).mT, bias=r(2, 300))),
+    ("cumulative_mean", dict(x=r(1, 500, 4, 8, 5).transpose(2, 4)))]
+for _, tensors in calls:
+    for t in tensors.values():
+        t.requires_grad_()
+
+def run(name, tensors, weight):
+    out = getattr(ops, name)(**tensors)
+    return [t.detach() for t in (out, *torch.autograd.grad(out, tensors.values(), weight))]
+
+for name, tensors in calls:
+    weight = torch.ones_like(getattr(ops, name)(**tensors))
+    expected = run(name, tensors, weight)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        same = [bytes(a.view(torch.uint8).numpy()) == bytes(b.view(torch.uint8).numpy())
+                for a, b in zip(run(name, tensors, weight), expected, strict=True)]
+        os._exit(0 if all(same) else 1)
+    assert os.waitpid(child, 0)[1] == 0, name
+    assert all(torch.equal(a, b) for a, b in zip(run(name, tensors, weight), expected))
 """)
     assert ran.returncode == 0, ran.stderr
 
@@ -381,6 +489,23 @@ def test_a_cache_that_others_can_write_to_is_refused(quick):
     assert f"{folder} can be written to by others" in ran.stdout and not any(folder.iterdir())
     forced = python("-c", "import fastmix", environment=quick | {"FASTMIX_IMPLEMENTATION": "native"})
     assert forced.returncode != 0 and "can be written to by others" in forced.stderr
+
+
+def test_a_cache_that_cannot_be_looked_at_is_no_error(quick, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    names = ["x" * 300] if os.access(closed, os.X_OK) else ["x" * 300, "closed/cache"]
+    for name in names:
+        ran = python("-c", CALL, environment=quick | {"FASTMIX_CACHE": str(tmp_path / name)})
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.startswith("1 fastmix runs its pure PyTorch fallback")
+        assert name in ran.stdout and "(set FASTMIX_CACHE)" in ran.stdout
+
+
+def test_the_cache_is_where_it_was_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTMIX_CACHE", "here")
+    assert _native.cache_folder() == tmp_path / "here"
 
 
 def test_without_a_compiler_the_fallback_runs_and_says_so_once(quick):
