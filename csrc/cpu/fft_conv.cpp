@@ -28,7 +28,8 @@ struct FftConv {
   Sink out, grad_kernel;
   double* grad_skip;   // (b, channels)
   void* spectra;  // of each kernel: 8 real parts, 8 imaginary parts, …
-  void* sums;     // (b, h, groups): spectra of the kernels' gradients
+  void* sums;     // (b, h, groups): spectra of the kernels' gradients; null if units are alone
+                  // with whole vectors of kernels, and need to keep none
 };
 
 }  // namespace fastmix
@@ -260,11 +261,33 @@ void spectra(const FftConv& f, int64_t begin, int64_t end) {
   }
 }
 
+// The gradients of `count` kernels from `first` on, from the sums of their spectra.
+template <class C>
+void write_lags(const FftConv& f, Buffers<C>& buffers, int64_t first, int64_t count,
+                const C* sums) {
+  const int64_t spectrum = 2 * f.plan.length, step = f.groups * spectrum;
+  const auto put = [&](int64_t lag, Vector<C> v) {
+    C values[Simd<C>::lanes];
+    store(values, v);
+    for (int64_t i = 0, run; i < count; i += run) {
+      const int64_t head = (first + i) % f.h;
+      run = smaller(count - i, f.h - head);
+      write(f.grad_kernel, (first + i) / f.h, lag, head, run, values + i);
+    }
+  };
+  transform(f.plan, static_cast<const Lanes<C>*>(nullptr), buffers.at, buffers.tile, f.lags,
+            Sums<C>{sums, count, f.plan.length, step, f.groups, spectrum, f.shared ? f.b : 1,
+                    f.h * step}, put);
+  for (int64_t lag = f.lags; lag < f.grad_kernel.n_size; ++lag) put(lag, Vector<C>{});
+}
+
 template <class C, bool backward, bool in_lanes>
 void units(const FftConv& f, int64_t begin, int64_t end) {
   using Leaf = Product<C, backward, in_lanes>;
   const int64_t length = f.plan.length;
   Buffers<C> buffers(Leaf::buffers, length);
+  const bool alone = backward && f.sums == nullptr;
+  C* const own = alone ? buffers.scratch.template take<C>(f.heads * 2 * length) : nullptr;
   for (int64_t i = begin; i < end; ++i) {
     const Unit u = unit_of(f, i);
     Leaf leaf{};
@@ -274,7 +297,7 @@ void units(const FftConv& f, int64_t begin, int64_t end) {
     leaf.d = f.d;
     leaf.sums_step = f.groups * 2 * length;
     if (backward) {
-      leaf.sums = static_cast<C*>(f.sums) +
+      leaf.sums = alone ? own : static_cast<C*>(f.sums) +
                   ((u.b * f.h + u.head) * f.groups + u.group) * 2 * length;
       memset(leaf.sums, 0, u.heads * 2 * length * sizeof(C));
     }
@@ -302,6 +325,8 @@ void units(const FftConv& f, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < count; ++i)
           f.grad_skip[u.b * f.out.channels + c0 + i] = points[i] / length;
     });
+    if constexpr (backward && in_lanes)
+      if (alone) write_lags<C>(f, buffers, kernel_index(f, u), u.heads, own);
   }
   if (f.streaming) streamed();
 }
@@ -315,24 +340,11 @@ void convolve(const FftConv& f, int64_t begin, int64_t end) {
 template <class C>
 void lags(const FftConv& f, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<C>::lanes;
-  const int64_t spectrum = 2 * f.plan.length, all = (f.shared ? 1 : f.b) * f.h;
+  const int64_t all = (f.shared ? 1 : f.b) * f.h, step = f.groups * 2 * f.plan.length;
   Buffers<C> buffers(1, f.plan.length);
-  for (int64_t first = begin * lanes; first < smaller(end * lanes, all); first += lanes) {
-    const int64_t count = smaller(lanes, all - first), step = f.groups * spectrum;
-    const auto put = [&](int64_t lag, Vector<C> v) {
-      C values[lanes];
-      store(values, v);
-      for (int64_t i = 0, run; i < count; i += run) {
-        const int64_t head = (first + i) % f.h;
-        run = smaller(count - i, f.h - head);
-        write(f.grad_kernel, (first + i) / f.h, lag, head, run, values + i);
-      }
-    };
-    transform(f.plan, static_cast<const Lanes<C>*>(nullptr), buffers.at, buffers.tile, f.lags,
-              Sums<C>{static_cast<C*>(f.sums) + first * step, count, f.plan.length, step,
-                      f.groups, spectrum, f.shared ? f.b : 1, f.h * step}, put);
-    for (int64_t lag = f.lags; lag < f.grad_kernel.n_size; ++lag) put(lag, Vector<C>{});
-  }
+  for (int64_t first = begin * lanes; first < smaller(end * lanes, all); first += lanes)
+    write_lags(f, buffers, first, smaller(lanes, all - first),
+               static_cast<const C*>(f.sums) + first * step);
 }
 
 // ---- Few lags: the products themselves ----
@@ -556,11 +568,13 @@ std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(const Tensor& grad, const T
   call.writes(grad_x);
   f.grad_kernel = sink(grad_kernel, kernel.size(-2), f.h);
   call.plan();
-  const Tensor sums = fresh(x, {f.b, f.h, f.groups, 2 * f.plan.length}, wide(x)),
+  const bool alone = f.d == 1 && (f.b == 1 || !f.shared);
+  const Tensor sums = alone ? nothing(x)
+                            : fresh(x, {f.b, f.h, f.groups, 2 * f.plan.length}, wide(x)),
                spectra = transformed(call, x);
-  f.sums = sums.mutable_data_ptr();
+  f.sums = alone ? nullptr : sums.mutable_data_ptr();
   spread(FASTMIX_KERNELS(fft_conv_backward), f, call.units);
-  spread(FASTMIX_KERNELS(fft_conv_lags), f, call.kernel_units);
+  if (!alone) spread(FASTMIX_KERNELS(fft_conv_lags), f, call.kernel_units);
   return {grad_x, grad_kernel, skip ? totals(by_sample, *skip) : nothing(x)};
 }
 
