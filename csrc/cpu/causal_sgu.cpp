@@ -3,7 +3,7 @@
 // Every step mixes all steps up to itself, so a unit of work is a block of a head's channels at
 // all steps: normalised, they stay in cache, and the lower triangle of the head's weight passes
 // by. Backward goes in phases. What a unit of one phase needs of others lies in two arrays of
-// the gate's size, of which the second is used twice.
+// the gate's size: one that is used twice, and the place of the gate's gradient if that will do.
 
 #include "sgu.h"
 
@@ -23,7 +23,8 @@ struct CausalSgu {
   int64_t n_, d_;
   void* statistics;  // (b, n, 2): mean and inverse deviation of the gate
   void* turned;      // (b, h, d_, n_), the normed gate; then its gradient (b, n, h, d_)
-  void* grad_mixed;  // (b, n, h, d_)
+  void* grad_mixed;  // (b, n, h, d_), with so many numbers from step to step:
+  int64_t mixed_row;
   Sink grad_weight;  // (h · s, as many columns of zeros as has the weight of others, and s)
   double* grad_bias;
   int64_t runs;      // of steps, each with its own sums: (runs, c)
@@ -102,9 +103,9 @@ struct Block {
     });
   }
 
-  // A row of an array (b, n, h, d_), from this block's channels on.
-  C* row_of(void* array, int64_t t) const {
-    return static_cast<C*>(array) + (b * f.n + t) * f.h * f.d_ + at;
+  // A step of an array (b, n, h, d_), from this block's channels on.
+  C* row_of(void* array, int64_t row, int64_t t) const {
+    return static_cast<C*>(array) + (b * f.n + t) * row + at;
   }
 
   void fetch(const Source& s, int64_t t, int64_t from) const {
@@ -188,7 +189,7 @@ void grad_mixed(const CausalSgu& f, int64_t begin, int64_t end) {
                             grad_res, block.count);
       }
       for (int64_t c = block.count; c < block.width; ++c) grad_mixed[c] = 0;
-      memcpy(block.row_of(f.grad_mixed, t), grad_mixed, block.width * sizeof(C));
+      memcpy(block.row_of(f.grad_mixed, f.mixed_row, t), grad_mixed, block.width * sizeof(C));
       write(f.grad_x, block.b, t, block.c0, block.count, grad_res);
       if (f.grad_residual.data)
         write(f.grad_residual, block.b, t, block.c0, block.count, grad_mixed);
@@ -205,7 +206,7 @@ void grad_weight(const CausalSgu& f, int64_t begin, int64_t end) {
   memset(zeros, 0, f.s * sizeof(C));
   const int64_t others = f.grad_weight.channels - f.s;
   memset(sums, 0, kStrip * f.n_ * sizeof(C));
-  const int64_t d = f.c / f.h, strips = (f.s + kStrip - 1) / kStrip, row = f.h * f.d_;
+  const int64_t d = f.c / f.h, strips = (f.s + kStrip - 1) / kStrip, row = f.mixed_row;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t head = i / strips, first = i % strips * kStrip;
     const int64_t rows = smaller(kStrip, f.n - first);
@@ -240,10 +241,10 @@ void grad_normed(const CausalSgu& f, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     block.place(i);
     for (int64_t t = 0; t < f.n; ++t)
-      memcpy(grad + t * kBlock, block.row_of(f.grad_mixed, t), block.width * sizeof(C));
+      memcpy(grad + t * kBlock, block.row_of(f.grad_mixed, f.mixed_row, t), block.width * sizeof(C));
     block.multiply(true, grad, found);
     for (int64_t t = 0; t < f.n; ++t)
-      memcpy(block.row_of(f.turned, t), found + t * kBlock, block.width * sizeof(C));
+      memcpy(block.row_of(f.turned, f.h * f.d_, t), found + t * kBlock, block.width * sizeof(C));
   }
 }
 
@@ -364,10 +365,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> causal_sgu_backward(
   f.grad_x = sink(grad_x, f.n, 2 * f.c);
   if (residual) f.grad_residual = sink(grad_residual, f.n, f.c);
   f.grad_weight = sink(grad_weight, f.h * f.s, weight.size(2));
+  const bool fits = x.scalar_type() == wide(x) && f.h * f.d_ == f.c;  // into grad_x, for now
   const Tensor turned = fresh(x, {f.b, f.h * f.d_, f.n_}, wide(x)),
-               grad_mixed = fresh(x, {f.b, f.n, f.h * f.d_}, wide(x));
+               grad_mixed = fits ? nothing(x) : fresh(x, {f.b, f.n, f.h * f.d_}, wide(x));
   f.turned = turned.mutable_data_ptr();
-  f.grad_mixed = grad_mixed.mutable_data_ptr();
+  f.mixed_row = fits ? 2 * f.c : f.h * f.d_;
+  f.grad_mixed = fits ? static_cast<char*>(f.grad_x.data) + f.c * x.element_size()
+                      : grad_mixed.mutable_data_ptr();
   f.runs = std::max<int64_t>(1, std::min<int64_t>(f.b * f.n / kNormed, 16));
   std::vector<double> by_bias(f.h * f.s), by_scale(f.runs * f.c), by_shift(f.runs * f.c);
   f.grad_bias = by_bias.data();
