@@ -276,7 +276,7 @@ _Apply.forward.__signature__ = inspect.signature(_Apply.forward)
 # Backward starts again from every 64th state. Those of heads are large: on devices whose
 # kernels walk along time anyway, fewer are kept.
 CARRY_EVERY = 64
-HEADS_CARRY_EVERY = {"cpu": 256}
+HEADS_CARRY_EVERY = {"cpu": 512}
 
 
 def carry_count(n, carry_every):
