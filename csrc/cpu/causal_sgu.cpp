@@ -241,7 +241,8 @@ void grad_normed(const CausalSgu& f, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     block.place(i);
     for (int64_t t = 0; t < f.n; ++t)
-      memcpy(grad + t * kBlock, block.row_of(f.grad_mixed, f.mixed_row, t), block.width * sizeof(C));
+      memcpy(grad + t * kBlock, block.row_of(f.grad_mixed, f.mixed_row, t),
+             block.width * sizeof(C));
     block.multiply(true, grad, found);
     for (int64_t t = 0; t < f.n; ++t)
       memcpy(block.row_of(f.turned, f.h * f.d_, t), found + t * kBlock, block.width * sizeof(C));

@@ -201,7 +201,8 @@ LinearScan arguments(const Tensor& gates, const Tensor& inputs, bool reverse,
   f.complex = is_complex(gates) || is_complex(inputs);
   // Whole heads; if complex, whole vectors too: a compiler fuses the products of what is left
   // over from those in another way.
-  const int64_t d = std::max<int64_t>(1, f.d), least = f.complex ? 16 / std::gcd<int64_t>(d, 16) : 1;
+  const int64_t d = std::max<int64_t>(1, f.d);
+  const int64_t least = f.complex ? 16 / std::gcd<int64_t>(d, 16) : 1;
   f.block = std::max<int64_t>(1, channel_block(b, f.heads * d, 512) / d);
   f.block = (f.block + least - 1) / least * least;
   f.doubles = is_double(gates) || is_double(inputs) ||
