@@ -152,7 +152,7 @@ def examine(function, kernel):
 # ---- the table: python bench/triton_static.py [--check] [--targets sm90 …]
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = ("bfloat16", "float32", "float64")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 SAMPLE = 16  # of so many kernels that have not changed, one is compiled again all the same
 
 
@@ -193,11 +193,13 @@ def _launches(dtypes):
                 inputs = empty(b, n, c, dtype=gates)
                 yield "linear_scan", (b, n, c), gates, both(
                     "linear_scan", 1, inputs, inputs, None, False, 64)
-        for b, n, h, d in ((8, 4096, 1024, 1), (1, 65536, 1024, 1), (8, 4096, 64, 16),
-                           (8, 4096, 16, 64), (8, 4096, 8, 128), (2, 4096, 4, 256)):
-            q, logits = empty(b, n, h, d, dtype=dtype), empty(b, n, h, 2, dtype=dtype)
-            yield "gate_loop", (b, n, h, d), dtype, both(
-                "gate_loop", 2, q, q, q, None, logits, None, 64)
+        for b, n, h, dk, *dv in ((8, 4096, 1024, 1), (1, 65536, 1024, 1), (8, 4096, 64, 16),
+                                 (8, 4096, 16, 64), (8, 4096, 8, 128), (2, 4096, 4, 256),
+                                 (2, 4096, 8, 64, 128), (2, 4096, 8, 16, 256)):
+            q, logits = empty(b, n, h, dk, dtype=dtype), empty(b, n, h, 2, dtype=dtype)
+            v = empty(b, n, h, *dv or [dk], dtype=dtype)
+            yield "gate_loop", (b, n, h, dk, *dv), dtype, both(
+                "gate_loop", 2, q, q, v, None, logits, None, 64)
         for w, h in ((16, 4), (128, 4), (128, 1), (512, 4), (1024, 4)):
             b, n, c = 8, 8192, 512
             x = empty(b, n, 2 * c, dtype=dtype)
@@ -231,6 +233,11 @@ def measure(targets, dtypes, progress, skip):
 KEY = ("operator", "target", "dtype", "shape", "name", "constants", "arguments")
 
 
+def _narrow(widths, most):
+    """How many of the loads or stores move at most so many bits."""
+    return sum(count for bits, count in widths.items() if int(bits) <= most)
+
+
 def worse(rows, table):
     """Lines that say where `rows` are worse than the committed table."""
     known = {tuple(str(r[k]) for k in KEY): r for r in table}
@@ -246,8 +253,10 @@ def worse(rows, table):
                 lines.append(f"{name}: {count} {before[count]} -> {row[count]}")
         if row["matrix"] < before["matrix"] or (row["matrix"] == 0) != (before["matrix"] == 0):
             lines.append(f"{name}: tensor-core instructions {before['matrix']} -> {row['matrix']}")
-        if row["loads"] and min(map(int, row["loads"])) < min(map(int, before["loads"])):
-            lines.append(f"{name}: loads {before['loads']} -> {row['loads']}")
+        for moved in ("loads", "stores"):
+            if any(_narrow(row[moved], bits) > _narrow(before[moved], bits)
+                   for bits in (8, 16, 32, 64)):
+                lines.append(f"{name}: {moved} {before[moved]} -> {row[moved]}")
     return lines
 
 

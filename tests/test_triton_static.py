@@ -12,9 +12,13 @@ import pytest
 BENCH = Path(__file__).parent.parent / "bench"
 
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: there are no wheels for it here")
+
+
 @pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None,
-                    reason="Triton is not installed: there are no wheels for it here")
+@needs_triton
 def test_no_kernel_is_worse_than_the_table(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     import triton_static
@@ -29,9 +33,26 @@ def test_no_kernel_is_worse_than_the_table(monkeypatch):
     assert "none worse" in ran.stdout
 
 
+@needs_triton
+def test_a_wider_load_that_becomes_narrow_is_worse(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    from triton_static import KEY, worse
+
+    row = dict.fromkeys(KEY, "any") | dict(
+        spills=0, stack=0, registers=64, shared=0, matrix=0, loads={"128": 8, "16": 4}, stores={})
+    assert worse([row], [row]) == []
+    assert worse([row | {"loads": {"128": 7, "16": 6}}], [row])
+    assert worse([row | {"stores": {"32": 1}}], [row])
+
+
+# Bytes of shared memory. Consumer cards (8.6, 8.9, 12.0) are launched like 8.0.
+SHARED = {"sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
+
+
 @pytest.mark.parametrize("path", sorted((BENCH / "results").glob("triton-static*.json")),
                          ids=lambda path: path.stem)
 def test_no_kernel_of_a_table_spills(path):
     kernels = json.loads(path.read_text())["kernels"]
     assert {row["target"] for row in kernels} == {"sm80", "sm90", "sm100", "gfx942"}
     assert [row for row in kernels if row["spills"] or row["stack"]] == []
+    assert [row for row in kernels if row["shared"] > SHARED[row["target"]]] == []

@@ -29,7 +29,7 @@ def gate_loop(q, k, v, gates=None, *, gate_logits=None, initial_state=None, retu
 
     Linear in n. With dk = dv = 1 (one head per channel, the paper's setting) it is a scan
     per channel; larger heads run in chunks of matrix products. States are never stored:
-    backward recomputes them from every 64th, those of heads on CPUs from every 256th.
+    backward recomputes them from every 64th, those of heads on CPUs from every 512th.
 
     Args:
         q, k: (b, n, h, dk), real, any strides

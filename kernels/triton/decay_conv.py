@@ -68,7 +68,7 @@ def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_n, x_h, 
                 p, q = decay * g, decay * q + g
             else:
                 p = decay * p + rows[r].to(dtype)
-        pointers += ROWS * x_n
+        pointers += ROWS * tl.cast(x_n, tl.int64)
     none = tl.zeros((1, COLS), dtype)
     mixed = power(decay, run - 1, 31)
     factor = tl.broadcast_to(decay * mixed, p.shape)

@@ -194,10 +194,10 @@ def _forward(q, k, v, gates, entries, out, last, carries,
         qs = _fetch(q, q_n, inside, left, STEPS)
         ks = _fetch(k, k_n, inside, left, STEPS)
         vs = _fetch(v, v_n, inside, left, STEPS)
-        q += ROWS * STEPS * q_n
-        k += ROWS * STEPS * k_n
-        v += ROWS * STEPS * v_n
-        gates += ROWS * STEPS * g_n
+        q += ROWS * STEPS * tl.cast(q_n, tl.int64)
+        k += ROWS * STEPS * tl.cast(k_n, tl.int64)
+        v += ROWS * STEPS * tl.cast(v_n, tl.int64)
+        gates += ROWS * STEPS * tl.cast(g_n, tl.int64)
         later = _left(end, time + ROWS * STEPS, ROWS * STEPS)
         next_gates = _fetch_pairs(gates, g_part, g_n, inside, later, PACKED, STEPS)
 
@@ -341,11 +341,11 @@ def _backward(grad, q, k, v, gates, carries, asked, grad_q, grad_k, grad_v, grad
                 grad_v -= h
                 grad_gates -= gates_h
 
-        grad -= CARRY_EVERY * d_n
-        q -= CARRY_EVERY * q_n
-        k -= CARRY_EVERY * k_n
-        v -= CARRY_EVERY * v_n
-        gates -= CARRY_EVERY * g_n
+        grad -= CARRY_EVERY * tl.cast(d_n, tl.int64)
+        q -= CARRY_EVERY * tl.cast(q_n, tl.int64)
+        k -= CARRY_EVERY * tl.cast(k_n, tl.int64)
+        v -= CARRY_EVERY * tl.cast(v_n, tl.int64)
+        gates -= CARRY_EVERY * tl.cast(g_n, tl.int64)
         carries -= c_n
         grad_k -= (CARRY_EVERY - STEPS) * h
         grad_v -= (CARRY_EVERY - STEPS) * h

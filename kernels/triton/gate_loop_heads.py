@@ -22,7 +22,7 @@ from fastmix._triton.gate_tree import (
 from fastmix._triton.matrices import (
     dot, dot_sums, load_rows, load_state, load_strided_state, rounded, store_rows, store_state,
     sums_dot)
-from fastmix._triton.target import arch, registers
+from fastmix._triton.target import arch, float32_precision, registers
 
 
 @triton.jit(do_not_specialize=["n", "heads", "chunks"])
@@ -294,33 +294,44 @@ def _precision(dtype):
     if dtype == torch.float64 or not arch():
         return "ieee"
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        return float32_precision()
     return "tf32x3"  # exact for the 16-bit side, as good as float32 for the other
 
 
-def _chunk(dtype):
-    """Steps per chunk: 64, fewer where products are not for tensor cores of 16-bit data, or
-    those spread 64 steps over too few registers."""
-    sixteen = 64 if arch() in (0, 90, 100, 101, 103) else 32
-    return {torch.float32: 32, torch.float64: 16}.get(dtype, sixteen)
+def _lopsided(q, v):
+    """Whether one of dk and dv takes many more blocks than the other: such loops spill sooner."""
+    small, large = sorted((q.shape[-1], v.shape[-1]))
+    return large > 2 * max(16, small)
+
+
+def _chunk(q, v):
+    """Steps per chunk: 64, fewer where products are not all for tensor cores of bfloat16, or
+    those spread 64 steps over too few registers. States are out of float16's range."""
+    if q.dtype == torch.float64:
+        return 16
+    roomy = arch() in (0, 90, 100, 101, 103) and not _lopsided(q, v)
+    return 64 if q.dtype == torch.bfloat16 and roomy else 32
 
 
 def _options(q, v, logits, width=32, **others):
     """What every kernel is compiled for; blocks of v are at most `width` wide."""
-    dk, dv, c = q.shape[-1], v.shape[-1], _chunk(q.dtype)
+    dk, dv, c = q.shape[-1], v.shape[-1], _chunk(q, v)
+    most, warps = c, 4 if arch() in (0, 90) else 8
+    if _lopsided(q, v) and q.dtype != torch.float64:
+        most, warps, others = 16, 8, registers(255) | others
 
     def block(size, largest):
         return min(max(16, triton.next_power_of_2(size)), largest)
 
     return dict(LOGITS=logits, SUMS=tl.float64 if q.dtype == torch.float64 else tl.float32,
-                DK=dk, DV=dv, BK=block(dk, min(c, 64)), BV=block(dv, min(c, width)), C=c,
+                DK=dk, DV=dv, BK=block(dk, most), BV=block(dv, min(most, width)), C=c,
                 LEVELS=c.bit_length() - 1, PRECISION=_precision(q.dtype),
-                num_warps=4 if arch() in (0, 90) else 8, **others)
+                num_warps=warps, **others)
 
 
 def _narrow(options, dtype, oldest):
-    """With fewer rows of a state at once, where 16-bit data and all of them would spill."""
-    narrow = dtype.itemsize == 2 and oldest <= arch() < 100
+    """With fewer rows of a state at once, where bfloat16 and all of them would spill."""
+    narrow = dtype == torch.bfloat16 and oldest <= arch() < 100
     return dict(options, BK=min(options["BK"], options["C"] // 2 if narrow else 64))
 
 
@@ -343,7 +354,7 @@ def _states(q, k, v, gates, logits, initial_state):
     """The state before every chunk and the last one, which also comes as a copy."""
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    chunks = triton.cdiv(n, _chunk(q.dtype))
+    chunks = triton.cdiv(n, _chunk(q, v))
     states = q.new_empty(b, chunks + 1, h, dk, dv, 2, dtype=wide)
     last = q.new_empty(b, h, dk, dv, 2, dtype=wide)
     if b:
@@ -368,7 +379,7 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
         grid = (b * h * chunks * triton.cdiv(dv, options["BV"]),)
         _outputs[grid](*_strided(q, k, v, gates), states, out, n, h, chunks, num_stages=2,
                        **_narrow(options, q.dtype, 90))
-    apart = carry_every // _chunk(q.dtype)
+    apart = carry_every // _chunk(q, v)
     if not carry_every:
         states = states.new_empty(b, 0, h, dk, dv, 2)
     elif apart > 1:
@@ -385,14 +396,14 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
     grad_initial = None if initial_state is None else carries.new_empty(b, h, dk, dv)
     if b:
         gates = given if logits else _real(gates)
-        if _chunk(q.dtype) == carry_every:
+        if _chunk(q, v) == carry_every:
             states = _real(carries.contiguous())
         else:
             states, _ = _states(q, k, v, gates, logits, initial_state)
         chunks = states.shape[1] - 1
         adjoints = states.new_empty(b, chunks, h, dk, dv, 2)
         options = _options(q, v, logits)
-        if q.dtype == torch.float32 and arch():
+        if q.dtype in (torch.float32, torch.float16) and arch():
             options["num_warps"] = 8  # in four it spills on CUDA 9
         _walk_adjoints[_walk_grid(b, h, options)](
             *_strided(q, grad, gates, _real(grad_state)), adjoints, _real(grad_initial),
@@ -404,6 +415,8 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
         narrow = _narrow(options, q.dtype, 80)
         if q.dtype == torch.float32 and arch() == 90 and max(dk, dv) > 64:
             narrow |= registers(168)
+        if q.dtype == torch.float16:
+            narrow["BK"] = 16
         if q.dtype == torch.float64 and arch():
             narrow["num_stages"] = 2  # loaded to shared memory, past registers
         _gradients[(b * h * chunks,)](

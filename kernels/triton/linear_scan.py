@@ -178,7 +178,7 @@ def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d
     for _ in range(0, run, ROWS):
         time = _time(step, count * length, FLIPPED)
         a_rows = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
-                            time, n, gate_inside, 1, dtype, FLIPPED, GATES, ROWS)
+                            time, n, gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
         x_rows = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n,
                             time, n, inside, 0, dtype, FLIPPED, INPUTS, ROWS)
         for r in tl.static_range(ROWS):
@@ -210,7 +210,7 @@ def _enter_segment(ends, state, batch, segment, count, channels, channel, inside
         for r in tl.static_range(4):
             ours = (at + r < segment) & inside
             here = ends + (at + r) * 2 * channels * size
-            state = _plus(_times(_load(here, ours, 1, dtype, STATES), state),
+            state = _plus(_times(_load(here, ours, 1.0, dtype, STATES), state),
                           _load(here + channels * size, ours, 0, dtype, STATES))
     return state
 
@@ -242,7 +242,7 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
     step = segment * length + tl.arange(0, RUNS)[:, None] * ROWS
     time = _time(step, count * length, FLIPPED)
     next_a = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
-                        time, n, gate_inside, 1, dtype, FLIPPED, GATES, ROWS)
+                        time, n, gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
     next_x = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n,
                         time, n, inside, 0, dtype, FLIPPED, INPUTS, ROWS)
     for _ in range(0, length, ROWS * RUNS):
@@ -251,7 +251,7 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
         time = _time(step, count * length, FLIPPED)
         more = step < count * length
         next_a = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
-                            time, n, more & gate_inside, 1, dtype, FLIPPED, GATES, ROWS)
+                            time, n, more & gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
         next_x = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n,
                             time, n, more & inside, 0, dtype, FLIPPED, INPUTS, ROWS)
         factor, h = a_rows[0], x_rows[0]
@@ -305,7 +305,7 @@ def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n
     for tile in range(0, length, ROWS * RUNS):
         grads, now = next_grads, time
         a_rows = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
-                            time, n, gate_inside, 1, dtype, FLIPPED, GATES, ROWS)
+                            time, n, gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
         x_rows = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n, time, n,
                             inside, 0, dtype, FLIPPED, INPUTS, ROWS)
         step += ROWS * RUNS

@@ -1,5 +1,6 @@
 """What kernels are compiled for, and what they are told about its registers."""
 
+import torch
 import triton
 
 from fastmix._triton import interpreted
@@ -16,6 +17,11 @@ def arch():
 def is_amd():
     return not interpreted() and (
         triton.runtime.driver.active.get_current_target().backend == "hip")
+
+
+def float32_precision():
+    """How products of float32 operands are formed: torch's own switch."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def registers(most):

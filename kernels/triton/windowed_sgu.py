@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fastmix._triton import interpreted
 from fastmix._triton.activation import activate
-from fastmix._triton.target import arch, registers
+from fastmix._triton.target import arch, float32_precision, registers
 from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, place
 
 SCRATCH = 1 << 25  # bytes of the mixture's gradient at once
@@ -378,13 +378,14 @@ class _Plan:
         self.shape = dict(HEADS=h, DIM=d, WINDOW=self.w)
         self.types = dict(
             OPERAND=TYPES[self.wide if interpreted() else self.operand],
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee")
+            PRECISION=float32_precision())
         self.rounded = dict(ROUNDED=TYPES[self.operand])
         columns, size = _power(self.c), self.wide.itemsize
         self.row = dict(COLUMNS=columns, num_warps=max(4, min(32, columns * size // 2048)))
         self.rows = max(1, 8192 // size // columns)
         self.gate = x[..., self.c :], x.stride()
-        mean, inverse = x.new_empty(2, b, n, dtype=self.wide)
+        # Apart: Triton compiles anew for what does not begin at a multiple of 16 bytes.
+        mean, inverse = (x.new_empty(b, n, dtype=self.wide) for _ in range(2))
         _statistics[(-(-b * n // self.rows),)](
             self.gate[0], mean, inverse, b * n, n, self.c, x.stride(), EPS=eps, ROWS=self.rows,
             **self.row)
@@ -552,8 +553,7 @@ def _stretches(b, n, c, plan, whole):
 def _total(parts, like):
     """parts (groups, …) → their sum in the dtype of `like`."""
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    groups = min(256, triton.next_power_of_2(parts.shape[0]))
-    block = min(512, 16384 // parts.element_size() // groups)
+    block = 512 // parts.element_size()
     _add_groups[(-(-out.numel() // block),)](
-        parts, out, parts.shape[0], parts.stride(0), out.numel(), GROUPS=groups, BLOCK=block)
+        parts, out, parts.shape[0], parts.stride(0), out.numel(), GROUPS=32, BLOCK=block)
     return out

@@ -142,7 +142,7 @@ def test_rounding_with_the_chunks_and_parts_of(arch, edge, dtype, logits, monkey
 def test_definition_with_weights_in_parts(monkeypatch):
     """What only 16-bit data has on a GPU, exactly."""
     monkeypatch.setattr(gate_loop_heads, "arch", lambda: 90)
-    monkeypatch.setattr(gate_loop_heads, "_chunk", lambda dtype: 64)
+    monkeypatch.setattr(gate_loop_heads, "_chunk", lambda *_: 64)
     tensors = draw(67, 5, 3, True, True)
     weights = weights_for(tensors, F64)
     for found, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
