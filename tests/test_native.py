@@ -224,20 +224,10 @@ def poisoned():
 
 
 def test_gradients_of_what_meets_nothing_are_zero(poisoned):
-    def zeros(found):
-        return all(torch.equal(t, torch.zeros_like(t)) for t in found)
-
     for gates in ((1, 3, 2), (1, 3, 2, 0), (1, 3)):
-        assert zeros(gradients(lambda t: (ops.linear_scan(**t),), {
-            "gates": torch.rand(gates), "inputs": torch.randn(1, 3, 2, 0)}))
-    for dk, dv in ((0, 2), (2, 0), (0, 0), (1, 0)):
-        q, k = torch.randn(2, 1, 3, 2, dk).unbind(0)
-        assert zeros(gradients(lambda t: ops.gate_loop(**t, return_state=True), {
-            "q": q, "k": k, "v": torch.randn(1, 3, 2, dv), "gate_logits": torch.randn(1, 3, 2, 2)}))
-    assert zeros(gradients(lambda t: (ops.decay_conv(**t),), {
-        "x": torch.randn(2, 3, 2, 0), "decay": torch.rand(2), "gain": torch.rand(2)}))
-    assert zeros(gradients(lambda t: (ops.fft_conv(**t),), {
-        "x": torch.randn(2, 3, 2, 0), "kernel": torch.randn(3, 2), "skip": torch.randn(2, 0)}))
+        found = gradients(lambda t: (ops.linear_scan(**t),), {
+            "gates": torch.rand(gates), "inputs": torch.randn(1, 3, 2, 0)})
+        assert all(torch.equal(t, torch.zeros_like(t)) for t in found)
 
 
 def test_denormals_are_kept():
