@@ -21,6 +21,11 @@ CARRY_EVERY = tl.constexpr(64)
 
 
 @triton.jit
+def _far(stride):
+    return tl.cast(stride, tl.int64)
+
+
+@triton.jit
 def _left(end, time, most: tl.constexpr):
     """Steps from `time` on, in 32 bits."""
     return tl.minimum(end - time, most).to(tl.int32)
@@ -163,7 +168,10 @@ def _forward(q, k, v, gates, entries, out, last, carries,
              q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, g_b, g_n, g_h, g_part,
              e_b, e_chunk, e_h, e_part,
              ACTIVATE: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
-             C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):
+             C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+             FAR: tl.constexpr):
+    if FAR:
+        q_n, k_n, v_n, g_n = _far(q_n), _far(k_n), _far(v_n), _far(g_n)
     block, chunk, batch = _place(blocks, chunks)
     row, channel = _axes(block, C, WIDTH, ROWS)
     begin = chunk * length
@@ -194,10 +202,10 @@ def _forward(q, k, v, gates, entries, out, last, carries,
         qs = _fetch(q, q_n, inside, left, STEPS)
         ks = _fetch(k, k_n, inside, left, STEPS)
         vs = _fetch(v, v_n, inside, left, STEPS)
-        q += ROWS * STEPS * tl.cast(q_n, tl.int64)
-        k += ROWS * STEPS * tl.cast(k_n, tl.int64)
-        v += ROWS * STEPS * tl.cast(v_n, tl.int64)
-        gates += ROWS * STEPS * tl.cast(g_n, tl.int64)
+        q += ROWS * STEPS * q_n
+        k += ROWS * STEPS * k_n
+        v += ROWS * STEPS * v_n
+        gates += ROWS * STEPS * g_n
         later = _left(end, time + ROWS * STEPS, ROWS * STEPS)
         next_gates = _fetch_pairs(gates, g_part, g_n, inside, later, PACKED, STEPS)
 
@@ -250,7 +258,9 @@ def _backward(grad, q, k, v, gates, carries, asked, grad_q, grad_k, grad_v, grad
               a_b, a_chunk, a_h, a_part, c_b, c_n, c_h, c_part,
               ACTIVATE: tl.constexpr, PACKED: tl.constexpr, PACKED_OUT: tl.constexpr,
               WIDE: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-              STEPS: tl.constexpr):
+              STEPS: tl.constexpr, FAR: tl.constexpr):
+    if FAR:
+        d_n, q_n, k_n, v_n, g_n = _far(d_n), _far(q_n), _far(k_n), _far(v_n), _far(g_n)
     tl.static_assert(ROWS * STEPS == CARRY_EVERY)
     block, chunk, batch = _place(blocks, chunks)
     row, channel = _axes(block, C, WIDTH, ROWS)
@@ -341,11 +351,11 @@ def _backward(grad, q, k, v, gates, carries, asked, grad_q, grad_k, grad_v, grad
                 grad_v -= h
                 grad_gates -= gates_h
 
-        grad -= CARRY_EVERY * tl.cast(d_n, tl.int64)
-        q -= CARRY_EVERY * tl.cast(q_n, tl.int64)
-        k -= CARRY_EVERY * tl.cast(k_n, tl.int64)
-        v -= CARRY_EVERY * tl.cast(v_n, tl.int64)
-        gates -= CARRY_EVERY * tl.cast(g_n, tl.int64)
+        grad -= CARRY_EVERY * d_n
+        q -= CARRY_EVERY * q_n
+        k -= CARRY_EVERY * k_n
+        v -= CARRY_EVERY * v_n
+        gates -= CARRY_EVERY * g_n
         carries -= c_n
         grad_k -= (CARRY_EVERY - STEPS) * h
         grad_v -= (CARRY_EVERY - STEPS) * h
@@ -456,6 +466,11 @@ def _gate_views(gates, gate_logits):
     return x.view(torch.int32 if x.element_size() == 2 else torch.int64), number
 
 
+def _leaves_32_bits(*tensors):
+    """Whether a tile of time does."""
+    return max(t.stride(1) for t in tensors) * CARRY_EVERY.value >= 1 << 31
+
+
 def _wide_dtype(dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -483,7 +498,7 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
         n, h, blocks, chunks, length, count,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *x.stride(),
         *((0, 0, 0, 0) if entries is None else entries.stride()),
-        **flags)
+        **flags, FAR=_leaves_32_bits(q, k, v, x))
     return out, last, carries
 
 
@@ -529,6 +544,6 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
             n, h, blocks, chunks, length, carries.shape[1],
             *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *x.stride(),
             *asked.stride(), *c.stride(),
-            **flags, PACKED_OUT=packed_out)
+            **flags, PACKED_OUT=packed_out, FAR=_leaves_32_bits(grad, q, k, v, x))
     return (grad_q, grad_k, grad_v, None if gates is None else grad_gates,
             None if gate_logits is None else grad_gates, grad_entry)

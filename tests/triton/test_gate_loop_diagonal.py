@@ -109,6 +109,17 @@ def test_gradients_of_slices_of_one_projection(dtype, value, gradient, logits):
     check(tensors, value, gradient)
 
 
+def test_time_strides_whose_tiles_leave_32_bits():
+    """Slices of one tensor of more than 2^31 numbers, of which hardly any page is touched."""
+    dtype, value, gradient = next(r for r in ROUNDING if r[0] == torch.bfloat16)
+    tensors, far = draw(66, dtype, state=False), 1 << 25
+    base = torch.empty(66 * far, dtype=dtype, device=DEVICE)
+    for at, name in enumerate(("q", "k", "v", "gate_logits")):
+        x = tensors[name]
+        tensors[name] = base.as_strided(x.shape, (1, far, 1, 1), 2 * at).copy_(x)
+    check(tensors, value, gradient)
+
+
 @pytest.mark.parametrize("dtype, value, gradient", ROUNDING[1:])
 def test_split_logits_in_half_precision(dtype, value, gradient):
     tensors = draw(37, dtype, h=2)
