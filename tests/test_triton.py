@@ -86,3 +86,17 @@ def test_kernels_are_the_same_for_all_lengths_and_batches(name, sizes, monkeypat
         assert len(keys) > 1 and not compiled
         made_from.append(keys)
     assert made_from[0] == made_from[1]
+
+
+@needs_triton
+@pytest.mark.parametrize("switch, expected", [
+    ("pass", "ieee"), ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+    ("torch.set_float32_matmul_precision('high')", "tf32"),
+    ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", "ieee")])
+def test_every_switch_of_torch_for_tf32_is_honoured(switch, expected):
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import torch; {switch}; "
+         "from fastmix._triton.target import float32_precision; print(float32_precision())"],
+        capture_output=True, text=True)
+    assert ran.stdout.strip() == expected, ran.stderr
