@@ -10,7 +10,6 @@ such and has no time.
 
 import argparse
 import importlib
-import json
 import math
 import sys
 from collections.abc import Callable

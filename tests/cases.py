@@ -160,6 +160,8 @@ CASES = {
     "windowed_sgu-plain": Case("windowed_sgu", _sgu(lambda n: (4, 8), (), False), {}),
     "causal_sgu": Case(
         "causal_sgu", _sgu(lambda n: (n + 3, n + 3), AFFINE, True), {"activation": "tanh"}),
+    "causal_sgu-plain": Case(
+        "causal_sgu", _sgu(lambda n: (n, n), (), False), {"activation": "silu"}),
     "causal_sgu-shift": Case(
         "causal_sgu", _sgu(lambda n: (n, n), AFFINE[1:], False), {"activation": "silu"}),
     "cumulative_mean": Case("cumulative_mean", _cumulative_mean, {}),

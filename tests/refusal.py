@@ -4,7 +4,8 @@ import pytest
 import torch
 
 
-def check_refusal(operator, args, options, error, message):
-    for call in (operator, torch.compile(operator, backend="eager")):
-        with pytest.raises(error, match=f"{operator.__name__}: {message}"):
-            call(*args, **options)
+def check_refusal(call, args, options, error, message, name=None):
+    """Of an operator, or of a module of that name."""
+    for run in (call, torch.compile(call, backend="eager")):
+        with pytest.raises(error, match=f"^{name or call.__name__}: {message}"):
+            run(*args, **options)

@@ -13,6 +13,7 @@ import torch
 from cases import distance
 from g_mlp_gpt import g_mlp_gpt
 from gateloop_transformer import gateloop_transformer
+from refusal import check_refusal
 from torch.nn import Linear
 
 from fastmix import nn
@@ -226,10 +227,7 @@ def test_feed_forward_is_a_plain_sequential(file):
 
 
 def check_refused(module, x, error, message):
-    """In these words, eager and compiled alike."""
-    for call in (module, torch.compile(module, backend="eager")):
-        with pytest.raises(error, match=f"^{name_of(module)}: {message}"):
-            call(x)
+    check_refusal(module, (x,), {}, error, message, name_of(module))
 
 
 @every(SEQUENCE_MODULES, FEATURE_MODULES, OTHER_MODULES)
