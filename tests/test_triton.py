@@ -43,12 +43,13 @@ def gate_loop(b, n, h, d):
     return q, q, q, None, empty(b, n, h, 2), empty(b, h, d, d, dtype=torch.complex64), 64
 
 
-def windowed_sgu(b, n, w):
-    return (empty(b, n, 1024), empty(4, w, 2 * w), empty(4, w), empty(512), empty(512), 1e-5,
-            None, "gelu")
+def windowed_sgu(b, n, w, c=512, residual=False):
+    return (empty(b, n, 2 * c), empty(2, w, 2 * w), empty(2, w), empty(c), empty(c), 1e-5,
+            empty(b, n, c) if residual else None, "gelu")
 
 
-# Name → operator, and what its forward takes for b sequences of n steps.
+# Name → operator, and what its forward takes for b sequences of n steps. Of "odd" widths, and of
+# gates for few heads, it depends on n whether a sequence begins at a multiple of 16 elements.
 LAUNCHES = {
     "decay_conv": ("decay_conv", lambda b, n: (
         empty(b, n, 8, 64), empty(8), empty(8), empty(b, 8, 64, dtype=torch.float32), 64)),
@@ -59,14 +60,26 @@ LAUNCHES = {
     "gate_loop-heads": ("gate_loop", lambda b, n: gate_loop(b, n, 8, 64)),
     "windowed_sgu-walk": ("windowed_sgu", lambda b, n: windowed_sgu(b, n, 128)),
     "windowed_sgu-tiles": ("windowed_sgu", lambda b, n: windowed_sgu(b, n, 512)),
+    "decay_conv-odd": ("decay_conv", lambda b, n: (
+        empty(b, n, 5, 13), empty(5), empty(5), empty(b, 5, 13, dtype=torch.float32), 64)),
+    "cumulative_mean-odd": ("cumulative_mean", lambda b, n: (empty(b, n, 65),)),
+    "linear_scan-odd": ("linear_scan", lambda b, n: (
+        empty(b, n, 5, 13), empty(b, n, 5, 13), empty(b, 5, 13), False, 64)),
+    "linear_scan-one-gate": ("linear_scan", lambda b, n: (
+        empty(b, n, 1), empty(b, n, 512), None, False, 64)),
+    "linear_scan-gate-per-head": ("linear_scan", lambda b, n: (
+        empty(b, n, 4, 1), empty(b, n, 4, 128), None, True, 64)),
+    "gate_loop-channels-odd": ("gate_loop", lambda b, n: gate_loop(b, n, 300, 1)),
+    "gate_loop-few-heads": ("gate_loop", lambda b, n: gate_loop(b, n, 3, 64)),
+    "gate_loop-heads-odd": ("gate_loop", lambda b, n: gate_loop(b, n, 5, 20)),
+    "windowed_sgu-walk-odd": ("windowed_sgu", lambda b, n: windowed_sgu(b, n, 64, 650, True)),
+    "windowed_sgu-tiles-odd": ("windowed_sgu", lambda b, n: windowed_sgu(b, n, 300, 650, True)),
 }
 
 
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
-# Multiples of 4 steps: where windowed_sgu's backward goes over a batch in parts, other lengths
-# take a second compilation, for statistics that do not begin at 16 bytes.
-@pytest.mark.parametrize("sizes", [[(64, 4096), (67, 5004)], [(1, 65536), (2, 50004)]],
+@pytest.mark.parametrize("sizes", [[(64, 4096), (67, 5003)], [(1, 65536), (2, 50003)]],
                          ids=["many-sequences", "long-sequences"])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_kernels_are_the_same_for_all_lengths_and_batches(name, sizes, monkeypatch):

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmix._triton.scan import entering, flat, load_rows, offset, place, segments, tile
+from fastmix._triton.scan import (
+    entering, even, evens, flat, load_rows, offset, place, segments, tile)
 
-RUNTIME = ["n", "blocks", "count", "length"]
+RUNTIME = ["n", "blocks", "count", "length", "x_b"]
 
 
 @triton.jit
@@ -24,8 +25,9 @@ def _share(step, n, dtype: tl.constexpr, BACKWARD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _ends(x, ends, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, D: tl.constexpr,
-          BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+def _ends(x, ends, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, EVEN: tl.constexpr,
+          D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
+          ROWS: tl.constexpr):
     """The sum of each segment: ends (b, count, channels)."""
     dtype: tl.constexpr = ends.dtype.element_ty
     batch, segment, block = place(blocks, count)
@@ -36,7 +38,7 @@ def _ends(x, ends, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, D: tl
         x_n = -x_n
     run = length // RUNS
     step = segment * length + tl.arange(0, RUNS) * run
-    pointers = (x + batch * x_b + step.to(tl.int64)[:, None] * x_n
+    pointers = (x + batch * even(x_b, EVEN[0]) + step.to(tl.int64)[:, None] * x_n
                 + offset(channel, x_h, x_d, D)[None, :])
     sums = tl.zeros((RUNS, COLS), dtype)
     for _ in range(0, run, ROWS):
@@ -51,8 +53,9 @@ def _ends(x, ends, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, D: tl
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _sums(x, ends, out, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, D: tl.constexpr,
-          BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+def _sums(x, ends, out, n, blocks, count, length, channels, x_b, x_n, x_h, x_d,
+          EVEN: tl.constexpr, D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr,
+          COLS: tl.constexpr, ROWS: tl.constexpr):
     """Step 0 is the last in time if BACKWARD."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     batch, segment, block = place(blocks, count)
@@ -74,7 +77,7 @@ def _sums(x, ends, out, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, 
                 total += rows[r]
 
     step = segment * length + tl.arange(0, RUNS) * ROWS
-    pointers = (x + batch * x_b + step.to(tl.int64)[:, None] * x_n
+    pointers = (x + batch * even(x_b, EVEN[0]) + step.to(tl.int64)[:, None] * x_n
                 + offset(channel, x_h, x_d, D)[None, :])
     writing = out + step.to(tl.int64)[:, None] * out_n + channel[None, :]
     one = tl.full((RUNS, COLS), 1, dtype)
@@ -109,7 +112,7 @@ def _run(x, dtype, backward):
     sizes = tile(channels, b, x.element_size(), 128)
     blocks = triton.cdiv(channels, sizes["COLS"])
     count, length = segments(n, b * blocks, sizes["RUNS"] * sizes["ROWS"])
-    sizes |= dict(D=0 if flat(x) else d, BACKWARD=backward)
+    sizes |= dict(EVEN=evens(x), D=0 if flat(x) else d, BACKWARD=backward)
     grid, common = (b * blocks * count,), (n, blocks, count, length, channels, *x.stride())
     ends = None
     if count > 1:

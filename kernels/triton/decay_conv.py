@@ -20,10 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmix._triton.scan import entering, flat, load_rows, offset, place, power, segments, tile
+from fastmix._triton.scan import (
+    entering, even, evens, flat, load_rows, offset, place, power, segments, tile)
 from fastmix._triton.target import arch, registers
 
-RUNTIME = ["n", "blocks", "count", "length"]
+RUNTIME = ["n", "blocks", "count", "length", "x_b", "grad_b"]
 
 
 @triton.jit
@@ -41,8 +42,8 @@ def _pointers(x, batch, step, channel, x_b, x_n, x_h, x_d, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_n, x_h, x_d,
-          D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
-          ROWS: tl.constexpr):
+          EVEN: tl.constexpr, D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr,
+          COLS: tl.constexpr, ROWS: tl.constexpr):
     """What each segment hands on if it is handed 0: ends (b, count, 1, h·d), without the gain.
 
     BACKWARD starts at the last step and finds p and q: ends (b, count, 2, h·d).
@@ -57,7 +58,7 @@ def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_n, x_h, 
         x_n = -x_n
     run = length // RUNS
     start = segment * length + tl.arange(0, RUNS) * run
-    pointers = _pointers(x, batch, start, channel, x_b, x_n, x_h, x_d, D)
+    pointers = _pointers(x, batch, start, channel, even(x_b, EVEN[0]), x_n, x_h, x_d, D)
     p = tl.zeros((RUNS, COLS), dtype)
     q = tl.zeros((RUNS, COLS), dtype)
     for at in range(0, run, ROWS):
@@ -82,8 +83,8 @@ def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_n, x_h, 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward(x, decay, gain, initial, ends, out, state_out, carries, n, blocks, count, length,
-             d, channels, x_b, x_n, x_h, x_d, EVERY: tl.constexpr, D: tl.constexpr,
-             RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+             d, channels, x_b, x_n, x_h, x_d, EVEN: tl.constexpr, EVERY: tl.constexpr,
+             D: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
     dtype: tl.constexpr = state_out.dtype.element_ty
     batch, segment, block = place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
@@ -106,7 +107,7 @@ def _forward(x, decay, gain, initial, ends, out, state_out, carries, n, blocks, 
 
     run = tl.arange(0, RUNS)
     step = segment * length + run * ROWS
-    pointers = _pointers(x, batch, step, channel, x_b, x_n, x_h, x_d, D)
+    pointers = _pointers(x, batch, step, channel, even(x_b, EVEN[0]), x_n, x_h, x_d, D)
     writing = _pointers(out, batch, step, channel, n.to(tl.int64) * channels, channels, 0, 1, 0)
     state_out += batch * channels + channel[None, :]
     if EVERY > 0:
@@ -159,7 +160,8 @@ def _forward(x, decay, gain, initial, ends, out, state_out, carries, n, blocks, 
 @triton.jit(do_not_specialize=RUNTIME)
 def _backward(grad, x, decay, gain, grad_state, ends, grad_x, sums, grad_initial, n, blocks,
               count, length, d, channels, grad_b, grad_n, grad_h, grad_d, x_b, x_n, x_h, x_d,
-              D: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+              EVEN: tl.constexpr, D: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
+              ROWS: tl.constexpr):
     """Step 0 is the last in time. sums (2, b, count, h·d): of x q and g x over the segment.
 
     grad_initial (2, b, h·d), where there is an initial state: the last p and q.
@@ -192,6 +194,7 @@ def _backward(grad, x, decay, gain, grad_state, ends, grad_x, sums, grad_initial
     grad_x += backwards * channels
     run = tl.arange(0, RUNS)
     step = segment * length + run * ROWS
+    grad_b, x_b = even(grad_b, EVEN[0]), even(x_b, EVEN[1])
     grads = _pointers(grad, batch, step, channel, grad_b, -grad_n, grad_h, grad_d, D)
     inputs = _pointers(x, batch, step, channel, x_b, -x_n, x_h, x_d, D)
     writing = _pointers(grad_x, batch, step, channel, n.to(tl.int64) * channels, -channels, 0, 1, 0)
@@ -282,7 +285,7 @@ def forward(x, decay, gain, initial_state, carry_every):
         return out, state.zero_(), carries.zero_()
     spills = x.dtype == torch.float16 and arch() >= 100  # with 16 rows to a thread
     grid, common, sizes = _plan(x, 64 if spills else 128)
-    sizes["D"] = 0 if flat(x) else d
+    sizes |= dict(EVEN=evens(x), D=0 if flat(x) else d)
     decay = decay.contiguous()
     ends = None
     count = common[2]
@@ -306,7 +309,7 @@ def backward(grad, grad_state, carries, x, decay, gain, initial_state, carry_eve
         return (grad_x, torch.zeros_like(decay), None if gain is None else torch.zeros_like(gain),
                 None if initial_state is None else grad_initial[0])
     grid, common, sizes = _plan(x, 80)
-    sizes["D"] = 0 if flat(grad, x) else d
+    sizes |= dict(EVEN=evens(grad, x), D=0 if flat(grad, x) else d)
     decays = decay.contiguous()
     ends = None
     count = common[2]

@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 
 from fastmix._triton.gate import _polar, activate
+from fastmix._triton.scan import even, evens
 
 CARRY_EVERY = tl.constexpr(64)
+RUNTIME = ["n", "blocks", "chunks", "length", "carry_count", "q_b", "k_b", "v_b", "g_b", "d_b", "x_b",
+           "y_b", "e_b", "a_b", "c_b", "s_b"]
 
 
 @triton.jit
@@ -162,11 +165,11 @@ def _axes(block, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     return row.to(tl.int64), block * C + channel.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "chunks", "length", "carry_count"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _forward(q, k, v, gates, entries, out, last, carries,
              n, h, blocks, chunks, length, carry_count,
              q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, g_b, g_n, g_h, g_part,
-             e_b, e_chunk, e_h, e_part,
+             e_b, e_chunk, e_h, e_part, EVEN: tl.constexpr,
              ACTIVATE: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
              C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
              FAR: tl.constexpr):
@@ -178,10 +181,10 @@ def _forward(q, k, v, gates, entries, out, last, carries,
     inside = channel < h
     first, final = row == 0, row == ROWS - 1
     time = begin + row * STEPS
-    q += batch * q_b + time * q_n + channel * q_h
-    k += batch * k_b + time * k_n + channel * k_h
-    v += batch * v_b + time * v_n + channel * v_h
-    gates += batch * g_b + time * g_n + channel * g_h
+    q += batch * even(q_b, EVEN[0]) + time * q_n + channel * q_h
+    k += batch * even(k_b, EVEN[1]) + time * k_n + channel * k_h
+    v += batch * even(v_b, EVEN[2]) + time * v_n + channel * v_h
+    gates += batch * even(g_b, EVEN[3]) + time * g_n + channel * g_h
     out += (batch * n + time) * h + channel
     if carries is not None:
         carry = carries + 2 * ((batch * carry_count + time // CARRY_EVERY) * h + channel)
@@ -251,11 +254,11 @@ def _forward(q, k, v, gates, entries, out, last, carries,
             tl.store(at + 1, state_im, inside)
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "chunks", "length", "carry_count"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _backward(grad, q, k, v, gates, carries, asked, grad_q, grad_k, grad_v, grad_gates, grad_entry,
               n, h, blocks, chunks, length, carry_count,
               d_b, d_n, d_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, g_b, g_n, g_h, g_part,
-              a_b, a_chunk, a_h, a_part, c_b, c_n, c_h, c_part,
+              a_b, a_chunk, a_h, a_part, c_b, c_n, c_h, c_part, EVEN: tl.constexpr,
               ACTIVATE: tl.constexpr, PACKED: tl.constexpr, PACKED_OUT: tl.constexpr,
               WIDE: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
               STEPS: tl.constexpr, FAR: tl.constexpr):
@@ -272,11 +275,11 @@ def _backward(grad, q, k, v, gates, carries, asked, grad_q, grad_k, grad_v, grad
     # From the last tile down.
     tile = begin // CARRY_EVERY + tiles - 1
     time = tile * CARRY_EVERY + row * STEPS
-    grad += batch * d_b + time * d_n + channel * d_h
-    q += batch * q_b + time * q_n + channel * q_h
-    k += batch * k_b + time * k_n + channel * k_h
-    v += batch * v_b + time * v_n + channel * v_h
-    gates += batch * g_b + time * g_n + channel * g_h
+    q += batch * even(q_b, EVEN[0]) + time * q_n + channel * q_h
+    k += batch * even(k_b, EVEN[1]) + time * k_n + channel * k_h
+    v += batch * even(v_b, EVEN[2]) + time * v_n + channel * v_h
+    gates += batch * even(g_b, EVEN[3]) + time * g_n + channel * g_h
+    grad += batch * even(d_b, EVEN[4]) + time * d_n + channel * d_h
     carries += batch * c_b + tile * c_n + channel * c_h
     to = (batch * n + time) * h + channel
     grad_q += to
@@ -369,9 +372,9 @@ def _backward(grad, q, k, v, gates, carries, asked, grad_q, grad_k, grad_v, grad
             tl.store(at + 1, h_im, inside)
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "chunks", "length"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
-            x_b, x_n, x_h, y_b, y_n, y_h, g_b, g_n, g_h, g_part,
+            x_b, x_n, x_h, y_b, y_n, y_h, g_b, g_n, g_h, g_part, EVEN: tl.constexpr,
             REVERSE: tl.constexpr, ACTIVATE: tl.constexpr, PACKED: tl.constexpr,
             WIDE: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
             STEPS: tl.constexpr):
@@ -385,9 +388,9 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
     time = chunk * length + row * (length // ROWS)
     if REVERSE:
         time += length // ROWS - 1
-    x += batch * x_b + time * x_n + channel * x_h
-    y += batch * y_b + time * y_n + channel * y_h
-    gates += batch * g_b + time * g_n + channel * g_h
+    x += batch * even(x_b, EVEN[0]) + time * x_n + channel * x_h
+    y += batch * even(y_b, EVEN[1]) + time * y_n + channel * y_h
+    gates += batch * even(g_b, EVEN[2]) + time * g_n + channel * g_h
     a_re = tl.full((C // WIDTH, ROWS, WIDTH), 1.0, WIDE)
     a_im, b_re, b_im = tl.zeros_like(a_re), tl.zeros_like(a_re), tl.zeros_like(a_re)
     forward: tl.constexpr = -1 if REVERSE else 1
@@ -417,7 +420,7 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
     tl.store(at + 3, b_im, mask)
 
 
-@triton.jit(do_not_specialize=["blocks", "chunks"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _enter(totals, state, entries, h, blocks, chunks, s_b, s_h, s_part,
            REVERSE: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr):
     """What enters each chunk, from `state` on."""
@@ -498,7 +501,7 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
         n, h, blocks, chunks, length, count,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *x.stride(),
         *((0, 0, 0, 0) if entries is None else entries.stride()),
-        **flags, FAR=_leaves_32_bits(q, k, v, x))
+        **flags, EVEN=evens(q, k, v, x), FAR=_leaves_32_bits(q, k, v, x))
     return out, last, carries
 
 
@@ -511,7 +514,7 @@ def _entries(x, y, gates, state, length, chunks, blocks, reverse, flags):
     _totals[(b * chunks * blocks,)](
         x, y, gates, totals, n, h, blocks, chunks, length,
         *x.stride()[:3], *y.stride()[:3], *gates.stride(),
-        REVERSE=reverse, **flags)
+        EVEN=evens(x, y, gates), REVERSE=reverse, **flags)
     _enter[(b * blocks,)](
         totals, state, entries, h, blocks, chunks,
         *((0, 0, 0) if state is None else (state.stride(0), state.stride(2), state.stride(3))),
@@ -544,6 +547,7 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
             n, h, blocks, chunks, length, carries.shape[1],
             *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *x.stride(),
             *asked.stride(), *c.stride(),
-            **flags, PACKED_OUT=packed_out, FAR=_leaves_32_bits(grad, q, k, v, x))
+            **flags, PACKED_OUT=packed_out, EVEN=evens(q, k, v, x, grad),
+            FAR=_leaves_32_bits(grad, q, k, v, x))
     return (grad_q, grad_k, grad_v, None if gates is None else grad_gates,
             None if gate_logits is None else grad_gates, grad_entry)

@@ -22,15 +22,24 @@ from fastmix._triton.gate_tree import (
 from fastmix._triton.matrices import (
     dot, dot_sums, load_rows, load_state, load_strided_state, rounded, store_rows, store_state,
     sums_dot)
+from fastmix._triton.scan import even, evens
 from fastmix._triton.target import arch, float32_precision, registers
 
+# Gates are read one by one: to know what their strides are multiples of, which with few heads
+# depends on n, would only make Triton compile twice.
+RUNTIME = ["n", "heads", "chunks", "q_b", "k_b", "v_b", "grad_b", "g_b", "g_n", "g_h", "g_part"]
 
-@triton.jit(do_not_specialize=["n", "heads", "chunks"])
-def _walk_states(k, k_strides, v, v_strides, gates, gate_strides, initial, initial_strides,
-                 states, last, n, heads, chunks, LOGITS: tl.constexpr, SUMS: tl.constexpr,
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _walk_states(k, k_b, k_strides, v, v_b, v_strides, gates, g_b, g_n, g_h, g_part,
+                 initial, initial_strides, states, last, n, heads, chunks,
+                 EVEN: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr,
                  DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                  C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """states (b, chunks + 1, h, DK, DV): the state before every chunk and the last one."""
+    k_strides = (even(k_b, EVEN[0]),) + k_strides
+    v_strides = (even(v_b, EVEN[1]),) + v_strides
+    gate_strides = g_b, g_n, g_h, g_part
     program = tl.program_id(0).to(tl.int64)
     column, row = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
     row, head = row % tl.cdiv(DK, BK) * BK, row // tl.cdiv(DK, BK)
@@ -58,11 +67,15 @@ def _walk_states(k, k_strides, v, v_strides, gates, gate_strides, initial, initi
     store_state(last + head * size, re, im, row, column, BK, BV, DK, DV)
 
 
-@triton.jit(do_not_specialize=["n", "heads", "chunks"])
-def _outputs(q, q_strides, k, k_strides, v, v_strides, gates, gate_strides, states, out,
-             n, heads, chunks, LOGITS: tl.constexpr, SUMS: tl.constexpr,
-             DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-             C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=RUNTIME)
+def _outputs(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, gates, g_b, g_n, g_h, g_part,
+             states, out, n, heads, chunks, EVEN: tl.constexpr, LOGITS: tl.constexpr,
+             SUMS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
+             BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    q_strides = (even(q_b, EVEN[0]),) + q_strides
+    k_strides = (even(k_b, EVEN[1]),) + k_strides
+    v_strides = (even(v_b, EVEN[2]),) + v_strides
+    gate_strides = g_b, g_n, g_h, g_part
     program = tl.program_id(0).to(tl.int64)
     column, place = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
     h, place = place % heads, place // heads
@@ -88,9 +101,10 @@ def _outputs(q, q_strides, k, k_strides, v, v_strides, gates, gate_strides, stat
     store_rows(out, sums, b, first, h, heads, C, column, BV, n, DV)
 
 
-@triton.jit(do_not_specialize=["n", "heads", "chunks"])
-def _walk_adjoints(q, q_strides, grad, grad_strides, gates, gate_strides, final, final_strides,
-                   adjoints, entry, n, heads, chunks, LOGITS: tl.constexpr, SUMS: tl.constexpr,
+@triton.jit(do_not_specialize=RUNTIME)
+def _walk_adjoints(q, q_b, q_strides, grad, grad_b, grad_strides, gates, g_b, g_n, g_h, g_part,
+                   final, final_strides, adjoints, entry, n, heads, chunks,
+                   EVEN: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr,
                    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                    C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """adjoints (b, chunks, h, DK, DV): the gradient of the state after every chunk.
@@ -98,6 +112,9 @@ def _walk_adjoints(q, q_strides, grad, grad_strides, gates, gate_strides, final,
     entry, where it is asked for, is that of the initial state. Steps are taken from a chunk's
     last one on: what has faded most is added up first.
     """
+    q_strides = (even(q_b, EVEN[0]),) + q_strides
+    grad_strides = (even(grad_b, EVEN[1]),) + grad_strides
+    gate_strides = g_b, g_n, g_h, g_part
     program = tl.program_id(0).to(tl.int64)
     column, row = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
     row, head = row % tl.cdiv(DK, BK) * BK, row // tl.cdiv(DK, BK)
@@ -136,17 +153,22 @@ def _scores(x, x_strides, y, y_strides, b, at, first, h, ROWS: tl.constexpr, C: 
     return scores
 
 
-@triton.jit(do_not_specialize=["n", "heads", "chunks"])
-def _gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gates, gate_strides,
-               states, adjoints, grad_q, grad_k, grad_v, asked, n, heads, chunks,
-               LOGITS: tl.constexpr, SUMS: tl.constexpr, ROUNDED: tl.constexpr,
-               DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-               C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=RUNTIME)
+def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, grad_b, grad_strides,
+               gates, g_b, g_n, g_h, g_part, states, adjoints, grad_q, grad_k, grad_v, asked,
+               n, heads, chunks, EVEN: tl.constexpr, LOGITS: tl.constexpr,
+               SUMS: tl.constexpr, ROUNDED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+               BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of q, k and v over a chunk.
 
     asked (b, chunks, h, 4, C): what its states ask of P and of W's last row. ROUNDED where
     bfloat16 is all the gates' gradients are good for.
     """
+    q_strides = (even(q_b, EVEN[0]),) + q_strides
+    k_strides = (even(k_b, EVEN[1]),) + k_strides
+    v_strides = (even(v_b, EVEN[2]),) + v_strides
+    grad_strides = (even(grad_b, EVEN[3]),) + grad_strides
+    gate_strides = g_b, g_n, g_h, g_part
     program = tl.program_id(0).to(tl.int64)
     h, place = program % heads, program // heads
     chunk, b = place % chunks, place // chunks
@@ -212,17 +234,22 @@ def _gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gat
     tl.store(asked + 3 * C, dw_im)
 
 
-@triton.jit(do_not_specialize=["n", "heads", "chunks"])
-def _gate_gradients(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, gates,
-                    gate_strides, asked, grad_gates, n, heads, chunks, LOGITS: tl.constexpr,
-                    SUMS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
-                    BV: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-                    LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=RUNTIME)
+def _gate_gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, grad_b,
+                    grad_strides, gates, g_b, g_n, g_h, g_part, asked, grad_gates, n, heads, chunks,
+                    EVEN: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr,
+                    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                    C: tl.constexpr, ROWS: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of the gates over a chunk: of its tree of products, whose gradients are known.
 
     W's is the product of both scores. At every level of the tree it splits into what is asked
     of the products after each step of a left half and of those up to each step of a right half.
     """
+    q_strides = (even(q_b, EVEN[0]),) + q_strides
+    k_strides = (even(k_b, EVEN[1]),) + k_strides
+    v_strides = (even(v_b, EVEN[2]),) + v_strides
+    grad_strides = (even(grad_b, EVEN[3]),) + grad_strides
+    gate_strides = g_b, g_n, g_h, g_part
     program = tl.program_id(0).to(tl.int64)
     h, place = program % heads, program // heads
     chunk, b = place % chunks, place // chunks
@@ -340,9 +367,14 @@ def _real(x):
     return None if x is None else torch.view_as_real(x.resolve_conj())
 
 
-def _strided(*tensors):
-    """Every tensor, followed by its strides."""
-    return [part for t in tensors for part in (t, None if t is None else t.stride())]
+def _rows(*tensors):
+    """Every tensor (b, n, h, d), followed by the strides of b and of the others."""
+    return [part for t in tensors for part in (t, t.stride(0), t.stride()[1:])]
+
+
+def _state(x):
+    """A complex state and its strides."""
+    return (None, None) if x is None else (_real(x), _real(x).stride())
 
 
 def _walk_grid(b, h, options):
@@ -363,7 +395,8 @@ def _states(q, k, v, gates, logits, initial_state):
         if q.dtype == torch.float64 or arch() < 90 and not small:
             options |= registers(255)
         _walk_states[_walk_grid(b, h, options)](
-            *_strided(k, v, gates, _real(initial_state)), states, last, n, h, chunks, **options)
+            *_rows(k, v), gates, *gates.stride(), *_state(initial_state), states, last,
+            n, h, chunks, EVEN=evens(k, v), **options)
     return states, last
 
 
@@ -377,8 +410,8 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
     if b:
         options = _options(q, v, logits, width=64)
         grid = (b * h * chunks * triton.cdiv(dv, options["BV"]),)
-        _outputs[grid](*_strided(q, k, v, gates), states, out, n, h, chunks, num_stages=2,
-                       **_narrow(options, q.dtype, 90))
+        _outputs[grid](*_rows(q, k, v), gates, *gates.stride(), states, out, n, h, chunks,
+                       EVEN=evens(q, k, v), num_stages=2, **_narrow(options, q.dtype, 90))
     apart = carry_every // _chunk(q, v)
     if not carry_every:
         states = states.new_empty(b, 0, h, dk, dv, 2)
@@ -406,9 +439,10 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
         if q.dtype in (torch.float32, torch.float16) and arch():
             options["num_warps"] = 8  # in four it spills on CUDA 9
         _walk_adjoints[_walk_grid(b, h, options)](
-            *_strided(q, grad, gates, _real(grad_state)), adjoints, _real(grad_initial),
-            n, h, chunks, **options)
+            *_rows(q, grad), gates, *gates.stride(), *_state(grad_state), adjoints,
+            _real(grad_initial), n, h, chunks, EVEN=evens(q, grad), **options)
         asked = states.new_empty(b, chunks, h, 4, options["C"])
+        rows, alike = _rows(q, k, v, grad), evens(q, k, v, grad)
         options = _options(q, v, logits, num_stages=1)
         # A wave on AMD has as many registers in a program of four as there are in eight.
         options["num_warps"] = 8 if arch() else 4
@@ -420,13 +454,13 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
         if q.dtype == torch.float64 and arch():
             narrow["num_stages"] = 2  # loaded to shared memory, past registers
         _gradients[(b * h * chunks,)](
-            *_strided(q, k, v, grad, gates), states, adjoints, grad_q, grad_k, grad_v, asked,
-            n, h, chunks, ROUNDED=logits and given.dtype == torch.bfloat16, **narrow)
+            *rows, gates, *gates.stride(), states, adjoints, grad_q, grad_k, grad_v, asked,
+            n, h, chunks, EVEN=alike, ROUNDED=logits and given.dtype == torch.bfloat16, **narrow)
         if q.dtype == torch.float64:
             options["num_warps"] = 1 if 0 < arch() < 90 else 2
         options["ROWS"] = min(options["C"], 32) if arch() else options["C"]
         _gate_gradients[(b * h * chunks,)](
-            *_strided(q, k, v, grad, gates), asked, grad_gates if logits else _real(grad_gates),
-            n, h, chunks, **options)
+            *rows, gates, *gates.stride(), asked, grad_gates if logits else _real(grad_gates),
+            n, h, chunks, EVEN=alike, **options)
     return (grad_q, grad_k, grad_v, None if logits else grad_gates,
             grad_gates if logits else None, grad_initial)

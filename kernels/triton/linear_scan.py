@@ -20,10 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmix._triton.scan import ends_of, entering, flat, offset, place, segments
+from fastmix._triton.scan import (
+    ends_of, entering, even, evens, flat, offset, place, segments)
 from fastmix._triton.target import arch, registers
 
-RUNTIME = ["n", "blocks", "count", "length", "carried"]
+RUNTIME = ["n", "blocks", "count", "length", "carried", "g_b", "x_b", "grad_b"]
 
 
 @triton.jit
@@ -157,9 +158,9 @@ def _gate_channels(channel, block, channels, g_h, g_d, D: tl.constexpr, SHARED: 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d, x_b, x_n, x_h,
-          x_d, D: tl.constexpr, SHARED: tl.constexpr, GATES: tl.constexpr, INPUTS: tl.constexpr,
-          STATES: tl.constexpr, FLIPPED: tl.constexpr, BACKWARD: tl.constexpr,
-          RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+          x_d, EVEN: tl.constexpr, D: tl.constexpr, SHARED: tl.constexpr, GATES: tl.constexpr,
+          INPUTS: tl.constexpr, STATES: tl.constexpr, FLIPPED: tl.constexpr,
+          BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
     """What segments do to a state: ends (b, count, 2, channels) has the factor and the sum.
 
     BACKWARD is for p, with grad as x: FLIPPED then is the direction of p.
@@ -168,6 +169,7 @@ def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d
     batch, segment, block = place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
+    g_b, x_b = even(g_b, EVEN[0]), even(x_b, EVEN[1])
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
     x_channel = offset(channel, x_h, x_d, D)[None, :]
     run = length // RUNS
@@ -217,15 +219,16 @@ def _enter_segment(ends, state, batch, segment, count, channels, channel, inside
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, carried, channels,
-             g_b, g_n, g_h, g_d, x_b, x_n, x_h, x_d, D: tl.constexpr, SHARED: tl.constexpr,
-             GATES: tl.constexpr, INPUTS: tl.constexpr, STATES: tl.constexpr,
-             FLIPPED: tl.constexpr, EVERY: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
-             ROWS: tl.constexpr):
+             g_b, g_n, g_h, g_d, x_b, x_n, x_h, x_d, EVEN: tl.constexpr, D: tl.constexpr,
+             SHARED: tl.constexpr, GATES: tl.constexpr, INPUTS: tl.constexpr,
+             STATES: tl.constexpr, FLIPPED: tl.constexpr, EVERY: tl.constexpr,
+             RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     size: tl.constexpr = 2 if STATES else 1
     batch, segment, block = place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
+    g_b, x_b = even(g_b, EVEN[0]), even(x_b, EVEN[1])
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
     x_channel = offset(channel, x_h, x_d, D)[None, :]
     wide = tl.cast(channels, tl.int64) * size
@@ -277,9 +280,10 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
 @triton.jit(do_not_specialize=RUNTIME)
 def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n, blocks, count,
               length, carried, channels, grad_b, grad_n, grad_h, grad_d, g_b, g_n, g_h, g_d,
-              x_b, x_n, x_h, x_d, D: tl.constexpr, SHARED: tl.constexpr, GATES: tl.constexpr,
-              INPUTS: tl.constexpr, STATES: tl.constexpr, FLIPPED: tl.constexpr,
-              EVERY: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+              x_b, x_n, x_h, x_d, EVEN: tl.constexpr, D: tl.constexpr, SHARED: tl.constexpr,
+              GATES: tl.constexpr, INPUTS: tl.constexpr, STATES: tl.constexpr,
+              FLIPPED: tl.constexpr, EVERY: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
+              ROWS: tl.constexpr):
     """FLIPPED is the direction of p; step 0 is where it begins, and where h ends.
 
     grad_gates (b, n, channels), or (b, n, blocks) if SHARED: sums over a block of channels.
@@ -289,9 +293,11 @@ def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n
     batch, segment, block = place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
+    g_b, x_b = even(g_b, EVEN[0]), even(x_b, EVEN[1])
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
     x_channel = offset(channel, x_h, x_d, D)[None, :]
     grad_channel = offset(channel, grad_h, grad_d, D)[None, :]
+    grad_b = even(grad_b, EVEN[2])
     carries += (batch * carried * channels + channel[None, :]) * size
 
     p = _filled(0, (1, COLS), dtype, STATES)
@@ -410,7 +416,7 @@ def forward(gates, inputs, initial_state, reverse, carry_every):
         return out, carries
     gates, inputs, grid, cut, sizes = _plan(gates, inputs, 8)
     channels, d = inputs[0, 0].numel(), inputs.shape[-1]
-    sizes |= dict(D=0 if flat(gates, inputs) else d, FLIPPED=reverse)
+    sizes |= dict(EVEN=evens(gates, inputs), D=0 if flat(gates, inputs) else d, FLIPPED=reverse)
     strides = *gates.stride(), *inputs.stride()
     ends = None
     if cut[2] > 1:
@@ -441,7 +447,8 @@ def backward(grad, carries, gates, inputs, initial_state, reverse, carry_every):
     if cut[2] > 1:
         ends = _parts(_empty((b, cut[2], 2, channels), carries.dtype, inputs))
         _ends[grid](_parts(gates), _parts(grad), ends, *cut, channels, *gates.stride(),
-                    *grad.stride(), BACKWARD=True, **sizes | dict(INPUTS=sizes["STATES"]))
+                    *grad.stride(), EVEN=evens(gates, grad), BACKWARD=True,
+                    **sizes | dict(INPUTS=sizes["STATES"]))
     parts = cut[1] if sizes["SHARED"] else channels
     direct = parts == shapes[0][2:].numel()
     number = carries.dtype if sizes["GATES"] else carries.real.dtype
@@ -450,7 +457,7 @@ def backward(grad, carries, gates, inputs, initial_state, reverse, carry_every):
                     _parts(grad_gates), _parts(grad_inputs),
                     None if grad_initial is None else _parts(grad_initial), *cut,
                     carries.shape[1], channels, *grad.stride(), *gates.stride(),
-                    *inputs.stride(), EVERY=carry_every, **sizes,
+                    *inputs.stride(), EVEN=evens(gates, inputs, grad), EVERY=carry_every, **sizes,
                     **(registers(168) if carries.dtype == torch.complex64 and arch() < 90 else {}))
     if not direct:
         grad_gates = grad_gates.view(b, n, shapes[0][2:].numel(), -1).sum(-1).to(dtypes[0])

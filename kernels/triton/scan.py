@@ -40,6 +40,20 @@ def flat(*tensors):
     return all(t.shape[-2] == 1 or t.stride(-2) == t.shape[-1] * t.stride(-1) for t in tensors)
 
 
+def evens(*tensors):
+    """Whether the batches of each begin at multiples of 16 elements, as its steps do."""
+    return tuple(t is not None and t.stride(0) % 16 == 0 == t.stride(1) % 16 for t in tensors)
+
+
+@triton.jit
+def even(stride, EVEN: tl.constexpr):
+    """The batches' stride, a multiple of 16 if EVEN, for wide loads. Triton would see for itself,
+    but compile twice where only n decides, as with 5 channels: kernels are not specialised for it.
+    """
+    stride = tl.cast(stride, tl.int64)
+    return tl.multiple_of(stride, 16) if EVEN else stride
+
+
 @triton.jit
 def place(blocks, segments):
     """The program's batch, its piece of time and its block of channels."""

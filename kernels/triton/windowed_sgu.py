@@ -25,6 +25,7 @@ import triton.language as tl
 
 from fastmix._triton import interpreted
 from fastmix._triton.activation import activate
+from fastmix._triton.scan import even, evens
 from fastmix._triton.target import arch, float32_precision, registers
 from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, place
 
@@ -33,6 +34,9 @@ PROGRAMS = 512  # to share out windows to, for dweight, or rows
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16,
          torch.bfloat16: tl.bfloat16}
 LARGEST_ROW = 1 << 16
+RUNTIME = ["n", "rows", "windows", "sequence", "first", "after_rows", "origin", "out_origin",
+           "runs", "length", "per_group", "items", "more", "groups", "gate_b", "residual_b",
+           "grad_b", "dmixed_b", "out_b"]
 
 
 def refuses(x, *others):
@@ -40,14 +44,15 @@ def refuses(x, *others):
         return f"the gate has up to {LARGEST_ROW} channels, got {x.shape[-1] // 2}"
 
 
-@triton.jit(do_not_specialize=["rows", "n"])
-def _statistics(gate, mean, inverse, rows, n, c, strides,
+@triton.jit(do_not_specialize=RUNTIME)
+def _statistics(gate, gate_b, strides, mean, inverse, rows, n, c, EVEN: tl.constexpr,
                 EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Mean and inverse deviation of rows of the gate (b, n, c)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (channel < c)[None, :]
-    at = (row // n * strides[0] + row % n * strides[1])[:, None] + channel[None, :] * strides[2]
+    at = row // n * even(gate_b, EVEN[0]) + row % n * strides[0]
+    at = at[:, None] + channel[None, :] * strides[1]
     x = tl.load(gate + at, mask=inside, other=0).to(mean.dtype.element_ty)
     level = tl.sum(x, axis=1) / c
     x = tl.where(inside, x - level[:, None], 0)
@@ -92,16 +97,22 @@ def _finish(mixed, outside, strides, outputs, batch, t, stored, head, channel, n
                      after.to(dresidual.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=["n", "windows", "first", "after_rows", "origin"])
-def _tiles(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides, outside,
-           outside_strides, outputs, n, windows, first, after_rows, origin,
-           HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
-           STEPS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit(do_not_specialize=RUNTIME)
+def _tiles(gate, gate_b, gate_strides, norm, weight, weight_strides, bias, bias_strides, outside,
+           residual_b, grad_b, outside_strides, outputs, n, windows, sequence, first, after_rows,
+           origin, EVEN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+           WINDOW: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+           CHANNELS: tl.constexpr, STAGES: tl.constexpr,
            ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
            ACTIVATION: tl.constexpr):
-    """Rows of a window of the mixture; windows from `first` on, dmixed from step `origin`."""
+    """Rows of a window of the mixture, from `sequence` and its window `first` on; dmixed begins
+    at row `origin`, all sequences in a row."""
+    gate_strides = (even(gate_b, EVEN[0]),) + gate_strides
+    strides = (gate_strides, (even(residual_b, EVEN[1]),) + outside_strides[0],
+               (even(grad_b, EVEN[2]),) + outside_strides[1])
     blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
     batch, window, head, row, channel = place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
+    batch += sequence
     wide: tl.constexpr = norm[0].dtype.element_ty
     # Slopes of activations would enlarge a rounded mixture's error.
     exact: tl.constexpr = outside[2] is not None and ACTIVATION != "identity"
@@ -122,13 +133,14 @@ def _tiles(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides,
     r = i % WINDOW
     mixed += tl.load(bias + head * bias_strides[0] + r * bias_strides[1]).to(wide)[:, None]
     stored = (i < WINDOW) & (begin + i < n)
-    _finish(mixed, outside, outside_strides, outputs, batch, begin + i, stored, head, channel, n,
-            origin, after_rows, HEADS, DIM, ACTIVATION)
+    _finish(mixed, outside, strides, outputs, batch, begin + i, stored, head, channel, n, origin,
+            after_rows, HEADS, DIM, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["n", "windows", "first", "after_rows", "origin", "runs", "length"])
-def _walk(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides, outside,
-          outside_strides, outputs, n, windows, first, after_rows, origin, runs, length,
+@triton.jit(do_not_specialize=RUNTIME)
+def _walk(gate, gate_b, gate_strides, norm, weight, weight_strides, bias, bias_strides, outside,
+          residual_b, grad_b, outside_strides, outputs, n, windows, sequence, first, after_rows,
+          origin, runs, length, EVEN: tl.constexpr,
           HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, PER: tl.constexpr,
           ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
           ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -137,7 +149,11 @@ def _walk(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides, 
 
     Weights are read once; a tile's gate also goes into `carry`, the next tile's mixture.
     """
+    gate_strides = (even(gate_b, EVEN[0]),) + gate_strides
+    strides = (gate_strides, (even(residual_b, EVEN[1]),) + outside_strides[0],
+               (even(grad_b, EVEN[2]),) + outside_strides[1])
     batch, run, head, _, channel = place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
+    batch += sequence
     wide: tl.constexpr = norm[0].dtype.element_ty
     size: tl.constexpr = PER * WINDOW
     # Slopes of activations would enlarge a rounded mixture's error.
@@ -165,20 +181,22 @@ def _walk(gate, gate_strides, norm, weight, weight_strides, bias, bias_strides, 
         mixed = mix(own, x, carry, ROUNDED, OPERAND, PRECISION, exact)
         carry = mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
         stored = known & (t < (first + windows) * WINDOW)
-        _finish(mixed + added[:, None], outside, outside_strides, outputs, batch, t, stored, head,
-                channel, n, origin, after_rows, HEADS, DIM, ACTIVATION)
+        _finish(mixed + added[:, None], outside, strides, outputs, batch, t, stored, head, channel,
+                n, origin, after_rows, HEADS, DIM, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["n", "windows", "first", "per_group", "items", "origin", "more"])
-def _weight_backward(gate, gate_strides, norm, dmixed, dmixed_strides, dweight, dbias, n, windows,
-                     first, per_group, items, origin, more,
-                     HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
-                     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-                     STAGES: tl.constexpr, ROUNDED: tl.constexpr, OPERAND: tl.constexpr,
-                     PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=RUNTIME)
+def _weight_backward(gate, gate_b, gate_strides, norm, dmixed, dmixed_b, dmixed_strides, dweight,
+                     dbias, n, windows, sequence, first, per_group, items, origin, more,
+                     EVEN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+                     WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                     CHANNELS: tl.constexpr, STAGES: tl.constexpr, ROUNDED: tl.constexpr,
+                     OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """A group of windows' part of dweight (groups, h, w, 2w) and dbias (groups, h, w); `more` adds
     to what is there. Windows are counted through the batch.
     """
+    gate_strides = (even(gate_b, EVEN[0]),) + gate_strides
+    dmixed_strides = (even(dmixed_b, EVEN[1]),) + dmixed_strides
     index = tl.program_id(0)
     wide: tl.constexpr = norm[0].dtype.element_ty
     across: tl.constexpr = (2 * WINDOW + COLUMNS - 1) // COLUMNS
@@ -201,7 +219,7 @@ def _weight_backward(gate, gate_strides, norm, dmixed, dmixed_strides, dweight, 
         end = begin
     for item in tl.range(begin * parts, end * parts, num_stages=STAGES):
         window = first + item // parts % windows
-        batch = item // parts // windows
+        batch = sequence + item // parts // windows
         channel = item % parts * CHANNELS + tl.arange(0, CHANNELS)
         t = window * WINDOW + r
         at = offsets(dmixed_strides, batch, t - origin, head, channel, DIM)
@@ -227,15 +245,18 @@ def _weight_backward(gate, gate_strides, norm, dmixed, dmixed_strides, dweight, 
         tl.store(dbias + rows, sums, mask=r < WINDOW)
 
 
-@triton.jit(do_not_specialize=["n", "windows", "first", "origin", "out_origin"])
-def _tiles_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_strides, n, windows,
-                    first, origin, out_origin, HEADS: tl.constexpr, DIM: tl.constexpr,
-                    WINDOW: tl.constexpr,
+@triton.jit(do_not_specialize=RUNTIME)
+def _tiles_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, out, out_b,
+                    out_strides, n, windows, sequence, first, origin, out_origin, EVEN: tl.constexpr,
+                    HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
                     ROWS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
                     STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """dnormed, from the mixture's gradient in its own window and the one after it."""
     blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
+    dmixed_strides = (even(dmixed_b, EVEN[0]),) + dmixed_strides
+    out_strides = (even(out_b, EVEN[1]),) + out_strides
     batch, window, head, row, channel = place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
+    batch += sequence
     wide: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
     i = row + tl.arange(0, ROWS)
     begin = (first + window) * WINDOW
@@ -262,14 +283,17 @@ def _store_dnormed(dnormed, out, strides, batch, t, stored, head, channel, DIM: 
              mask=stored[:, None] & (channel < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["n", "windows", "first", "origin", "out_origin", "runs", "length"])
-def _walk_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_strides, n, windows,
-                   first, origin, out_origin, runs, length, HEADS: tl.constexpr,
-                   DIM: tl.constexpr, WINDOW: tl.constexpr,
+@triton.jit(do_not_specialize=RUNTIME)
+def _walk_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, out, out_b,
+                   out_strides, n, windows, sequence, first, origin, out_origin, runs, length,
+                   EVEN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
                    PER: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
                    STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """The same for windows that fit into a tile, walking back: `carry` goes to the tile before."""
+    dmixed_strides = (even(dmixed_b, EVEN[0]),) + dmixed_strides
+    out_strides = (even(out_b, EVEN[1]),) + out_strides
     batch, run, head, _, channel = place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
+    batch += sequence
     wide: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
     size: tl.constexpr = PER * WINDOW
     i = tl.arange(0, ROWS)
@@ -296,9 +320,9 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_strides, out, out_stri
                        DIM)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "n", "per_group", "origin", "more"])
-def _norm_backward(gate, strides, norm, dnormed, dnormed_t, dx, dnorm, first, rows, origin, n, c,
-                   per_group, more,
+@triton.jit(do_not_specialize=RUNTIME)
+def _norm_backward(gate, gate_b, strides, norm, dnormed, dnormed_t, dx, dnorm, first, rows, origin,
+                   n, c, per_group, more, EVEN: tl.constexpr,
                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     """dnormed → dgate in dx, maybe in its place, for rows from `first` on, and a group of rows'
     part of dnorm (groups, 2, c); `more` adds to what is there. dnormed starts at row `origin`."""
@@ -318,8 +342,8 @@ def _norm_backward(gate, strides, norm, dnormed, dnormed_t, dx, dnorm, first, ro
         row = start + tl.arange(0, ROWS)
         known = row < end
         used = known[:, None] & inside[None, :]
-        at = (row // n * strides[0] + row % n * strides[1])[:, None]
-        at += channel[None, :] * strides[2]
+        at = (row // n * even(gate_b, EVEN[0]) + row % n * strides[0])[:, None]
+        at += channel[None, :] * strides[1]
         x = tl.load(gate + at, mask=used, other=0).to(wide)
         grad = tl.load(dnormed + (row - origin)[:, None] * dnormed_t + channel[None, :],
                        mask=used, other=0).to(wide)
@@ -343,7 +367,7 @@ def _norm_backward(gate, strides, norm, dnormed, dnormed_t, dx, dnorm, first, ro
                  mask=inside)
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _add_groups(parts, out, groups, stride, size, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
     """parts (groups, size) → their sum, in a fixed order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -383,11 +407,10 @@ class _Plan:
         columns, size = _power(self.c), self.wide.itemsize
         self.row = dict(COLUMNS=columns, num_warps=max(4, min(32, columns * size // 2048)))
         self.rows = max(1, 8192 // size // columns)
-        self.gate = x[..., self.c :], x.stride()
-        # Apart: Triton compiles anew for what does not begin at a multiple of 16 bytes.
+        self.gate = _strided(x[..., self.c :])
         mean, inverse = (x.new_empty(b, n, dtype=self.wide) for _ in range(2))
         _statistics[(-(-b * n // self.rows),)](
-            self.gate[0], mean, inverse, b * n, n, self.c, x.stride(), EPS=eps, ROWS=self.rows,
+            *self.gate, mean, inverse, b * n, n, self.c, EVEN=evens(x), EPS=eps, ROWS=self.rows,
             **self.row)
         self.norm = mean, inverse, _dense(norm_weight), _dense(norm_bias)
 
@@ -400,6 +423,8 @@ class _Plan:
             count = -(-windows // per)
             length = max(1, count * sequences * self.parts // PROGRAMS)
             runs = -(-count // length)
+            if walk is _walk_backward and self.operand.itemsize == 8:
+                options |= registers(128)
             walk[(sequences * runs * self.parts,)](
                 *args, runs, length, PER=per, ROWS=rows, CHANNELS=self.channels,
                 STAGES=self.stages, num_warps=max(4, rows // 16), **options)
@@ -448,8 +473,15 @@ def _dense(parameter):
     return None if parameter is None else parameter.contiguous()
 
 
-def _strides(*tensors):
-    return tuple((0, 0, 0) if t is None else t.stride() for t in tensors)
+def _strided(x):
+    """x (b, n, c), and the strides of b and of the others."""
+    return x, x.stride(0), x.stride()[1:]
+
+
+def _beside(*tensors):
+    """The same for what may be None, the tensors left out: strides of b, those of the others."""
+    given = [(None, 0, (0, 0)) if t is None else _strided(t) for t in tensors]
+    return *(b for _, b, _ in given), tuple(others for _, _, others in given)
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
@@ -460,9 +492,9 @@ def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activat
         return out
     plan = _Plan(x, weight, bias, norm_weight, norm_bias, eps)
     plan.launch(_tiles, _walk, b, plan.windows, *plan.gate, plan.norm, weight, weight.stride(),
-                bias, bias.stride(), (x, gate_residual, None), _strides(x, gate_residual, None),
-                (out, None, None), n, plan.windows, 0, n, 0, ACTIVATION=activation,
-                **plan.rounded)
+                bias, bias.stride(), (x, gate_residual, None), *_beside(gate_residual, None),
+                (out, None, None), n, plan.windows, 0, 0, n, 0,
+                EVEN=evens(x, gate_residual, None), ACTIVATION=activation, **plan.rounded)
     return out
 
 
@@ -476,7 +508,7 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
         return (dx, *(None if p is None else torch.zeros(p.shape, dtype=p.dtype, device=p.device)
                       for p in (weight, bias, norm_weight, norm_bias)), dresidual)
     plan = _Plan(x, weight, bias, norm_weight, norm_bias, eps)
-    mean, inverse, scale, shift = plan.norm
+    scale, shift = plan.norm[2:]
     if activation == "none":
         dx[..., :c] = 0
         dmixed = grad
@@ -504,35 +536,35 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
     dnorm = None if scale is None and shift is None else torch.empty(
         -(-rows // share), 2, c, dtype=plan.wide, device=x.device)
     for lo, hi, first, end in stretches:
-        def part(t):
-            return None if t is None else t[lo:hi]
-
         more = int(lo > 0 or first > 0)
-        gate = part(x)[..., c:], x.stride(), (part(mean), part(inverse), scale, shift)
-        after, origin = (scratch, first * plan.w) if dmixed is None else (part(dmixed), 0)
+        after, origin = dmixed, 0
+        if dmixed is None:
+            after, origin = scratch, lo * scratch.shape[1] + first * plan.w
         if activation != "none":
             # One window more: its mixture has gates of this stretch in it.
             windows = min(end + 1, plan.windows) - first
             plan.launch(
-                _tiles, _walk, hi - lo, windows, *gate, weight, weight.stride(), bias,
-                bias.stride(), (part(x), part(gate_residual), part(grad)),
-                _strides(x, gate_residual, grad),
-                (part(dx), after, None if dmixed is dresidual else part(dresidual)), n, windows,
-                first, after.shape[1], origin, ACTIVATION=activation, **plan.rounded)
+                _tiles, _walk, hi - lo, windows, *plan.gate, plan.norm, weight, weight.stride(),
+                bias, bias.stride(), (x, gate_residual, grad), *_beside(gate_residual, grad),
+                (dx, after, None if dmixed is dresidual else dresidual), n, windows, lo, first,
+                after.shape[1], origin, EVEN=evens(x, gate_residual, grad),
+                ACTIVATION=activation, **plan.rounded)
         items = (hi - lo) * (end - first)
         _weight_backward[(groups * weight_tiles,)](
-            *gate, after, after.stride(), dweight, dbias, n, end - first, first,
-            -(-items // groups), items, origin, more, **weight_options)
-        out, out_origin = (dnormed, first * plan.w) if mixed_types else (part(dx)[..., c:], 0)
+            *plan.gate, plan.norm, *_strided(after), dweight, dbias, n, end - first, lo, first,
+            -(-items // groups), items, origin, more, EVEN=evens(x, after), **weight_options)
+        out, out_origin = dx[..., c:], 0
+        if mixed_types:
+            out, out_origin = dnormed, lo * dnormed.shape[1] + first * plan.w
         plan.launch(_tiles_backward, _walk_backward, hi - lo, end - first, weight, weight.stride(),
-                    after, after.stride(), out, out.stride(), n, end - first, first, origin,
-                    out_origin)
+                    *_strided(after), *_strided(out), n, end - first, lo, first, origin,
+                    out_origin, EVEN=evens(after, out))
         row = lo * n + first * plan.w
         rows = (hi - lo) * n if hi - lo > 1 else min(end * plan.w, n) - first * plan.w
-        out, origin = (dnormed, row) if mixed_types else (dx[..., c:], 0)
         _norm_backward[(-(-rows // share),)](
-            plan.gate[0], x.stride(), plan.norm, out, out.stride(1), dx, dnorm, row, rows, origin,
-            n, c, share, more, ROWS=block, STAGES=3, **plan.row)
+            *plan.gate, plan.norm, out, out.stride(1), dx, dnorm, row, rows,
+            row if mixed_types else 0, n, c, share, more, EVEN=evens(x), ROWS=block, STAGES=3,
+            **plan.row)
     return (dx, _total(dweight, weight), _total(dbias, bias),
             None if scale is None else _total(dnorm[:, 0], norm_weight),
             None if shift is None else _total(dnorm[:, 1], norm_bias), dresidual)
