@@ -75,7 +75,7 @@ def _run(operator, direction, forced, *args):
         reason = _no_device(kind) if kind in DEVICES else None
         if reason is None and hasattr(kernels, "refuses"):
             reason = kernels.refuses(*given)
-        if reason is None and operator == "gate_loop":
+        if reason is None:
             reason = trial.failure(operator, direction, kernels, *given)
         if reason is not None:
             return OPERATORS[operator].run_instead("triton", reason, forced,

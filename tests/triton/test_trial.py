@@ -6,7 +6,7 @@ import torch
 import fastmix
 from cases import random_gates
 from fastmix import _triton, env, reference
-from fastmix._triton import gate_loop, trial
+from fastmix._triton import decay_conv, gate_loop, trial, windowed_sgu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,12 +24,12 @@ def arguments(d, dtype=torch.float32, logits=True, initial=False):
     q, k, v = torch.randn(3, 2, 5, 3, d, dtype=dtype, device=DEVICE)
     state = torch.randn(2, 3, d, d, dtype=torch.complex64, device=DEVICE) if initial else None
     if logits:
-        return q, k, v, None, torch.randn(2, 5, 3, 2, dtype=dtype, device=DEVICE), state
-    return q, k, v, random_gates(2, 5, 3, dtype=dtype).to(DEVICE), None, state
+        return q, k, v, None, torch.randn(2, 5, 3, 2, dtype=dtype, device=DEVICE), state, 0
+    return q, k, v, random_gates(2, 5, 3, dtype=dtype).to(DEVICE), None, state, 0
 
 
 def gradients(args):
-    args = [t if t is None else t.clone().requires_grad_() for t in args]
+    args = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) else t for t in args]
     out = fastmix.ops.gate_loop(args[0], args[1], args[2], args[3], gate_logits=args[4])
     return torch.autograd.grad(out.square().sum(), args[:3])
 
@@ -42,6 +42,47 @@ def test_right_kernels_pass(d, dtype, logits, initial):
     for direction in "forward", "backward":
         assert trial.failure("gate_loop", direction, gate_loop, *args) is None
     assert trial._wrong.cache_info().currsize == 2
+
+
+def sgu_arguments(dtype=torch.float32, norm=True, residual=False, parameters=None,
+                  activation="identity"):
+    shapes = (2, 7, 20), (2, 6, 12), (2, 6), (10,), (10,), (2, 7, 10)
+    x, weight, bias, norm_weight, norm_bias, residuals = (
+        torch.randn(shape, device=DEVICE).to(kind or dtype)
+        for shape, kind in zip(shapes, (None, *[parameters] * 4, None)))
+    if not norm:
+        norm_weight = norm_bias = None
+    return (x, weight, bias, norm_weight, norm_bias, 1e-5, residuals if residual else None,
+            activation)
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(norm=False, residual=True, activation="gelu"), dict(activation="none"),
+    dict(dtype=torch.bfloat16, parameters=torch.float32), dict(dtype=torch.float16)])
+def test_right_sgu_kernels_pass(options):
+    args = sgu_arguments(**options)
+    for direction in "forward", "backward":
+        assert trial.failure("windowed_sgu", direction, windowed_sgu, *args) is None
+    assert trial._wrong.cache_info().currsize == 2
+
+
+@pytest.mark.parametrize("direction, which", [
+    ("forward", 0), *(("backward", i) for i in range(6))])
+def test_wrong_sgu_kernels_are_not_used(monkeypatch, direction, which):
+    right = getattr(windowed_sgu, direction)
+
+    def wrong(*args):
+        out = right(*args)
+        out = list(out) if isinstance(out, tuple) else [out]
+        out[which] = 1.1 * out[which]
+        return tuple(out) if direction == "backward" else out[0]
+
+    monkeypatch.setattr(windowed_sgu, direction, wrong)
+    args = sgu_arguments(residual=True)
+    message = f"its {direction} kernels for 2 heads and windows of 6 in float32 are wrong, off by"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert message in trial.failure("windowed_sgu", direction, windowed_sgu, *args)
+    assert "wrong" in fastmix.implementations("windowed_sgu", DEVICE)["triton"]
 
 
 @pytest.mark.parametrize("direction, factor", [("forward", torch.nan), ("backward", 1.1)])
@@ -65,7 +106,7 @@ def test_wrong_kernels_are_not_used(monkeypatch, direction, factor):
         fastmix.ops.gate_loop(*args[:3], gate_logits=args[4])
 
     # Not forced, the fallback runs.
-    out, *_ = _triton._run("gate_loop", "forward", False, *args, 0)
+    out, *_ = _triton._run("gate_loop", "forward", False, *args)
     expected = reference.gate_loop(*(t.double() for t in args[:3]), gate_logits=args[4].double())
     assert (out - expected).abs().max() < 1e-4
 
@@ -77,11 +118,13 @@ def test_kernels_that_do_not_compile_are_not_used(monkeypatch):
     monkeypatch.setattr(gate_loop, "forward", fail)
     args = arguments(5)
     with pytest.warns(RuntimeWarning, match="does not run on its Triton kernels"):
-        out, *_ = _triton._run("gate_loop", "forward", False, *args, 0)
+        out, *_ = _triton._run("gate_loop", "forward", False, *args)
     assert out.isfinite().all()
     assert "ValueError: no registers" in fastmix.implementations("gate_loop", DEVICE)["triton"]
 
 
-def test_one_channel_heads_need_no_trial():
+def test_scans_need_no_trial():
     assert trial.failure("gate_loop", "forward", gate_loop, *arguments(1)) is None
+    x, decay = torch.randn(2, 5, 3, 4, device=DEVICE), torch.rand(3, device=DEVICE)
+    assert trial.failure("decay_conv", "forward", decay_conv, x, decay, None, None, 0) is None
     assert trial._wrong.cache_info().currsize == 0
