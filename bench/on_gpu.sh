@@ -2,9 +2,9 @@
 # bench/on_gpu.sh OUT          all that a GPU can say about this checkout, into the folder OUT:
 #                              tests, then the report at the shapes of the README, and other
 #                              packages' kernels where they are installed. With 12 cores to
-#                              compile on the steps may take eleven minutes, and should
-#                              take seven: an estimate, as no GPU has run them yet. Up to
-#                              three more where compute-sanitizer is.
+#                              compile on the steps are stopped before nine minutes are over,
+#                              and should take seven: an estimate, as no GPU has run them yet.
+#                              Up to three more where compute-sanitizer is.
 # bench/on_gpu.sh --rehearse OUT   the same steps with tiny shapes and interpreted kernels, on
 #                              a machine without a GPU: ten minutes on two cores, if all theirs.
 # A step that fails does not stop the others; the last lines and the exit status tell.
@@ -65,23 +65,23 @@ cores=$(nproc)
 export jobs=$((cores < 12 ? cores : 12))
 slower=$((12 / jobs))
 
-step env 15 python -m fastmix.env
-step kernels $((100 * slower)) bash -c kernels
-step self-check $((100 * slower)) python bench/self_check.py --device "$device" $reach \
+step env 10 python -m fastmix.env
+step kernels $((90 * slower)) bash -c kernels
+step self-check $((90 * slower)) python bench/self_check.py --device "$device" $reach \
     --jobs "$jobs" --json "$out/self-check.json"
 if [ -z "$rehearse" ]; then
-    step tests-gpu 30 python -m pytest -q -p no:cacheprovider -m gpu tests
+    step tests-gpu 25 python -m pytest -q -p no:cacheprovider -m gpu tests
 fi
-report scans         80 bfloat16 8 4096        1024 16 gate_loop linear_scan
-report scans-8192    40 bfloat16 8 8192        1024 8  gate_loop
-report scans-long    40 bfloat16 1 65536       1024 16 gate_loop
-report mixers        70 bfloat16 8 8192        512  8  decay_conv windowed_sgu cumulative_mean
-report all           45 float32  8 4096        1024 16 gate_loop decay_conv windowed_sgu
+report scans         65 bfloat16 8 4096        1024 16 gate_loop linear_scan
+report scans-8192    30 bfloat16 8 8192        1024 8  gate_loop
+report scans-long    30 bfloat16 1 65536       1024 16 gate_loop
+report mixers        55 bfloat16 8 8192        512  8  decay_conv windowed_sgu cumulative_mean
+report all           40 float32  8 4096        1024 16 gate_loop decay_conv windowed_sgu
 impl=native
-report fft-conv      30 bfloat16 8 "2048 8192" 512  8  fft_conv
-report fft-conv-long 25 bfloat16 1 65536       512  8  fft_conv
+report fft-conv      25 bfloat16 8 "2048 8192" 512  8  fft_conv
+report fft-conv-long 20 bfloat16 1 65536       512  8  fft_conv
 for heads in 16 8; do
-    step "peers-$heads-heads" 30 python bench/peers.py --device "$device" $shape \
+    step "peers-$heads-heads" 25 python bench/peers.py --device "$device" $shape \
         --heads "$heads" --json "$out/peers-$heads-heads.json"
 done
 if [ -z "$rehearse" ] && command -v compute-sanitizer > /dev/null; then
