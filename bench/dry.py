@@ -7,7 +7,8 @@
 Nothing runs on a device. Operators are called on tensors without memory; of every kernel that
 they launch a few programs run in Triton's interpreter, which counts what they load, store and
 multiply, and stand for all: a few percent off where tiles are not whole. Loads give zeros:
-where a kernel goes never depends on data.
+where a kernel goes never depends on data. MB are what a training step in float32 holds at its
+peak beside its inputs, and what the published original's does.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import contextlib
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from unittest.mock import patch
 
@@ -41,7 +43,7 @@ SHORT = [
     (8, 256, 1024, 16, ("gate_loop", "linear_scan")), (1, 4096, 1024, 1024, ("gate_loop",)),
     (8, 1024, 512, 8, ("decay_conv", "windowed_sgu", "cumulative_mean")),
 ]
-PROGRAMS = 2      # of a kernel that are run
+PROGRAMS = 8      # of a kernel that are run
 REGION = 1 << 44  # bytes of addresses for each tensor
 COUNTS = ("read", "written", "asked", "flops")
 
@@ -129,6 +131,29 @@ class Count(TorchDispatchMode):
                     for kind, found in touched.items()})
 
 
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made while it is active held at once."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for storage in (tensor.untyped_storage() for tensor in tensors((out,))):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+        return out
+
+    def remove(self, storage, size):
+        self.known.remove(storage)
+        self.now -= size
+
+
 class Address:
     """A tensor in the interpreter's eyes."""
 
@@ -154,29 +179,53 @@ def held(tensor):
 
 
 @contextlib.contextmanager
-def counting():
-    """Operators on meta tensors go to their Triton launchers; yields the Count."""
-    count = Count()
-    run = interpreter.GridExecutor.__call__
+def launching(mode, launch):
+    """Operators on meta tensors go to their Triton launchers, in `mode`; kernels to `launch`."""
     library = torch.library.Library("fastmix", "IMPL")
 
-    def counted(launcher):
+    def watched(launcher):
         def call(*args):
-            with count:
+            with mode:
                 return launcher(*args)
 
         return call
 
     for operator in _triton.KERNELS:
         for suffix, launcher in zip(("", "_backward"), _triton.forced(operator, "meta")):
-            library.impl(f"{operator}{suffix}", counted(launcher), "Meta", allow_override=True)
+            library.impl(f"{operator}{suffix}", watched(launcher), "Meta", allow_override=True)
     try:
-        with patch.object(interpreter.GridExecutor, "__call__", lambda executor, *args, **options:
-                          count.launch(executor, run, args, options)), \
-                patch.object(interpreter.ScanOps, "apply_impl", lambda scan, found: found):
-            yield count
+        with patch.object(interpreter.GridExecutor, "__call__", launch):
+            yield
     finally:
         library._destroy()
+
+
+@contextlib.contextmanager
+def counting():
+    """Yields the Count of what Triton's kernels do on meta tensors."""
+    count = Count()
+    run = interpreter.GridExecutor.__call__
+    with launching(count, lambda executor, *args, **options:
+                   count.launch(executor, run, args, options)), \
+            patch.object(interpreter.ScanOps, "apply_impl", lambda scan, found: found):
+        yield count
+
+
+def held_at_peak(build, *shape):
+    """Bytes beside the inputs: ours, and the original's or None."""
+    meta = torch.device("meta")
+    with meta:
+        contest = rows.Contest(build(*shape), torch.float32, meta)
+    ours = Held((*contest.inputs, contest.incoming))
+    with launching(ours, lambda *_, **__: None), ours:
+        contest.ours(None).forward_backward()
+    original = Held((*contest.inputs, contest.incoming))
+    try:
+        with meta, original:
+            contest.original(torch.float32).forward_backward()
+    except ImportError:  # the original is not installed
+        return ours.peak, None
+    return ours.peak, original.peak
 
 
 def measure(build, batch, n, dim, heads, dtype):
@@ -194,6 +243,7 @@ def measure(build, batch, n, dim, heads, dtype):
             elements=contest.incoming.numel(), floor_bytes=floor_bytes, floor_flops=floor_flops,
             moved=sum(work["read"] + work["written"] for work in count.work.values()),
             flops=sum(work["flops"] for work in count.work.values()), work=count.work))
+    found[-1]["held"], found[-1]["original_held"] = held_at_peak(build, batch, n, dim, heads)
     return found
 
 
@@ -218,6 +268,10 @@ def over(ours, floor):
     return lambda row, _: f"{row[ours] / row[floor]:.2f}" if row[floor] else "–"
 
 
+def megabytes(key):
+    return lambda row, _: f"{row[key] / 1e6:.0f}" if row.get(key) else "–"
+
+
 def text(found, copy_gb_s, matmul_gflop_s):
     def time(moved, flops):
         return max(moved / copy_gb_s, flops / matmul_gflop_s) / 1e3
@@ -237,7 +291,8 @@ def text(found, copy_gb_s, matmul_gflop_s):
              ("× floor", over("moved", "floor_bytes")),
              ("flops × floor", over("flops", "floor_flops")),
              ("µs", lambda row, _: f"{row['us']:.0f}"),
-             ("floor µs", lambda row, _: f"{row['floor_us']:.0f}")]
+             ("floor µs", lambda row, _: f"{row['floor_us']:.0f}"),
+             ("MB", megabytes("held")), ("original MB", megabytes("original_held"))]
     parts = [*who, ("kernel", lambda row, _: row["kernel"]),
              ("programs", lambda row, _: str(row["programs"])), ("read", per_element("read")),
              ("written", per_element("written")), ("asked", per_element("asked")),
@@ -246,7 +301,8 @@ def text(found, copy_gb_s, matmul_gflop_s):
         table.grid(found, whole, None, False), table.grid(kernels, parts, None, False),
         f"{found[0]['dtype']}; bytes and flops of matrix products, for each element of the result; "
         "every tensor of a kernel counts\nonce, `asked` are all loads and stores. Times are at "
-        f"{copy_gb_s:.0f} GB/s and {matmul_gflop_s / 1e3:.0f} TFLOP/s, kernels one after another."])
+        f"{copy_gb_s:.0f} GB/s and {matmul_gflop_s / 1e3:.0f} TFLOP/s, kernels one after another.\n"
+        "MB are held at its peak, beside the inputs, by a training step in float32."])
 
 
 def worse(found, known):
@@ -260,8 +316,9 @@ def worse(found, known):
         if before is None:
             lines.append(f"{name}: not in the table, write it again")
         else:
-            lines += [f"{name}: {key} {before[key]} -> {row[key]}" for key in ("moved", "flops")
-                      if row[key] > 1.001 * before[key]]
+            lines += [f"{name}: {key} {before[key]} -> {row[key]}"
+                      for key in ("moved", "flops", "held")
+                      if key in row and row[key] > 1.001 * before[key]]
     return lines
 
 

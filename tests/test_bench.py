@@ -293,6 +293,15 @@ def test_bytes_that_kernels_move():
     assert moved["cumulative_mean", "forward_backward"] < 8.1
 
 
+def test_bytes_that_a_training_step_holds():
+    """In float32, little beside the result and the gradients: 4 bytes an element each."""
+    rows = json.loads((BENCH / "results" / "triton-dry.json").read_text())["rows"]
+    held = {row["row"]: row["held"] / row["elements"] for row in rows
+            if row["batch"] == 8 and row["n"] >= 4096 and "held" in row}
+    assert 24 <= held["gate_loop 1024×1"] < 24.3 and 8 <= held["decay_conv"] < 8.2
+    assert 8 <= held["cumulative_mean"] < 8.1 and 12 <= held["windowed_sgu w=128"] < 13.5
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--heads", "3"], "--dim must be divisible"), (["--seq", "0"], "at least 1"),
     (["--check", "--plot", "x.png"], "--check takes no times"), (["--text", "/no/such"], "no file"),

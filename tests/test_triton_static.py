@@ -45,12 +45,38 @@ def test_a_wider_load_that_becomes_narrow_is_worse(monkeypatch):
     assert worse([row | {"stores": {"32": 1}}], [row])
 
 
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
+def test_loads_are_as_wide_from_batches_that_are_far_apart(monkeypatch):
+    """Beyond 2^31 elements a stride is of another type."""
+    monkeypatch.syspath_prepend(BENCH)
+    import torch
+    import triton_static
+    from fastmix._triton import cumulative_mean
+
+    with triton_static.recording("sm90", lambda key: False) as found:
+        for n in (4096, 1 << 20):
+            x = torch.empty(16, n, 2048, dtype=torch.bfloat16, device="meta")
+            cumulative_mean.forward(x)
+    near, far = (triton_static.examine(*kernel) for kernel in found.values())
+    assert near.loads == far.loads and max(near.loads) >= 64
+
+
 # Bytes of shared memory. Consumer cards (8.6, 8.9, 12.0) are launched like 8.0.
 SHARED = {"sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
 
 
-@pytest.mark.parametrize("path", sorted((BENCH / "results").glob("triton-static*.json")),
-                         ids=lambda path: path.stem)
+TABLES = sorted((BENCH / "results").glob("triton-static*.json"))
+
+
+def test_tables_are_of_the_same_kernels():
+    """Of as many versions of Triton, all of them of today's kernels."""
+    first, *others = ({row["made_from"] for row in json.loads(path.read_text())["kernels"]}
+                      for path in TABLES)
+    assert len(others) == 2 and all(other == first for other in others)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_no_kernel_of_a_table_spills(path):
     kernels = json.loads(path.read_text())["kernels"]
     assert {row["target"] for row in kernels} == {"sm80", "sm90", "sm100", "gfx942"}

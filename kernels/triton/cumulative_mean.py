@@ -28,7 +28,7 @@ def _share(step, n, dtype: tl.constexpr, BACKWARD: tl.constexpr):
 def _ends(x, ends, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, EVEN: tl.constexpr,
           D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
           ROWS: tl.constexpr):
-    """The sum of each segment: ends (b, count, channels)."""
+    """The sum of each segment but the last: ends (b, count, channels)."""
     dtype: tl.constexpr = ends.dtype.element_ty
     batch, segment, block = place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
@@ -41,7 +41,7 @@ def _ends(x, ends, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, EVEN:
     pointers = (x + batch * even(x_b, EVEN[0]) + step.to(tl.int64)[:, None] * x_n
                 + offset(channel, x_h, x_d, D)[None, :])
     sums = tl.zeros((RUNS, COLS), dtype)
-    for _ in range(0, run, ROWS):
+    for _ in range(0, tl.where(segment < count - 1, run, 0), ROWS):
         rows = load_rows(pointers, x_n, (n - step)[:, None], inside, ROWS)
         for r in tl.static_range(ROWS):
             u = rows[r].to(dtype)

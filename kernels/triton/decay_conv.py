@@ -45,8 +45,8 @@ def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_n, x_h, 
           EVEN: tl.constexpr, D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr,
           COLS: tl.constexpr, ROWS: tl.constexpr):
     """What each segment hands on if it is handed 0: ends (b, count, 1, h·d), without the gain.
-
-    BACKWARD starts at the last step and finds p and q: ends (b, count, 2, h·d).
+    BACKWARD starts at the last step and finds p and q: ends (b, count, 2, h·d). Nothing is read
+    of the last segment, whose ends nobody needs.
     """
     dtype: tl.constexpr = ends.dtype.element_ty
     batch, segment, block = place(blocks, count)
@@ -61,7 +61,7 @@ def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_n, x_h, 
     pointers = _pointers(x, batch, start, channel, even(x_b, EVEN[0]), x_n, x_h, x_d, D)
     p = tl.zeros((RUNS, COLS), dtype)
     q = tl.zeros((RUNS, COLS), dtype)
-    for at in range(0, run, ROWS):
+    for at in range(0, tl.where(segment < count - 1, run, 0), ROWS):
         rows = load_rows(pointers, x_n, (n - start - at)[:, None], inside, ROWS)
         for r in tl.static_range(ROWS):
             if BACKWARD:
@@ -315,8 +315,9 @@ def backward(grad, grad_state, carries, x, decay, gain, initial_state, carry_eve
     count = common[2]
     if count > 1:
         ends = x.new_empty(b, count, 2, h * d, dtype=wide)
-        _ends[grid](grad, decays, ends, *common, *grad.stride(), BACKWARD=True, **sizes,
-                    **({} if x.dtype == torch.float64 else registers(64)))
+        _ends[grid](grad, decays, ends, *common, *grad.stride(), BACKWARD=True,
+                    **sizes | dict(EVEN=evens(grad)),
+                    **registers(96 if x.dtype == torch.float64 else 64))
     sums = x.new_empty(1 if gain is None else 2, b * count, h, d, dtype=wide)
     _backward[grid](grad, x, decays, None if gain is None else gain.contiguous(),
                     grad_state.contiguous(), ends, grad_x, sums, grad_initial, *common,

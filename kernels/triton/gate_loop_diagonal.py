@@ -17,10 +17,11 @@ import triton.language as tl
 
 from fastmix._triton.gate import _polar, activate
 from fastmix._triton.scan import even, evens
+from fastmix._triton.target import registers
 
 CARRY_EVERY = tl.constexpr(64)
-RUNTIME = ["n", "blocks", "chunks", "length", "carry_count", "q_b", "k_b", "v_b", "g_b", "d_b", "x_b",
-           "y_b", "e_b", "a_b", "c_b", "s_b"]
+RUNTIME = ["n", "blocks", "chunks", "length", "carry_count", "q_b", "k_b", "v_b", "g_b", "d_b",
+           "x_b", "y_b", "e_b", "a_b", "c_b", "s_b"]
 
 
 @triton.jit
@@ -378,9 +379,8 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
             REVERSE: tl.constexpr, ACTIVATE: tl.constexpr, PACKED: tl.constexpr,
             WIDE: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
             STEPS: tl.constexpr):
-    """Each chunk's map of S, whose inputs are x · y = k · v; or, reversed, of H: q · grad.
-
-    A row is length / ROWS steps long here.
+    """Each chunk's map of S, whose inputs are x · y = k · v; or, reversed, of H: q · grad. Nothing
+    is read of the chunk whose map nobody needs. A row is length / ROWS steps long here.
     """
     block, chunk, batch = _place(blocks, chunks)
     row, channel = _axes(block, C, WIDTH, ROWS)
@@ -394,7 +394,8 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
     a_re = tl.full((C // WIDTH, ROWS, WIDTH), 1.0, WIDE)
     a_im, b_re, b_im = tl.zeros_like(a_re), tl.zeros_like(a_re), tl.zeros_like(a_re)
     forward: tl.constexpr = -1 if REVERSE else 1
-    for _ in tl.range(0, length // ROWS, STEPS, num_stages=1):
+    needed = chunk > 0 if REVERSE else chunk < chunks - 1
+    for _ in tl.range(0, tl.where(needed, length // ROWS, 0), STEPS, num_stages=1):
         left = _left(n, time, STEPS)
         for j in tl.static_range(STEPS):
             mask = inside & (forward * j < left)
@@ -514,7 +515,8 @@ def _entries(x, y, gates, state, length, chunks, blocks, reverse, flags):
     _totals[(b * chunks * blocks,)](
         x, y, gates, totals, n, h, blocks, chunks, length,
         *x.stride()[:3], *y.stride()[:3], *gates.stride(),
-        EVEN=evens(x, y, gates), REVERSE=reverse, **flags)
+        EVEN=evens(x, y, gates), REVERSE=reverse, **flags,
+        **(registers(96) if wide == torch.float64 else {}))
     _enter[(b * blocks,)](
         totals, state, entries, h, blocks, chunks,
         *((0, 0, 0) if state is None else (state.stride(0), state.stride(2), state.stride(3))),

@@ -156,9 +156,9 @@ def _scores(x, x_strides, y, y_strides, b, at, first, h, ROWS: tl.constexpr, C: 
 @triton.jit(do_not_specialize=RUNTIME)
 def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, grad_b, grad_strides,
                gates, g_b, g_n, g_h, g_part, states, adjoints, grad_q, grad_k, grad_v, asked,
-               n, heads, chunks, EVEN: tl.constexpr, LOGITS: tl.constexpr,
-               SUMS: tl.constexpr, ROUNDED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-               BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+               n, heads, chunks, EVEN: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr,
+               ROUNDED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
+               BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of q, k and v over a chunk.
 
     asked (b, chunks, h, 4, C): what its states ask of P and of W's last row. ROUNDED where
@@ -237,9 +237,9 @@ def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, gr
 @triton.jit(do_not_specialize=RUNTIME)
 def _gate_gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, grad_b,
                     grad_strides, gates, g_b, g_n, g_h, g_part, asked, grad_gates, n, heads, chunks,
-                    EVEN: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr,
-                    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                    C: tl.constexpr, ROWS: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+                    EVEN: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr, DK: tl.constexpr,
+                    DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+                    ROWS: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of the gates over a chunk: of its tree of products, whose gradients are known.
 
     W's is the product of both scores. At every level of the tree it splits into what is asked

@@ -162,8 +162,8 @@ def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d
           INPUTS: tl.constexpr, STATES: tl.constexpr, FLIPPED: tl.constexpr,
           BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
     """What segments do to a state: ends (b, count, 2, channels) has the factor and the sum.
-
-    BACKWARD is for p, with grad as x: FLIPPED then is the direction of p.
+    BACKWARD is for p, with grad as x: FLIPPED then is the direction of p. Nothing is read of the
+    last segment, whose ends nobody needs.
     """
     dtype: tl.constexpr = ends.dtype.element_ty
     batch, segment, block = place(blocks, count)
@@ -177,7 +177,7 @@ def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d
     factor = _filled(1, gate_channel.shape, dtype, GATES)
     factor = _plus(factor, _filled(0, (RUNS, 1), dtype, GATES))
     total = _filled(0, (RUNS, COLS), dtype, STATES)
-    for _ in range(0, run, ROWS):
+    for _ in range(0, tl.where(segment < count - 1, run, 0), ROWS):
         time = _time(step, count * length, FLIPPED)
         a_rows = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
                             time, n, gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)

@@ -47,11 +47,13 @@ def evens(*tensors):
 
 @triton.jit
 def even(stride, EVEN: tl.constexpr):
-    """The batches' stride, a multiple of 16 if EVEN, for wide loads. Triton would see for itself,
-    but compile twice where only n decides, as with 5 channels: kernels are not specialised for it.
+    """The batches' stride; a multiple of 16 if EVEN, which the compiler sees, for wide loads.
+
+    Kernels are not specialised for it: with 5 channels, say, n decides, and they would be compiled
+    twice. (A hint, tl.multiple_of, does nothing to an argument.)
     """
     stride = tl.cast(stride, tl.int64)
-    return tl.multiple_of(stride, 16) if EVEN else stride
+    return stride // 16 * 16 if EVEN else stride
 
 
 @triton.jit

@@ -65,7 +65,11 @@ def _draw_gate_loop(draw, dtype, dk, dv, logits, initial):
 
 
 def _of_windowed_sgu(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
+    """None for few channels: the norm of one is 0 and that of two ±1, with gradients of nothing but
+    rounding."""
     h, w = bias.shape
+    if x.shape[-1] // 2 < 8:
+        return None
     dtypes = tuple(None if t is None else t.dtype
                    for t in (weight, bias, norm_weight, norm_bias, gate_residual))
     return (f"{h} heads and windows of {w} in {str(x.dtype)[6:]}", _draw_windowed_sgu,

@@ -1,8 +1,8 @@
 """windowed_sgu on a GPU: banded products on tensor cores, the gate normalised on its way in.
 
-out = activation(mixture + bias + gate_residual) · res. Rows' means and deviations come first,
-from a kernel of their own, because a head has only some of a row's channels. The gate is
-normalised on its way into the products, and never stored. Two schedules for the mixture:
+out = activation(mixture + bias + gate_residual) · res. Rows' means and deviations come first, from
+a kernel of their own: a head has only some of a row's channels, and programs of all heads would
+read all weights for every window. The normed gate is never stored. Two schedules for the mixture:
     walk   windows that fit into a tile: weights are read once, then a run of windows, each of
            whose gates is read once, for its own mixture and the next one's
     tiles  a block of a larger window's rows, in steps over the window before and its own;
@@ -247,10 +247,11 @@ def _weight_backward(gate, gate_b, gate_strides, norm, dmixed, dmixed_b, dmixed_
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiles_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, out, out_b,
-                    out_strides, n, windows, sequence, first, origin, out_origin, EVEN: tl.constexpr,
-                    HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
-                    ROWS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
-                    STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+                    out_strides, n, windows, sequence, first, origin, out_origin,
+                    EVEN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+                    WINDOW: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+                    CHANNELS: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr,
+                    PRECISION: tl.constexpr):
     """dnormed, from the mixture's gradient in its own window and the one after it."""
     blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
     dmixed_strides = (even(dmixed_b, EVEN[0]),) + dmixed_strides

@@ -123,8 +123,12 @@ def test_kernels_that_do_not_compile_are_not_used(monkeypatch):
     assert "ValueError: no registers" in fastmix.implementations("gate_loop", DEVICE)["triton"]
 
 
-def test_scans_need_no_trial():
+def test_scans_and_norms_of_few_channels_have_no_trial():
     assert trial.failure("gate_loop", "forward", gate_loop, *arguments(1)) is None
     x, decay = torch.randn(2, 5, 3, 4, device=DEVICE), torch.rand(3, device=DEVICE)
     assert trial.failure("decay_conv", "forward", decay_conv, x, decay, None, None, 0) is None
+    sgu = (torch.randn(1, 3, 2), torch.randn(1, 4, 8), torch.randn(1, 4), None, None, 1e-5, None,
+           "identity")
+    sgu = (t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in sgu)
+    assert trial.failure("windowed_sgu", "backward", windowed_sgu, *sgu) is None
     assert trial._wrong.cache_info().currsize == 0
