@@ -334,7 +334,7 @@ def _lopsided(q, v):
 def _chunk(q, v):
     """Steps per chunk: 64, fewer where products are not all for tensor cores of bfloat16, or
     those spread 64 steps over too few registers. States are out of float16's range."""
-    if q.dtype == torch.float64:
+    if q.dtype == torch.float64 or q.dtype == torch.float16 and _lopsided(q, v):
         return 16
     roomy = arch() in (0, 90, 100, 101, 103) and not _lopsided(q, v)
     return 64 if q.dtype == torch.bfloat16 and roomy else 32
@@ -457,7 +457,8 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
             *rows, gates, *gates.stride(), states, adjoints, grad_q, grad_k, grad_v, asked,
             n, h, chunks, EVEN=alike, ROUNDED=logits and given.dtype == torch.bfloat16, **narrow)
         if q.dtype == torch.float64:
-            options["num_warps"] = 1 if 0 < arch() < 90 else 2
+            older = 0 < arch() < 90
+            options |= dict(num_warps=1) if older else dict(num_warps=4, num_stages=2)
         options["ROWS"] = min(options["C"], 32) if arch() else options["C"]
         _gate_gradients[(b * h * chunks,)](
             *rows, gates, *gates.stride(), asked, grad_gates if logits else _real(grad_gates),

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from fastmix._triton.scan import (
-    ends_of, entering, even, evens, flat, offset, place, segments)
+    ends_of, entering, evens, flat, offset, place, segments)
 from fastmix._triton.target import arch, registers
 
 RUNTIME = ["n", "blocks", "count", "length", "carried", "g_b", "x_b", "grad_b"]
@@ -127,9 +127,11 @@ def _time(step, total, FLIPPED: tl.constexpr):
 
 
 @triton.jit
-def _pointers(x, batch, time, x_b, x_n, channels, COMPLEX: tl.constexpr):
-    """(RUNS, COLS) from times (RUNS, 1) and what `offset` found for the channels (1, COLS)."""
-    return x + (batch * x_b + time.to(tl.int64) * x_n + channels) * (2 if COMPLEX else 1)
+def _pointers(x, batch, time, x_b, x_n, channels, COMPLEX: tl.constexpr, EVEN: tl.constexpr):
+    """(RUNS, COLS) from times (RUNS, 1) and what `offset` found for the channels (1, COLS); EVEN
+    as in scan.even, at the price of fewer registers."""
+    at = tl.multiple_of(batch * x_b, 16) if EVEN else batch * x_b
+    return x + (at + time.to(tl.int64) * x_n + channels) * (2 if COMPLEX else 1)
 
 
 @triton.jit
@@ -169,7 +171,6 @@ def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d
     batch, segment, block = place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
-    g_b, x_b = even(g_b, EVEN[0]), even(x_b, EVEN[1])
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
     x_channel = offset(channel, x_h, x_d, D)[None, :]
     run = length // RUNS
@@ -179,10 +180,12 @@ def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d
     total = _filled(0, (RUNS, COLS), dtype, STATES)
     for _ in range(0, tl.where(segment < count - 1, run, 0), ROWS):
         time = _time(step, count * length, FLIPPED)
-        a_rows = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
-                            time, n, gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
-        x_rows = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n,
-                            time, n, inside, 0, dtype, FLIPPED, INPUTS, ROWS)
+        a_rows = _load_rows(
+            _pointers(gates, batch, time, g_b, g_n, gate_channel, GATES, EVEN[0]),
+            g_n, time, n, gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
+        x_rows = _load_rows(
+            _pointers(x, batch, time, x_b, x_n, x_channel, INPUTS, EVEN[1]),
+            x_n, time, n, inside, 0, dtype, FLIPPED, INPUTS, ROWS)
         for r in tl.static_range(ROWS):
             if BACKWARD:
                 a = _conj(a_rows[r])
@@ -228,7 +231,6 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
     batch, segment, block = place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
-    g_b, x_b = even(g_b, EVEN[0]), even(x_b, EVEN[1])
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
     x_channel = offset(channel, x_h, x_d, D)[None, :]
     wide = tl.cast(channels, tl.int64) * size
@@ -244,19 +246,23 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
 
     step = segment * length + tl.arange(0, RUNS)[:, None] * ROWS
     time = _time(step, count * length, FLIPPED)
-    next_a = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
-                        time, n, gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
-    next_x = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n,
-                        time, n, inside, 0, dtype, FLIPPED, INPUTS, ROWS)
+    next_a = _load_rows(
+        _pointers(gates, batch, time, g_b, g_n, gate_channel, GATES, EVEN[0]),
+        g_n, time, n, gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
+    next_x = _load_rows(
+        _pointers(x, batch, time, x_b, x_n, x_channel, INPUTS, EVEN[1]),
+        x_n, time, n, inside, 0, dtype, FLIPPED, INPUTS, ROWS)
     for _ in range(0, length, ROWS * RUNS):
         a_rows, x_rows, now = next_a, next_x, time
         step += ROWS * RUNS
         time = _time(step, count * length, FLIPPED)
         more = step < count * length
-        next_a = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
-                            time, n, more & gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
-        next_x = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n,
-                            time, n, more & inside, 0, dtype, FLIPPED, INPUTS, ROWS)
+        next_a = _load_rows(
+            _pointers(gates, batch, time, g_b, g_n, gate_channel, GATES, EVEN[0]),
+            g_n, time, n, more & gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
+        next_x = _load_rows(
+            _pointers(x, batch, time, x_b, x_n, x_channel, INPUTS, EVEN[1]),
+            x_n, time, n, more & inside, 0, dtype, FLIPPED, INPUTS, ROWS)
         factor, h = a_rows[0], x_rows[0]
         for r in tl.static_range(1, ROWS):
             factor, h = _times(a_rows[r], factor), _plus(_times(a_rows[r], h), x_rows[r])
@@ -293,11 +299,9 @@ def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n
     batch, segment, block = place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
-    g_b, x_b = even(g_b, EVEN[0]), even(x_b, EVEN[1])
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
     x_channel = offset(channel, x_h, x_d, D)[None, :]
     grad_channel = offset(channel, grad_h, grad_d, D)[None, :]
-    grad_b = even(grad_b, EVEN[2])
     carries += (batch * carried * channels + channel[None, :]) * size
 
     p = _filled(0, (1, COLS), dtype, STATES)
@@ -306,19 +310,23 @@ def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n
 
     step = segment * length + tl.arange(0, RUNS)[:, None] * ROWS
     time = _time(step, count * length, FLIPPED)
-    next_grads = _load_rows(_pointers(grad, batch, time, grad_b, grad_n, grad_channel, STATES),
-                            grad_n, time, n, inside, 0, dtype, FLIPPED, STATES, ROWS)
+    next_grads = _load_rows(
+        _pointers(grad, batch, time, grad_b, grad_n, grad_channel, STATES, EVEN[2]),
+        grad_n, time, n, inside, 0, dtype, FLIPPED, STATES, ROWS)
     for tile in range(0, length, ROWS * RUNS):
         grads, now = next_grads, time
-        a_rows = _load_rows(_pointers(gates, batch, time, g_b, g_n, gate_channel, GATES), g_n,
-                            time, n, gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
-        x_rows = _load_rows(_pointers(x, batch, time, x_b, x_n, x_channel, INPUTS), x_n, time, n,
-                            inside, 0, dtype, FLIPPED, INPUTS, ROWS)
+        a_rows = _load_rows(
+            _pointers(gates, batch, time, g_b, g_n, gate_channel, GATES, EVEN[0]),
+            g_n, time, n, gate_inside, 1.0, dtype, FLIPPED, GATES, ROWS)
+        x_rows = _load_rows(
+            _pointers(x, batch, time, x_b, x_n, x_channel, INPUTS, EVEN[1]),
+            x_n, time, n, inside, 0, dtype, FLIPPED, INPUTS, ROWS)
         step += ROWS * RUNS
         time = _time(step, count * length, FLIPPED)
         more = step < count * length
-        next_grads = _load_rows(_pointers(grad, batch, time, grad_b, grad_n, grad_channel, STATES),
-                                grad_n, time, n, more & inside, 0, dtype, FLIPPED, STATES, ROWS)
+        next_grads = _load_rows(
+            _pointers(grad, batch, time, grad_b, grad_n, grad_channel, STATES, EVEN[2]),
+            grad_n, time, n, more & inside, 0, dtype, FLIPPED, STATES, ROWS)
         # The chunk that h enters the tile in; of a tile that begins beyond n, the last.
         enters = _time(segment * length + tile + ROWS * RUNS - 1, count * length, FLIPPED)
         chunk = tl.minimum(enters // EVERY, carried - 2).to(tl.int64)

@@ -433,7 +433,7 @@ class _Plan:
             # Blocks of 128 rows, unless the last one would be half empty.
             rows = self.most if self.most < 128 or -(-self.w // 64) % 2 == 0 else 64
             blocks = -(-self.w // rows)
-            if tiles is _tiles_backward and self.operand.itemsize != 4:
+            if (tiles is _tiles_backward) != (self.operand.itemsize == 4):
                 options |= registers(128)
             tiles[(sequences * windows * blocks * self.parts,)](
                 *args, ROWS=rows, STEPS=self.steps, CHANNELS=self.channels, STAGES=self.stages,
@@ -588,5 +588,6 @@ def _total(parts, like):
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     block = 512 // parts.element_size()
     _add_groups[(-(-out.numel() // block),)](
-        parts, out, parts.shape[0], parts.stride(0), out.numel(), GROUPS=32, BLOCK=block)
+        parts, out, parts.shape[0], parts.stride(0), out.numel(), GROUPS=32, BLOCK=block,
+        **(registers(128) if parts.dtype == torch.float64 else {}))
     return out
