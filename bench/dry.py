@@ -13,7 +13,6 @@ peak beside its inputs, and what the published original's does.
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import sys
@@ -32,6 +31,7 @@ import operators
 import rows
 import table
 from fastmix import _triton
+from fastmix._triton import windowed_sgu
 
 TABLE = Path(__file__).parent / "results" / "triton-dry.json"
 # (batch, steps, width, heads, operators): those of on_gpu.sh, but for heads over 65536 steps,
@@ -208,7 +208,6 @@ def counting():
     count = Count()
     run = interpreter.GridExecutor.__call__
     # In one part: of a tensor that a kernel reads a part of, all of it would count as once.
-    windowed_sgu = importlib.import_module("fastmix._triton.windowed_sgu")
     with launching(count, lambda executor, *args, **options:
                    count.launch(executor, run, args, options)), \
             patch.object(windowed_sgu, "SCRATCH", 1 << 62), \

@@ -22,7 +22,7 @@ from fastmix._triton.gate_tree import (
 from fastmix._triton.matrices import (
     dot, dot_sums, load_rows, load_state, load_strided_state, rounded, store_rows, store_state,
     sums_dot)
-from fastmix._triton.scan import even, evens
+from fastmix._triton.scan import even, evens, strided
 from fastmix._triton.target import arch, float32_precision, registers
 
 # Gates are read one by one: to know what their strides are multiples of, which with few heads
@@ -367,11 +367,6 @@ def _real(x):
     return None if x is None else torch.view_as_real(x.resolve_conj())
 
 
-def _rows(*tensors):
-    """Every tensor (b, n, h, d), followed by the strides of b and of the others."""
-    return [part for t in tensors for part in (t, t.stride(0), t.stride()[1:])]
-
-
 def _state(x):
     """A complex state and its strides."""
     return (None, None) if x is None else (_real(x), _real(x).stride())
@@ -395,7 +390,7 @@ def _states(q, k, v, gates, logits, initial_state):
         if q.dtype == torch.float64 or arch() < 90 and not small:
             options |= registers(255)
         _walk_states[_walk_grid(b, h, options)](
-            *_rows(k, v), gates, *gates.stride(), *_state(initial_state), states, last,
+            *strided(k, v), gates, *gates.stride(), *_state(initial_state), states, last,
             n, h, chunks, EVEN=evens(k, v), **options)
     return states, last
 
@@ -410,7 +405,7 @@ def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
     if b:
         options = _options(q, v, logits, width=64)
         grid = (b * h * chunks * triton.cdiv(dv, options["BV"]),)
-        _outputs[grid](*_rows(q, k, v), gates, *gates.stride(), states, out, n, h, chunks,
+        _outputs[grid](*strided(q, k, v), gates, *gates.stride(), states, out, n, h, chunks,
                        EVEN=evens(q, k, v), num_stages=2, **_narrow(options, q.dtype, 90))
     apart = carry_every // _chunk(q, v)
     if not carry_every:
@@ -439,10 +434,10 @@ def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_sta
         if q.dtype in (torch.float32, torch.float16) and arch():
             options["num_warps"] = 8  # in four it spills on CUDA 9
         _walk_adjoints[_walk_grid(b, h, options)](
-            *_rows(q, grad), gates, *gates.stride(), *_state(grad_state), adjoints,
+            *strided(q, grad), gates, *gates.stride(), *_state(grad_state), adjoints,
             _real(grad_initial), n, h, chunks, EVEN=evens(q, grad), **options)
         asked = states.new_empty(b, chunks, h, 4, options["C"])
-        rows, alike = _rows(q, k, v, grad), evens(q, k, v, grad)
+        rows, alike = strided(q, k, v, grad), evens(q, k, v, grad)
         options = _options(q, v, logits, num_stages=1)
         # A wave on AMD has as many registers in a program of four as there are in eight.
         options["num_warps"] = 8 if arch() else 4

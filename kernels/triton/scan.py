@@ -120,3 +120,8 @@ def ends_of(runs: tl.constexpr, REVERSE: tl.constexpr):
     if REVERSE:
         return run, runs - 1, 0
     return run, 0, runs - 1
+
+
+def strided(*tensors):
+    """Every tensor, followed by the stride of its batches and those of its other axes."""
+    return [part for t in tensors for part in (t, t.stride(0), t.stride()[1:])]

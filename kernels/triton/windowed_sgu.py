@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fastmix._triton import interpreted
 from fastmix._triton.activation import activate
-from fastmix._triton.scan import even, evens
+from fastmix._triton.scan import even, evens, strided
 from fastmix._triton.target import arch, float32_precision, registers
 from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, place
 
@@ -408,7 +408,7 @@ class _Plan:
         columns, size = _power(self.c), self.wide.itemsize
         self.row = dict(COLUMNS=columns, num_warps=max(4, min(32, columns * size // 2048)))
         self.rows = max(1, 8192 // size // columns)
-        self.gate = _strided(x[..., self.c :])
+        self.gate = strided(x[..., self.c :])
         mean, inverse = (x.new_empty(b, n, dtype=self.wide) for _ in range(2))
         _statistics[(-(-b * n // self.rows),)](
             *self.gate, mean, inverse, b * n, n, self.c, EVEN=evens(x), EPS=eps, ROWS=self.rows,
@@ -474,14 +474,9 @@ def _dense(parameter):
     return None if parameter is None else parameter.contiguous()
 
 
-def _strided(x):
-    """x (b, n, c), and the strides of b and of the others."""
-    return x, x.stride(0), x.stride()[1:]
-
-
 def _beside(*tensors):
-    """The same for what may be None, the tensors left out: strides of b, those of the others."""
-    given = [(None, 0, (0, 0)) if t is None else _strided(t) for t in tensors]
+    """Strides of b, and those of the other axes, of what may be None."""
+    given = [(None, 0, (0, 0)) if t is None else strided(t) for t in tensors]
     return *(b for _, b, _ in given), tuple(others for _, _, others in given)
 
 
@@ -552,13 +547,13 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
                 ACTIVATION=activation, **plan.rounded)
         items = (hi - lo) * (end - first)
         _weight_backward[(groups * weight_tiles,)](
-            *plan.gate, plan.norm, *_strided(after), dweight, dbias, n, end - first, lo, first,
+            *plan.gate, plan.norm, *strided(after), dweight, dbias, n, end - first, lo, first,
             -(-items // groups), items, origin, more, EVEN=evens(x, after), **weight_options)
         out, out_origin = dx[..., c:], 0
         if mixed_types:
             out, out_origin = dnormed, lo * dnormed.shape[1] + first * plan.w
         plan.launch(_tiles_backward, _walk_backward, hi - lo, end - first, weight, weight.stride(),
-                    *_strided(after), *_strided(out), n, end - first, lo, first, origin,
+                    *strided(after), *strided(out), n, end - first, lo, first, origin,
                     out_origin, EVEN=evens(after, out))
         row = lo * n + first * plan.w
         rows = (hi - lo) * n if hi - lo > 1 else min(end * plan.w, n) - first * plan.w
