@@ -7,45 +7,47 @@ sources on first use. pyproject.toml has everything else.
 import importlib.util
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-build = runpy.run_path(str(Path(__file__).parent / "fastmix" / "_build.py"))
+build = runpy.run_path(str(Path(__file__).parent / "fastmix" / "native" / "build.py"))
 torch = importlib.util.find_spec("torch")
 ahead = torch is not None and build["compiler"]() is not None
 
 
 class BuildWithLibrary(build_py):
-    def run(self):
-        for stale in (Path(self.build_lib) / "fastmix").glob("_native*.so"):
+    def run(self) -> None:
+        for stale in (Path(self.build_lib) / "fastmix" / "native").glob("built-*"):
             stale.unlink()
         super().run()
         if ahead and not self.editable_mode:  # a checkout's sources may still change
             folder = Path(torch.origin).parent
             if build["torch_has_cuda"](folder) and build["cuda_compiler"]() is not None:
                 try:
-                    return self.make("_native-cuda", folder, build["cuda_code"]())
+                    return self.make(folder, build["cuda_code"]())
                 except RuntimeError as error:
                     print(f"fastmix: the kernels for CUDA are left out: {error}", file=sys.stderr)
-            self.make("_native", folder, ())
+            self.make(folder)
 
-    def make(self, name, torch_folder, cuda):
-        target = Path(self.build_lib) / "fastmix" / f"{name}-{build['fingerprint']()}.so"
+    def make(self, torch_folder: Path, cuda: Sequence[str] = ()) -> None:
+        name = build["name_built_ahead"](bool(cuda))
+        target = Path(self.build_lib) / "fastmix" / "native" / name
         build["build"](target, torch_folder, build["show_progress"], cuda=cuda)
 
 
 class Platform(Distribution):
-    def has_ext_modules(self):
+    def has_ext_modules(self) -> bool:
         return ahead
 
 
 class WheelForAnyPython(bdist_wheel):
     """With the library in it a wheel fits one platform, but any Python and any torch."""
 
-    def get_tag(self):
+    def get_tag(self) -> tuple[str, str, str]:
         tag = super().get_tag()
         return ("py3", "none", tag[2]) if ahead else tag
 

@@ -5,7 +5,7 @@
 """
 
 import argparse
-import json
+import csv
 import re
 import subprocess
 import sys
@@ -13,43 +13,71 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+from fastmix.native import build
 from triton_static import TOOLS
 
-from fastmix import _build, _native
-
-TABLE = Path(__file__).parent / "results" / "cuda-static.json"
-# What a block may have, and compute capabilities: Hopper, A100, consumer cards.
-DEVICES = {227 << 10: 90, 163 << 10: 80, 99 << 10: 89}
+TABLE = Path(__file__).parent / "expected" / "cuda.csv"
 KEY = ("target", "kernel", "shape")
+COUNTS = ("registers", "stack")
 
 
-def compiler():
+def compiler() -> str:
     """nvcc's version."""
-    said = subprocess.run([_build.cuda_compiler(), "--version"], capture_output=True, text=True)
-    return re.search(r"release \S+, (\S+)", said.stdout).group(1)
+    version = build.output_of([*build.cuda_compiler(), "--version"])
+    return re.search(r"release \S+, V(\S+)", version).group(1)
 
 
-def measure(library):
+def read_table() -> tuple[str, list[dict]]:
+    """nvcc's version and the rows of `measure`, from the table: a row per kernel there, and a
+    column for each version, target and count."""
+    rows, version = [], ""
+    with open(TABLE, newline="") as file:
+        for line in csv.DictReader(file):
+            kernel = {"kernel": line.pop("kernel"), "shape": line.pop("shape")}
+            targets = {}
+            for name, value in line.items():
+                version, target, count = name.split()
+                if value:
+                    targets.setdefault(target, {})[count] = int(value)
+            rows += [{"target": target, **kernel, **counts} for target, counts in targets.items()]
+    return version, rows
+
+
+def write_table(version: str, rows: list[dict]) -> None:
+    lines = {}
+    for row in rows:
+        line = lines.setdefault((row["kernel"], row["shape"]),
+                                {"kernel": row["kernel"], "shape": row["shape"]})
+        line |= {f"{version} {row['target']} {count}": row[count] for count in COUNTS}
+    names = dict.fromkeys(name for line in lines.values() for name in line)
+    with open(TABLE, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(line for _, line in sorted(lines.items()))
+
+
+def measure(library: Path | str) -> list[dict]:
     """A row per kernel and target: registers of a thread, bytes of its stack (spills are there),
     instructions that reach it."""
     used = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", library],
                           capture_output=True, text=True, check=True).stdout
     rows, target = [], None
     for line in used.splitlines():
-        if found := re.search(r"arch = (sm_\d+)", line):
-            target = found.group(1)
-        if found := re.search(r"Function (\S+):", line):
-            name = found.group(1)
-        if found := re.search(r"REG:(\d+) STACK:(\d+)", line):
+        if match := re.search(r"arch = (sm_\d+)", line):
+            target = match.group(1)
+        if match := re.search(r"Function (\S+):", line):
+            name = match.group(1)
+        if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             kernel = re.search(r"\d+([A-Z][A-Za-z]+?)(?:IL?NS|ES\d)", name)
             numbers = re.findall(r"L(?:[ib]|NS0_4TypeE)(\d+)E", name)
             rows.append({"target": target, "kernel": kernel.group(1) if kernel else name,
-                         "shape": " ".join(numbers), "registers": int(found.group(1)),
-                         "stack": int(found.group(2))})
+                         "shape": " ".join(numbers), "registers": int(match.group(1)),
+                         "stack": int(match.group(2))})
     return sorted(rows, key=lambda row: tuple(row[k] for k in KEY))
 
 
-def worse(rows, table):
+def worse(rows: list[dict], table: list[dict]) -> list[str]:
     """Lines that say where `rows` are worse than the committed table."""
     known = {tuple(row[k] for k in KEY): row for row in table}
     lines = [f"{' '.join(key)}: is in the table, but not in the library"
@@ -61,11 +89,11 @@ def worse(rows, table):
             lines.append(f"{name}: not in the table, write it again")
             continue
         lines += [f"{name}: {count} {before[count]} -> {row[count]}"
-                  for count in ("registers", "stack") if row[count] > before[count]]
+                  for count in COUNTS if row[count] > before[count]]
     return lines
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", nargs="?", const="", metavar="LIBRARY",
                         help="compare with the committed table instead of writing it")
@@ -74,24 +102,20 @@ def main():
         library = options.check
         if not library:
             library = Path(folder) / "library.so"
-            _build.build(library, Path(torch.__file__).parent, _build.show_progress, cpu=False,
-                         cuda=_build.cuda_code())
+            build.build(library, Path(torch.__file__).parent, build.show_progress, cpu=False,
+                         cuda=build.cuda_code())
         rows = measure(library)
-        blocks = {shared >> 10: _native.fft_conv_shapes(shared, capability, library)
-                  for shared, capability in DEVICES.items()}
     if options.check is None:
-        TABLE.write_text(json.dumps(
-            {"nvcc": compiler(), "fft_conv blocks by KB of shared memory": blocks,
-             "kernels": rows}, indent=0) + "\n")
+        write_table(compiler(), rows)
         for row in rows:
             print(row)
         return 0
-    table = json.loads(TABLE.read_text())
-    if table["nvcc"] != compiler():
+    version, table = read_table()
+    if version != compiler():
         print("what is worse cannot be told: the table is of nvcc "
-              f"{table['nvcc']}, this is {compiler()}")
+              f"{version}, this is {compiler()}")
         return 0
-    lines = worse(rows, table["kernels"])
+    lines = worse(rows, table)
     print("\n".join(lines) or f"{len(rows)} kernels: none worse than the table")
     return bool(lines)
 

@@ -10,7 +10,6 @@ import torch
 
 import operators
 import rows
-from run import CAUSAL_STEPS
 
 SECONDS = 6  # for an operator, forward and again with backward
 
@@ -28,7 +27,7 @@ def main(argv):
     print(f"| operator | float32 ms, forward / fwd+bwd | {args.dtype} ms | times as fast |")
     print("|---|---:|---:|---:|")
     for make in (make for makers in operators.ROWS.values() for make in makers):
-        steps = min(args.seq, CAUSAL_STEPS) if make is operators.causal_sgu else args.seq
+        steps = min(args.seq, operators.CAUSAL_STEPS) if make is operators.causal_sgu else args.seq
         case = make(1, steps, args.dim, args.heads)
         if any(t.is_complex() for _, t in case.inputs.values()):
             continue  # complex64 in either

@@ -1,23 +1,23 @@
-"""What the report was measured on: the machine, the software, and the machine's limits."""
+"""What the report was measured on: the machine, the software, and how fast torch itself is."""
 
-import importlib.metadata
+import functools
 import os
 import platform
-import shutil
-import subprocess
-from pathlib import Path
 
 import torch
 
+import fastmix
+from fastmix import env
 from timing import stopwatch
 
-FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16",
-         "asimd", "bf16", "sve", "sve2")
+COPIED = {"cpu": (128 << 20, 256 << 20), "cuda": (512 << 20, 1 << 30)}  # bytes
+SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}                  # of square matrices
+SLOW_MS = 500  # of a product: it is not done again, nor a larger one
 
 
 def header(device, dtype):
-    copy_gb_s, matmul_gflop_s = limits(device, dtype)
-    model, flags = processor()
+    copy_gb_s, matmul_gflop_s = rates(device, dtype)
+    model, flags = env.processor()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
         "device_type": device.type,
@@ -27,52 +27,31 @@ def header(device, dtype):
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": version("triton"),
-        "compiler": first_line([os.environ.get("CXX") or "c++", "--version"]),
-        "fastmix": version("fastmix"),
-        "commit": first_line(["git", "-C", str(Path(__file__).parent), "describe",
-                              "--always", "--dirty"]),
+        "triton": env.version("triton"),
+        "compiler": env.compiler(),
+        "fastmix": fastmix.__version__,
+        "commit": env.commit(),
         "copy_gb_s": copy_gb_s,
         "matmul_gflop_s": matmul_gflop_s,
         "matmul_dtype": str(dtype).removeprefix("torch."),
     }
 
 
-def processor():
-    """(name, the flags of FLAGS that it has), as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    fields = {}
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    present = (fields.get("flags") or fields.get("Features") or "").split()
-    return name, [flag for flag in FLAGS if flag in present]
-
-
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def first_line(command):
-    if shutil.which(command[0]) is None:
-        return "none"
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.partition("\n")[0] if done.returncode == 0 else "none"
-
-
-def limits(device, dtype):
-    """(GB/s of a copy far larger than the caches, read and write counted; GFLOP/s of a
-    square matmul in `dtype`): the best of a few."""
-    size = (1024 if device.type == "cuda" else 256) << 20
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(size, size, device=device).to(dtype)
-    copy = min(stopwatch(lambda: target.copy_(source), device) for _ in range(7))
-    matmul = min(stopwatch(lambda: matrix @ matrix, device) for _ in range(7))
-    return 2 * source.numel() / copy / 1e6, 2 * size**3 / matmul / 1e6
+def rates(device, dtype):
+    """(GB/s of torch's copy far beyond the caches, read and write counted; GFLOP/s of torch's
+    square matmul in `dtype`): the best of several sizes and calls."""
+    copied, multiplied = [], []
+    for size in COPIED[device.type]:
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        target = torch.zeros_like(source)
+        ms = min(stopwatch(functools.partial(target.copy_, source), device) for _ in range(5))
+        copied.append(2 * size / ms / 1e6)
+    for size in SIDES[device.type]:
+        matrix = torch.randn(size, size, device=device).to(dtype)
+        calls = [stopwatch(functools.partial(torch.mm, matrix, matrix), device)]
+        while len(calls) < 5 and calls[0] < SLOW_MS:
+            calls.append(stopwatch(functools.partial(torch.mm, matrix, matrix), device))
+        multiplied.append(2 * size**3 / min(calls) / 1e6)
+        if calls[0] > SLOW_MS:  # half types without instructions of their own: seconds a call
+            break
+    return max(copied), max(multiplied)

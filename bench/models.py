@@ -5,6 +5,7 @@ text; they must find the same losses and the same first gradients, or the row is
 """
 
 import importlib
+import math
 import os
 from pathlib import Path
 
@@ -13,11 +14,10 @@ import torch.nn.functional as F
 
 from exactness import within
 from rows import HALF, compile_function, forced, implementations, name_of, reason
-from timing import peak_bytes, side_by_side
+from timing import peak_bytes, side_by_side, spread
 
-ROW_SECONDS = 15       # that a row may take
-COMPILE_SECONDS = 25   # and a cold torch.compile of its original with the timing, two cores
-VOCABULARY = 256  # bytes
+COMPILE_SECONDS = 25  # that a cold torch.compile of an original takes with its timing, two cores
+VOCABULARY = 256      # bytes
 # Of losses and of gradients; a half type may also be twice as far from float32 as the original
 # is in that type. Some gradients are small differences of large terms.
 TOLERANCE = {torch.float64: (1e-8, 1e-8), torch.float32: (2e-4, 2e-4),
@@ -41,6 +41,18 @@ MODELS = {
         "gateloop_transformer", "gateloop_transformer.gateloop_transformer", "Transformer",
         "gate_loop", lambda n, dim, heads: {}),
 }
+
+
+def model_arguments(name, n, dim, heads, depth):
+    """(file, published module, class, operator, arguments of the class) of a model for n steps."""
+    file, published, class_name, operator, more = MODELS[name]
+    return file, published, class_name, operator, {
+        "num_tokens": VOCABULARY, "dim": dim, "depth": depth, **more(n, dim, heads)}
+
+
+def build(module, class_name, arguments):
+    torch.manual_seed(0)
+    return getattr(importlib.import_module(module), class_name)(**arguments)
 
 
 def read_bytes(path, count):
@@ -115,15 +127,13 @@ class Course:
 
     def __init__(self, name, b, n, dim, heads, depth, text, dtype, device):
         self.name, self.dtype = name, dtype
-        self.file, self.published, self.class_name, self.operator, more = MODELS[name]
-        self.arguments = {"num_tokens": VOCABULARY, "dim": dim, "depth": depth,
-                          **more(n, dim, heads)}
+        (self.file, self.published, self.class_name, self.operator,
+         self.arguments) = model_arguments(name, n, dim, heads, depth)
         self.pieces = read_bytes(text, 16 * b * (n + 1)).view(16, b, n + 1).to(device)
         self.n, self.tokens = n, b * n
 
     def trainer(self, module, dtype, force=None):
-        torch.manual_seed(0)
-        model = getattr(importlib.import_module(module), self.class_name)(**self.arguments)
+        model = build(module, self.class_name, self.arguments)
         return Trainer(model, self.pieces, dtype, force)
 
     def ours(self, force=None):
@@ -197,7 +207,7 @@ def model_rows(course, names, matmul_gflop_s, seconds=0):
             flops = linear_flops(trainers[name].model, course.tokens)
             rows[name]["linear_floor_ms"] = flops / matmul_gflop_s / 1e6
             if rival:
-                rows[name]["ratio_original"] = ratio(original, rows[name])
+                add_ratio(rows[name], "original", original["step_ms"], timing[name])
     return list(rows.values())
 
 
@@ -217,7 +227,7 @@ def add_compiled(course, rows, names, seconds):
         timing = in_turns(trainers | {"compiled": trainer}, seconds)
         baseline["step_ms"] = timing["compiled"]
         for row in rows:
-            row["ratio_compiled"] = ratio(baseline, {"step_ms": timing[row["implementation"]]})
+            add_ratio(row, "compiled", baseline["step_ms"], timing[row["implementation"]])
     for row in rows:
         row["compiled"] = baseline
 
@@ -228,8 +238,9 @@ def in_turns(trainers, seconds):
     return side_by_side(steps, seconds, device, least=2)
 
 
-def ratio(baseline, row):
-    return baseline["step_ms"]["median"] / row["step_ms"]["median"]
+def add_ratio(row, name, baseline, ours):
+    row[f"ratio_{name}"] = baseline["median"] / ours["median"]
+    row[f"ratio_{name}_spread"] = math.hypot(spread(baseline), spread(ours))
 
 
 def errors(losses, gradients, truth):

@@ -56,7 +56,8 @@ report() {  # name, seconds, dtype, batch, steps, width, heads, operators …
 
 kernels() {  # compiling is what takes time: ten tests to a process, all cores at once
     set -o pipefail
-    python -m pytest --collect-only -q -p no:cacheprovider tests/triton | grep :: | shuf |
+    # What is chosen, here all, runs whole.
+    python -m pytest --collect-only -q -p no:cacheprovider -k test_ tests/triton | grep :: | shuf |
         xargs -r -d '\n' -n 10 -P "$jobs" \
             python -m pytest -q -p no:cacheprovider
 }

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 
+CAUSAL_STEPS = 2048  # of causal_sgu, whose weight is n × n, unless more are asked for
+
 
 @dataclass
 class Case:
@@ -30,6 +32,10 @@ class Case:
     keeps_inputs: bool = True       # backward reads them
     compile_seconds: int = 0        # of torch.compile of the original, cold, two cores
     original_bytes: int = 0         # what the original's forward+backward needs at its peak
+
+    def steps(self):
+        """n, the time steps of the inputs."""
+        return next(iter(self.inputs.values()))[1].shape[1]
 
     def tensors(self, dtype, device):
         """The inputs as leaves, complex ones in complex64 (complex128 for float64)."""
@@ -121,6 +127,33 @@ def gate_loop(b, n, dim, heads):
 
 def gate_loop_diagonal(b, n, dim, heads):
     return gate_loop(b, n, dim, dim)
+
+
+def gate_loop_real(b, n, dim, heads):
+    """From real gates, which the original's operator takes too."""
+    d = dim // heads
+
+    def original(q, k, v, gates):
+        from gateloop_transformer.gateloop_transformer import gate_loop_operator
+
+        def step(q, k, v, gates):
+            b = q.shape[0]
+            q, k, v = (rearrange(t, "b n h d -> (b h) n d") for t in (q, k, v))
+            out = gate_loop_operator(q, k, v, rearrange(gates, "b n h -> (b h) n 1 1"))
+            return rearrange(out, "(b h) n d -> b n h d", b=b).contiguous()
+
+        return step, (q, k, v, gates)
+
+    inputs = {name: ("b n h d", normal(b, n, heads, d)) for name in "qkv"}
+    inputs["gates"] = ("b n h", uniform(0.9, 1, b, n, heads))
+    # Add k vᵀ to S, and q · S. The original's arrays of (b n h d d) are as many as with complex
+    # gates, of half the size.
+    return Case(
+        "gate_loop", f"gate_loop {heads}×{d} real", inputs, "b n h d",
+        lambda ops, q, k, v, gates: ops.gate_loop(q, k, v, gates),
+        "gateloop_transformer", original, {"b": 1, "h": 2}, 2048, 512,
+        flops=4 * b * n * heads * d * d,
+        original_bytes=11 * 4 * b * n * heads * d * d, compile_seconds=45)
 
 
 def decay_conv(b, n, dim, heads):
@@ -222,7 +255,7 @@ def cumulative_mean(b, n, dim, heads):
 # The rows of the table: those of one operator stand under its name.
 ROWS = {
     "linear_scan": [linear_scan],
-    "gate_loop": [gate_loop_diagonal, gate_loop],
+    "gate_loop": [gate_loop_diagonal, gate_loop, gate_loop_real],
     "decay_conv": [decay_conv],
     "fft_conv": [fft_conv],
     "windowed_sgu": [windowed_sgu],

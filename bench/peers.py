@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import timing  # before torch: it quiets torch's profiler
+
+# isort: split
 import torch
 
 import table

@@ -1,31 +1,26 @@
 """A line on stderr that says how far the work is."""
 
 import sys
-import time
+
+from tqdm import tqdm
 
 
-class Progress:
-    """Each call announces the next of `total` pieces of work: on a terminal in one line that
-    is written over, elsewhere in a line every ten seconds at most."""
+class Progress(tqdm):
+    """Each call announces the next of `total` pieces of work: on a terminal at once, elsewhere
+    every ten seconds at most."""
 
-    def __init__(self):
-        self.total = self.done = 0
-        self.start = time.monotonic()
-        self.printed = None
-        self.live = sys.stderr.isatty()
+    monitor_interval = 0  # no thread beside what is timed
+
+    def __init__(self, total):
+        super().__init__(total=total, file=sys.stderr, leave=False,
+                         mininterval=0 if sys.stderr.isatty() else 10,
+                         bar_format="{bar:24} {n_fmt}/{total_fmt} {elapsed} {desc}", delay=1e-9)
+        self.announced = False
 
     def __call__(self, what):
-        now = time.monotonic()
-        filled = 24 * self.done // self.total
-        bar = "#" * filled + "." * (24 - filled)
-        line = f"[{bar}] {self.done}/{self.total} {now - self.start:4.0f} s  {what}"
-        self.done += 1
-        if self.live:
-            print(f"\r\x1b[K{line[:100]}", end="", file=sys.stderr, flush=True)
-        elif self.printed is None or now - self.printed > 10:
-            self.printed = now
-            print(line, file=sys.stderr, flush=True)
-
-    def end(self):
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self.set_description_str(what, refresh=False)
+        if self.announced:
+            self.update()  # the piece before this one is done
+        else:
+            self.announced = True
+            self.refresh()

@@ -6,6 +6,7 @@ A row is a dict of plain values. Its `status` is "ok", "wrong" (it carries no ti
 
 import contextlib
 import functools
+import math
 import re
 
 import torch
@@ -13,12 +14,13 @@ import torch
 import fastmix
 from exactness import Exam, within
 from fastmix import ops
-from timing import peak_bytes, side_by_side
+from timing import peak_bytes, side_by_side, spread, stopwatch
 
 MODES = ("forward", "forward_backward")
 HALF = (torch.bfloat16, torch.float16)
 ORIGINAL_BYTES = 4 << 30  # an original that needs more is run at the n that needs
 SHORTER_BYTES = 2 << 30   # this much at most
+ORIGINAL_CALLS = 7        # forward and backward, that checking and timing it take at least
 
 
 def implementations(operator, device, names):
@@ -93,10 +95,11 @@ class Contest:
         return found
 
 
-def operator_rows(make, n, names, dtype, device, limits=None, seconds=0, shorten=True):
+def operator_rows(make, n, names, dtype, device, rates=None, seconds=0, original_seconds=None):
     """A row for each implementation of the case make(n); checked only, if `seconds` is 0.
 
-    An original that needs too much memory is run at a shorter n, unless not `shorten`.
+    An original that needs too much memory is left out, or, where it is given `original_seconds`,
+    run at a shorter n, as is one that would take longer than them.
     """
     case = make(n)
     contest = Contest(case, dtype, device)
@@ -120,18 +123,21 @@ def operator_rows(make, n, names, dtype, device, limits=None, seconds=0, shorten
         if row["status"] == "ok":
             steps[name] = step
     if seconds and steps:
-        original, step = judge_original(contest, exam, dtype)
+        shorter, why = (n, None) if original_seconds is None else original_length(
+            make, n, dtype, device, original_seconds)
+        original, step = judge_original(contest, exam, dtype, why)
         add_times(contest, rows, steps, original, step, seconds)
         for name in steps:
             tokens = contest.incoming.shape[0] * n
-            add_rates(rows[name], case.necessary(contest.inputs), tokens, limits)
-        if original["status"] == "too large" and shorten:
-            shorter = 1 << (n * SHORTER_BYTES // case.original_bytes).bit_length() - 1
-            for short in operator_rows(make, shorter, names, dtype, device, limits, seconds):
+            add_rates(rows[name], case.necessary(contest.inputs), tokens, rates)
+        if shorter < n:
+            for short in operator_rows(make, shorter, names, dtype, device, rates, seconds):
                 if short["status"] == "ok" and short["implementation"] in steps:
                     row = rows[short["implementation"]]
-                    row["original"] = short["original"] | {"shortened": original["reason"]}
-                    row["ratio_original"] = short["ratio_original"]
+                    row["original"] = short["original"] | {"shortened": why}
+                    for key in "ratio_original", "ratio_original_spread":
+                        if key in short:
+                            row[key] = short[key]
     return list(rows.values())
 
 
@@ -147,17 +153,40 @@ def add_times(contest, rows, steps, original, original_step, seconds):
         if row["status"] == "ok":
             row["original"] = original
             if original_step is not None:
-                row["ratio_original"] = ratios(original, row)
+                add_ratios(row, "original", original, row)
 
 
-def judge_original(contest, exam, dtype):
+def original_length(make, n, dtype, device, seconds):
+    """(the n to run the original at, what stands against more of it or None)."""
+    needed = make(1).original_bytes * n
+    if needed > ORIGINAL_BYTES:
+        return 1 << (n * SHORTER_BYTES // needed).bit_length() - 1, (
+            f"needs about {needed / 1e9:.0f} GB")
+    whole = make(n)
+    for part in 16, 4:  # a short call is mostly overhead, which does not grow with n
+        small = make(max(1, n // part))
+        try:
+            step = Contest(small, dtype, device).original(dtype)
+            taken = min(stopwatch(step.forward_backward, device) for _ in range(2)) / 1e3
+        except (ImportError, RuntimeError, TypeError):
+            return n, None  # judge_original says why
+        calls = ORIGINAL_CALLS * taken
+        taken *= max(n / small.steps(), whole.flops / small.flops if small.flops else 0)
+        if ORIGINAL_CALLS * taken <= seconds or 4 * calls > seconds:
+            break
+    halvings = 0
+    while halvings < 4 and ORIGINAL_CALLS * taken / 2**halvings > seconds:
+        halvings += 1
+    return n >> halvings, f"takes about {taken:.1f} s a call" if halvings else None
+
+
+def judge_original(contest, exam, dtype, why_shorter):
     """(the original's part of a row, its step or None). Half types it cannot run become
     float32."""
     case = contest.case
-    baseline = {"package": case.package, "n": contest.inputs[0].shape[1], "status": "fails"}
-    if case.original_bytes > ORIGINAL_BYTES:
-        return baseline | {"status": "too large",
-                           "reason": f"needs about {case.original_bytes / 1e9:.0f} GB"}, None
+    baseline = {"package": case.package, "n": case.steps(), "status": "fails"}
+    if why_shorter or case.original_bytes > ORIGINAL_BYTES:
+        return baseline | {"status": "left out", "reason": why_shorter}, None
     for attempt in (dtype, torch.float32) if dtype in HALF else (dtype,):
         try:
             step = contest.original(attempt)
@@ -188,7 +217,7 @@ def add_compiled(make, rows, names, dtype, device, seconds):
         timing = contest.times(steps | {"compiled": step}, seconds)
         baseline |= timing["compiled"]
         for row in rows:
-            row["ratio_compiled"] = ratios(baseline, timing[row["implementation"]])
+            add_ratios(row, "compiled", baseline, timing[row["implementation"]])
     for row in rows:
         row["compiled"] = baseline
 
@@ -209,22 +238,31 @@ def compile_function(owner, runs, baseline):
             baseline["reason"] = f"compiled with graph breaks: {reason(error)}"
 
 
-def ratios(baseline, row):
-    return {mode: baseline[f"{mode}_ms"]["median"] / row[f"{mode}_ms"]["median"] for mode in MODES}
+def ratios(baseline, ours):
+    return {mode: baseline[f"{mode}_ms"]["median"] / ours[f"{mode}_ms"]["median"]
+            for mode in MODES}
 
 
-def add_rates(row, necessary, tokens, limits):
-    """Tokens per second, bytes per second, and the part of the measured limit: of the copy
-    bandwidth, or of the matmul rate where that alone would take longer."""
-    for rate in ("tokens_per_s", "gb_per_s", "percent_of_limit", "bound"):
+def add_ratios(row, name, baseline, ours):
+    """How many times as long the baseline takes, and the spread of that in parts of it."""
+    row[f"ratio_{name}"] = ratios(baseline, ours)
+    row[f"ratio_{name}_spread"] = {
+        mode: math.hypot(spread(baseline[f"{mode}_ms"]), spread(ours[f"{mode}_ms"]))
+        for mode in MODES}
+
+
+def add_rates(row, necessary, tokens, rates):
+    """Tokens per second, bytes per second, and the time that torch's own copy of as many bytes
+    would take, in percent of the row's; or its matmul of as many products, if that is longer."""
+    for rate in ("tokens_per_s", "gb_per_s", "percent_of_torch", "bound"):
         row[rate] = {}
     for mode, (moved, flops) in necessary.items():
         seconds = row[f"{mode}_ms"]["median"] / 1e3
-        floor, bound = max((moved / limits["copy_gb_s"] / 1e9, "copy"),
-                           (flops / limits["matmul_gflop_s"] / 1e9, "matmul"))
+        floor, bound = max((moved / rates["copy_gb_s"] / 1e9, "copy"),
+                           (flops / rates["matmul_gflop_s"] / 1e9, "matmul"))
         row["tokens_per_s"][mode] = tokens / seconds
         row["gb_per_s"][mode] = moved / seconds / 1e9
-        row["percent_of_limit"][mode] = 100 * floor / seconds
+        row["percent_of_torch"][mode] = 100 * floor / seconds
         row["bound"][mode] = bound
 
 

@@ -1,26 +1,32 @@
-"""The report: what is fast on this machine, how close to its limit, and how exact.
+"""The report: what is fast on this machine, beside torch's own copy and matmul, and how exact.
 
     python bench/run.py --seq 8192
     python bench/run.py --seq 1024 --check            # only whether results are right
     python bench/run.py --seq 8192 --ops gate_loop fft_conv --models none --plot out.png
 
 Each operator runs beside the published code for the same step and beside torch.compile of
-that; each model takes training steps on real text beside the published model. A result that
-is wrong is red and carries no time.
+that; each model takes training steps on real text beside the published model, and writes text
+beside it, token by token. A result that is wrong is red and carries no time. Ctrl-C ends the
+measuring, and prints what there is.
 """
 
 import argparse
 import functools
 import importlib.util
 import logging
+import os
 import sys
 import time
 import warnings
 from pathlib import Path
 
-import timing  # before torch: it quiets torch's profiler
+import timing  # noqa: F401 (before torch: it quiets torch's profiler)
+
+# isort: split
 import torch
 
+import compare
+import generation
 import machine
 import models
 import operators
@@ -29,9 +35,8 @@ import table
 from progress import Progress
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-CAUSAL_STEPS = 2048
 SECONDS = 1.5      # to time a row for, forward and again with backward
-ROW_SECONDS = 10   # that a row may take in all
+INTERRUPTED = 130  # the exit status that shells know for Ctrl-C
 
 
 def arguments(argv):
@@ -47,15 +52,22 @@ def arguments(argv):
     parser.add_argument("--ops", nargs="+", choices=[*operators.ROWS, "none"],
                         help="operators to report on; all of them by default")
     parser.add_argument("--models", nargs="+", choices=[*models.MODELS, "none"])
+    parser.add_argument("--generate", type=int, default=64, metavar="N", help="tokens that each "
+                        "model writes, one at a time, after contexts of 1024, --seq and 65536 "
+                        "tokens, for 1 and 16 sequences; 0 for none")
     parser.add_argument("--impl", nargs="+", default=[], help="implementations, by name; by "
                         "default the one that runs here")
     parser.add_argument("--text", help="file whose bytes the models learn; by default the "
                         "sources of Python's standard library")
-    parser.add_argument("--minutes", type=float, help="leave out what would not end by then; "
-                        "by default 2.75, and more in proportion beyond 8192 tokens or depth 1")
+    parser.add_argument("--minutes", type=float, help="to end by then, time fewer calls, then "
+                        "shorter originals, then one length less and fewer contexts; by default "
+                        "2.75, and more in proportion beyond 8192 tokens or depth 1. Compiling "
+                        "comes before")
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--csv", metavar="PATH")
     parser.add_argument("--plot", metavar="PATH")
+    parser.add_argument("--compare", metavar="PATH", help="the --json of another report, to stand "
+                        "beside this one in a table of its own, and in the plot")
     parser.add_argument("--check", action="store_true", help="only whether results are right, "
                         "without times; exit status 1 if one is wrong or missing")
     options = parser.parse_args(argv)
@@ -64,29 +76,65 @@ def arguments(argv):
                      f"and {options.heads}")
     if min(*options.seq, options.batch, options.heads, options.depth) < 1:
         parser.error("--seq, --batch, --heads and --depth must be at least 1")
-    if options.check and (options.plot or options.minutes):
-        parser.error("--check takes no times, so it can neither plot nor be given minutes")
+    if options.generate < 0:
+        parser.error(f"--generate must be at least 0, got {options.generate}")
+    if options.check and (options.plot or options.minutes or options.compare):
+        parser.error("--check takes no times, so it can neither plot nor compare nor be given "
+                     "minutes")
     if not options.device.startswith(("cpu", "cuda")):
         parser.error(f"--device must be cpu or cuda, got {options.device}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch finds no GPU here")
     if options.text and not Path(options.text).is_file():
         parser.error(f"--text: no file {options.text}")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+    for flag in ("json", "csv", "plot"):
+        reason = why_not_written(flag, getattr(options, flag))
+        if reason:
+            parser.error(f"--{flag}{reason}")
+    if options.compare:
+        try:
+            compare.read(options.compare)
+        except (OSError, ValueError) as error:
+            parser.error(f"--compare: {error}")
     options.seq = sorted(set(options.seq))
     return options
 
 
-class Schedule:
-    """Announces each piece of work, and refuses what would not end in time."""
+def why_not_written(flag, path):
+    """What to say after the flag's name, or None: found before measuring, not after it."""
+    if path is None:
+        return None
+    path = Path(path)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        return f": {path} cannot be written; name a file in a folder that exists"
+    if flag == "plot":
+        if importlib.util.find_spec("matplotlib") is None:
+            return " needs matplotlib: pip install matplotlib"
+        from matplotlib.backend_bases import FigureCanvasBase
+        formats = FigureCanvasBase.get_supported_filetypes()
+        if path.suffix[1:].lower() not in formats:
+            return f": {path} must end with one of .{' .'.join(sorted(formats))}"
+    return None
 
-    def __init__(self, minutes):
+
+class Schedule:
+    """Announces each piece of work, and shares the time that is left among those to come."""
+
+    def __init__(self, minutes, pieces, more=0):
         self.end = time.monotonic() + 60 * minutes
-        self.progress = Progress()
+        self.left = pieces
+        self.progress = Progress(pieces + more)  # `more` may be left out
         self.refused = []
 
+    def share(self, what):
+        """The seconds that the next piece may take, never 0: it is done, however few they are."""
+        self.progress(what)
+        seconds = max(1e-3, self.end - time.monotonic()) / self.left
+        self.left -= 1
+        return seconds
+
     def allows(self, what, seconds):
+        """Whether a piece that may be left out still ends in time."""
         if time.monotonic() + seconds > self.end:
             self.refused.append(what)
             return False
@@ -103,7 +151,9 @@ def chosen_cases(options):
             for build in operators.ROWS.get(name, []):
                 if build is operators.gate_loop and options.heads == options.dim:
                     continue  # the diagonal row already
-                steps = min(n, CAUSAL_STEPS) if name == "causal_sgu" and not options.ops else n
+                steps = n
+                if name == "causal_sgu" and not options.ops:
+                    steps = min(n, operators.CAUSAL_STEPS)
                 cases[build, steps] = name, functools.partial(make_case, build, options), steps
     return list(cases.values())
 
@@ -114,8 +164,9 @@ def make_case(build, options, n):
 
 
 def shorter(n):
-    """The lengths that the plot shows below n."""
-    return [n // part for part in (256, 64, 16, 4) if n // part >= 16]
+    """Lengths for the plot, below n: four, unless n is very short."""
+    factor = 4 if n >= 1024 else 2
+    return sorted({n // factor**i for i in (1, 2, 3, 4)} - {0, n})
 
 
 def main(argv=None):
@@ -133,60 +184,140 @@ def main(argv=None):
     courses = [models.Course(name, options.batch, n, options.dim, options.heads, options.depth,
                              options.text, dtype, device)
                for n in options.seq for name in options.models or models.MODELS if name != "none"]
-    lengths = shorter(options.seq[0]) if options.plot and len(options.seq) == 1 else []
-    schedule = Schedule(float("inf") if options.check else minutes)
-    schedule.progress.total = 1 + (len(cases) + len(courses)) * (1 if options.check else 2) + (
-        len(cases) if lengths else 0)
-
-    schedule.progress("measuring the machine")
+    texts = generation.jobs(options)
+    lengths = shorter(options.seq[0]) if options.plot else []
+    compile_kernels({name for name, _, _ in cases} | {course.operator for course in courses},
+                    options, dtype, device)
+    first_texts = {name for name, _, _ in texts}
+    schedule = Schedule(
+        float("inf") if options.check else minutes,
+        1 + (len(cases) + len(courses)) * (1 if options.check else 2) + len(lengths)
+        + len(first_texts), len(texts) - len(first_texts))
+    schedule.share("measuring the machine")
     header = machine.header(device, dtype)
     report = {"header": header, "settings": vars(options), "operators": [], "models": [],
-              "curve": [], "left_out": []}
-    compilations = []  # (seconds it may take, what, the work)
-    for name, make, n in cases:
-        if schedule.allows(f"{name} n={n}", ROW_SECONDS):
-            found = rows.operator_rows(make, n, options.impl, dtype, device, header, seconds)
-            report["operators"] += found
-            compilations.append((
-                make(1).compile_seconds, f"compiled original of {found[0]['row']} n={n}",
-                functools.partial(rows.add_compiled, make, found, options.impl, dtype, device)))
-    for course in courses:
-        if schedule.allows(f"{course.name} n={course.n}",
-                           models.ROW_SECONDS * options.depth):
-            found = models.model_rows(course, options.impl, header["matmul_gflop_s"],
-                                      2 * seconds)
-            report["models"] += found
-            compilations.append((
-                models.COMPILE_SECONDS, f"compiled original of {course.name} n={course.n}",
-                functools.partial(models.add_compiled, course, found, options.impl)))
-    for name, make, n in cases if lengths else []:
-        if schedule.allows(f"{name} at shorter lengths", ROW_SECONDS):
-            for length in lengths:
-                if length < n:
-                    report["curve"] += rows.operator_rows(
-                        make, length, options.impl, dtype, device, header, seconds / 4,
-                        shorten=False)
-    for needed, what, work in [] if options.check else sorted(compilations, key=lambda job: job[0]):
-        if schedule.allows(what, needed):
-            work(seconds)
-    schedule.progress.end()
-    if not options.ops and max(options.seq) > CAUSAL_STEPS:
-        report["left_out"].append(f"causal_sgu beyond n={CAUSAL_STEPS}, as its weight is n × n: "
-                                  "--ops causal_sgu has it at any length")
+              "generation": [], "curve": [], "left_out": []}
+    interrupted = False
+    try:
+        measure(report, cases, courses, texts, lengths, options, schedule, seconds)
+    except KeyboardInterrupt:
+        interrupted = True
+        report["left_out"].append("what was not measured yet at Ctrl-C")
+    schedule.progress.close()
+    if not options.ops and max(options.seq) > operators.CAUSAL_STEPS:
+        report["left_out"].append(
+            f"causal_sgu beyond n={operators.CAUSAL_STEPS}, as its weight is n × n: "
+            "--ops causal_sgu has it at any length")
     if schedule.refused:
         report["left_out"].append("for time, --minutes has more: " + "; ".join(schedule.refused))
 
     print(table.text(report, sys.stdout.isatty()))
+    other = compare.read(options.compare) if options.compare else None
+    if other:
+        print("\n" + compare.text(report, other))
     if options.json:
         table.write_json(report, options.json)
     if options.csv:
         table.write_csv(report, options.csv)
-    if options.plot:
+    if options.plot and report["operators"]:
         import plot  # and with it matplotlib
-        plot.draw(report, options.plot)
-    results = report["operators"] + report["models"]
-    return int(options.check and any(row["status"] != "ok" for row in results))
+        plot.draw(report, options.plot, other)
+    if interrupted:
+        return INTERRUPTED
+    statuses = {row["status"] for row in table.rows_of(report)}
+    return int(bool(statuses - {"ok"} if options.check else statuses & set(table.BAD)))
+
+
+def compile_kernels(names, options, dtype, device):
+    """Runs operators on a few steps: compiling their library takes no row's time. Triton's
+    kernels, compiled one by one for their shapes, are left to the rows."""
+    for name in names & {"fft_conv"} if device.type == "cuda" else names:
+        for build in operators.ROWS[name]:
+            rows.operator_rows(functools.partial(make_case, build, options), 16, options.impl,
+                               dtype, device)
+
+
+def measure(report, cases, courses, texts, lengths, options, schedule, seconds):
+    """Fills the report's rows. Every operator and model has one; where time is short, fewer calls
+    are timed, originals run at a shorter length, the curves lack their longest, and models write
+    behind fewer contexts."""
+    header = report["header"]
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    compilations = []  # (seconds it may take, what, the work)
+    for name, make, n in cases:
+        share = schedule.share(f"{name} n={n}")
+        measured = rows.operator_rows(make, n, options.impl, dtype, device, header,
+                                      min(seconds, share / 8), max(1, share / 2))
+        report["operators"] += measured
+        compilations.append((
+            make(1).compile_seconds, f"compiled original of {measured[0]['row']} n={n}",
+            functools.partial(rows.add_compiled, make, measured, options.impl, dtype, device)))
+    for course in courses:
+        share = schedule.share(f"{course.name} n={course.n}")
+        measured = models.model_rows(course, options.impl, header["matmul_gflop_s"],
+                                     min(2 * seconds, share / 4))
+        report["models"] += measured
+        compilations.append((
+            models.COMPILE_SECONDS, f"compiled original of {course.name} n={course.n}",
+            functools.partial(models.add_compiled, course, measured, options.impl)))
+    later = add_texts(report, texts, options, schedule, seconds)
+    add_curves(report, cases, lengths, options, schedule, seconds)
+    for needed, what, work in sorted(compilations * bool(seconds) + later, key=lambda job: job[0]):
+        if schedule.allows(what, needed):
+            work(seconds)
+
+
+def add_texts(report, texts, options, schedule, seconds):
+    """Each model's shortest text, and [(seconds it may take, what, the work)] of the others."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    order = sorted(texts, key=lambda job: (list(models.MODELS).index(job[0]), job[1], job[2]))
+    first, others, large = {}, [], []
+
+    def write(job, seconds):
+        measured = generation.generation_rows(job, options, dtype, device, seconds)
+        report["generation"] += measured
+        report["generation"].sort(
+            key=lambda row: order.index((row["model"], row["batch"], row["n"])))
+        return measured
+
+    for job in texts:
+        name, batch, n = job
+        what = f"text of {name}, batch {batch} n={n}"
+        gigabytes = generation.bytes_needed(batch, n, options.dim) / 1e9
+        if name not in first:
+            share = schedule.share(what)
+            first[name] = job, write(job, min(seconds, share / 4))
+        elif gigabytes > generation.LARGEST:
+            large.append((batch, n, gigabytes))
+        else:
+            others.append((generation.seconds_needed(job, *first[name], options.generate), what,
+                           functools.partial(write, job)))
+    report["left_out"] += [
+        f"text, batch {batch} n={n}, as its prompt needs about {gigabytes:.0f} GB at once"
+        for batch, n, gigabytes in dict.fromkeys(large)]
+    return others
+
+
+def add_curves(report, cases, lengths, options, schedule, seconds):
+    """The operators at shorter lengths, for the plot; the longest only if there is time for it."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    spent = 0
+    for i, length in enumerate(lengths):
+        what = f"all operators at n={length}"
+        if i == 3 and not schedule.allows(what, spent * length / lengths[i - 1]):
+            break
+        start = time.monotonic()
+        if i < 3:
+            schedule.share(what)
+        for make, n in {make.args[0]: (make, n) for _, make, n in cases}.values():
+            if length < n:
+                report["curve"] += rows.operator_rows(make, length, options.impl, dtype, device,
+                                                      report["header"], seconds / 4)
+        spent = time.monotonic() - start
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -4,21 +4,34 @@ import csv
 import json
 import math
 import textwrap
+from pathlib import Path
+
+from tabulate import tabulate
+
+from timing import spread
 
 RED = "\x1b[31m{}\x1b[0m"
 BAD = ("wrong", "failed")
+TIMES = ("forward_ms", "forward_backward_ms", "step_ms", "first_ms", "token_ms")
+NOISY = 0.25  # a spread beyond which a time says little
 MODES = ("forward", "forward_backward")
+
+
+def rows_of(report):
+    """All of them; reports of earlier versions have none of text."""
+    return report["operators"] + report["models"] + report.get("generation", [])
 
 
 def text(report, colour):
     notes = Notes()
     operators, models, settings = report["operators"], report["models"], report["settings"]
+    generation = report.get("generation", [])
     timed = not settings["check"]
     parts = [heading(report["header"], settings)]
     if operators and timed:
         parts += ["## Operators: speed", grid(operators, SPEED, notes, colour),
-                  "## Operators: the machine's limit, and memory",
-                  grid(operators, LIMITS, notes, colour), READING]
+                  "## Operators: beside torch's own copy and matmul, and memory",
+                  grid(operators, RATES, notes, colour), READING]
     if operators:
         parts += ["## Operators: error against float64",
                   grid(operators, EXACTNESS, notes, colour), EXAM]
@@ -29,22 +42,68 @@ def text(report, colour):
                   grid(models, LEARNING, notes, colour),
                   STEP.format(text=settings["text"] or "the Python standard library's sources",
                               depth=models[0]["arguments"]["depth"])]
+    if generation:
+        parts += ["## Generation", grid(generation, WRITING if timed else WRITTEN, notes, colour)]
+    if generation and timed:
+        parts.append(TOKENS.format(depth=generation[0]["arguments"]["depth"]))
     if notes.texts:
         parts.append("\n".join(textwrap.fill(f"[{i}] {note}", 100, subsequent_indent="    ")
                                for i, note in enumerate(notes.texts, 1)))
     if report["left_out"]:
         parts.append("\n".join(textwrap.fill(f"left out: {what}", 100, subsequent_indent="    ")
                                for what in report["left_out"]))
+    parts += [textwrap.fill(line, 100) for line in (noise(report), essence(report)) if line]
     return "\n\n".join(parts)
+
+
+def noise(report):
+    """What to think of the times, where they spread so far that ratios say little."""
+    noisy = [f"{row.get('row') or row['model']} n={row['n']}"
+             for row in rows_of(report)
+             if any(spread(row[key]) > NOISY for key in TIMES if key in row)]
+    if not noisy:
+        return ""
+    return (f"Noisy: the times of {', '.join(noisy)} spread by more than ±{100 * NOISY:.0f}%. "
+            "Something else runs on this machine: take these rows' ratios as rough.")
+
+
+def essence(report):
+    """The report in two sentences."""
+    rows = [row for row in report["operators"] if "ratio_original" in row]
+    rows.sort(key=lambda row: row["ratio_original"]["forward_backward"])
+    sentences = []
+    if rows:
+        best, original = rows[-1], rows[-1]["original"]
+        memory = ""
+        if original["n"] == best["n"]:
+            percent = 100 * best["peak_bytes"] / original["peak_bytes"]
+            memory = f" in {percent:.0f} % of its memory"
+        ratios = [significant(row["ratio_original"]["forward_backward"])
+                  for row in (rows[0], rows[-1], rows[len(rows) // 2])]
+        sentences.append(
+            f"{best['row']} runs forward and backward {ratios[1]} times as fast as the published "
+            f"code{memory}" + (f"; of {len(rows)} rows the slowest gains {ratios[0]} times, the "
+                               f"middle one {ratios[2]}." if len(rows) > 1 else "."))
+    gains = [row["ratio_original"] for row in report["models"] if "ratio_original" in row]
+    if gains:
+        ends = dict.fromkeys(map(significant, (min(gains), max(gains))))
+        sentences.append(f"Models take training steps {' to '.join(ends)} times as fast as the "
+                         "published ones.")
+    gains = [row["ratio_original"] for row in report.get("generation", [])
+             if "ratio_original" in row]
+    if gains:
+        ends = dict.fromkeys(map(significant, (min(gains), max(gains))))
+        sentences.append(f"Tokens come {' to '.join(ends)} times as fast as the published ones.")
+    return " ".join(["In short:", *sentences]) if sentences else ""
 
 
 READING = """\
 Medians of calls taken in turns with the baselines, caches flushed before each call; ± is half
 of what lies between the 20th and the 80th percentile. Of two numbers, the first is forward
-without gradients, the second forward and backward. The limit counts the bytes that every
-algorithm must move against the measured copy bandwidth, or the matrix products that it cannot
-avoid against the measured matmul rate, whichever takes longer. Memory is the peak of forward
-and backward beyond the inputs."""
+without gradients, the second forward and backward. "% of torch's" is the time that torch's own
+copy takes for the bytes that every algorithm must move, or its matmul for the matrix products
+that none can avoid, whichever takes longer, in percent of the time measured: 100 is as fast as
+torch's, not a limit. Memory is the peak of forward and backward beyond the inputs."""
 EXAM = """\
 Error: max |difference| / max |truth|, the worst of all outputs or of all gradients, over the
 first steps of the last heads or channels. Allowed: twice the error of the plain definition in
@@ -56,6 +115,14 @@ products with the weights of Linear layers at the measured matmul rate, which bo
 Mixing: the part of a step that fastmix's operators and their gradients take. Memory is the peak
 of a step beyond the weights and Adam's averages. Off by: the worst relative difference from the
 original's losses in the first two steps / from any parameter's first gradient."""
+
+TOKENS = """\
+Text: depth {depth}, and the width and heads above. First token: the model over a context that
+leaves a cache behind, and beside it over the same context as in training. Then tokens one at a
+time, each from the cache of those before, the caches of the processor as they are. Floor: the
+Linear layers of the model alone, on one token. Cache: what is kept. × original: a forward of the
+published model over the whole context, which is what its own wrapper does for each token, timed
+for one to five tokens."""
 
 
 def heading(h, s):
@@ -84,18 +151,9 @@ class Notes:
 
 
 def grid(rows, columns, notes, colour):
-    cells = [[title for title, _ in columns]]
-    cells += [[cell(row, notes) for _, cell in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-
-    def line(texts):
-        padded = [t.rjust(w) for t, w in zip(texts, widths)]
-        padded[0] = texts[0].ljust(widths[0])
-        return "| " + " | ".join(padded) + " |"
-
-    lines = [line(texts) for texts in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-")
-                                   for i, w in enumerate(widths)) + "|")
+    lines = tabulate([[cell(row, notes) for _, cell in columns] for row in rows],
+                     [title for title, _ in columns], "pipe", disable_numparse=True,
+                     colalign=["left"] + ["right"] * (len(columns) - 1)).splitlines()
     if colour:
         for i, row in enumerate(rows):
             if row["status"] in BAD:
@@ -123,7 +181,7 @@ def time(key):
         if row["status"] in BAD:
             return verdict(row, notes)
         ms = row[key]
-        return f"{significant(ms['median'])} ±{50 * (ms['p80'] - ms['p20']) / ms['median']:.0f}%"
+        return f"{significant(ms['median'])} ±{100 * spread(ms):.0f}%"
     return cell
 
 
@@ -142,6 +200,10 @@ def against(baseline):
             marks += notes.mark(other["reason"])
         value = row.get(f"ratio_{baseline}")
         shown = other["status"] if value is None else number(value)
+        spreads = row.get(f"ratio_{baseline}_spread")
+        if spreads is not None:
+            worst = max(spreads.values()) if isinstance(spreads, dict) else spreads
+            shown += f" ±{100 * worst:.0f}%"
         return f"{shown} {marks}".strip()
     return cell
 
@@ -150,6 +212,17 @@ def rate(key, scale=1):
     def cell(row, notes):
         return number(row[key], scale) if key in row else "–"
     return cell
+
+
+def linear_floor(row, notes):
+    if "linear_floor_ms" not in row:
+        return "–"
+    marks = ""
+    if row["linear_floor_ms"] > row["step_ms"]["median"]:
+        marks = " " + notes.mark(
+            "the step took less time than its matrix products alone, at the matmul rate measured "
+            "before: the machine was slower then, or multiplies these shapes faster")
+    return significant(row["linear_floor_ms"]) + marks
 
 
 def bound(row, notes):
@@ -191,32 +264,53 @@ WHO = [("operator", name), ("n", lambda row, notes: str(row["n"])),
        ("runs on", lambda row, notes: row["implementation"])]
 SPEED = [*WHO, ("forward ms", time("forward_ms")), ("fwd+bwd ms", time("forward_backward_ms")),
          ("× original", against("original")), ("× compiled", against("compiled"))]
-LIMITS = [*WHO, ("Mtoken/s", rate("tokens_per_s", 1e6)), ("GB/s", rate("gb_per_s")),
-          ("% of limit", rate("percent_of_limit")), ("limit", bound), ("peak MB", memory()),
+RATES = [*WHO, ("Mtoken/s", rate("tokens_per_s", 1e6)), ("GB/s", rate("gb_per_s")),
+          ("% of torch's", rate("percent_of_torch")), ("torch's", bound), ("peak MB", memory()),
           ("original MB", memory("original"))]
 EXACTNESS = [*WHO, ("result", verdict), ("steps", steps),
              ("error fwd / bwd", errors("errors")),
              ("allowed", errors("limits")), ("original's error", errors("errors", "original"))]
 TRAINING = [("model", name), *WHO[1:], ("step ms", time("step_ms")),
-            ("linear floor ms", rate("linear_floor_ms")), ("mixing %", rate("mixing_percent")),
+            ("linear floor ms", linear_floor), ("mixing %", rate("mixing_percent")),
             ("ktoken/s", rate("tokens_per_s", 1e3)), ("× original", against("original")),
             ("× compiled", against("compiled"))]
 LEARNING = [("model", name), *WHO[1:], ("result", verdict), ("off by", errors("errors")),
             ("allowed", errors("limits")), ("original's", errors("errors", "original")),
             ("peak MB", memory()), ("original MB", memory("original"))]
+WHOSE = [("model", lambda row, notes: row["model"]),
+         ("batch", lambda row, notes: str(row["batch"])),
+         ("context", lambda row, notes: str(row["n"])), WHO[2]]
+WRITING = [*WHOSE, ("first token ms", time("first_ms")), ("× plain", rate("ratio_plain")),
+           ("token ms", time("token_ms")), ("worst ms", rate("worst_ms")),
+           ("tokens/s", rate("tokens_per_s")), ("× floor", rate("ratio_floor")),
+           ("cache MB", rate("cache_bytes", 1e6)), ("× original", against("original"))]
+WRITTEN = [*WHOSE, ("result", verdict), ("off by", errors("errors")), ("allowed", errors("limits"))]
 
 
 def write_json(report, path):
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
-        return value
-    with open(path, "w") as file:
-        json.dump(plain(report), file, indent=1, allow_nan=False)
+    Path(path).write_text(lines_of_json(plain(report)))
+
+
+def plain(value):
+    """What JSON knows, numbers to seven digits: more is noise."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def lines_of_json(report):
+    """A dict as JSON, each row of a list of rows on a line of its own: what changes is seen."""
+    def dumped(value):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+    def items(value):
+        rows = isinstance(value, list) and value and isinstance(value[0], dict)
+        return "[\n" + ",\n".join(map(dumped, value)) + "]" if rows else dumped(value)
+    return "{" + ",\n".join(f"{dumped(key)}:{items(v)}" for key, v in report.items()) + "}\n"
 
 
 def write_csv(report, path):
@@ -227,7 +321,7 @@ def write_csv(report, path):
                 yield from flat(inner, f"{prefix}{key}.")
             else:
                 yield f"{prefix}{key}", inner
-    rows = [dict(flat(row)) for row in report["operators"] + report["models"]]
+    rows = [dict(flat(plain(row))) for row in rows_of(report)]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)

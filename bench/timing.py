@@ -19,6 +19,11 @@ def _cold(device):
 def stopwatch(function, device):
     """Milliseconds of one call, with the caches full of something else."""
     _cold(device).zero_()
+    return elapsed(function, device)
+
+
+def elapsed(function, device):
+    """The same, with the caches as they are."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -52,6 +57,11 @@ def summary(ms):
     ms = sorted(ms)
     return {"median": statistics.median(ms), "p20": ms[int(0.2 * (len(ms) - 1) + 0.5)],
             "p80": ms[int(0.8 * (len(ms) - 1) + 0.5)], "runs": len(ms)}
+
+
+def spread(timing):
+    """Half of what lies between the 20th and the 80th percentile, in parts of the median."""
+    return (timing["p80"] - timing["p20"]) / 2 / timing["median"]
 
 
 def peak_bytes(function, device):

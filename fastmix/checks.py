@@ -5,105 +5,127 @@
 learned. Integers stand for themselves.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from fastmix.dtypes import autocast_enabled, wide
 
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex128, torch.complex64)
 INTEGER = (torch.int64, torch.int32)
 
 
-def _name(dtype):
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tensor(where, name, value, dtypes=REAL, like=None):
-    """A tensor of one of `dtypes`, on the device of `like`, a (name, tensor) pair."""
+def check_tensor(where: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = REAL,
+                 like: tuple[str, Tensor] | None = None) -> None:
+    """A dense tensor of one of `dtypes`, on the device of `like`, a (name, tensor) pair."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{where}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{where}: {name} must be a dense tensor, got one of layout {layout}: "
+                        "convert it, by to_dense or to_padded_tensor")
     if value.dtype not in dtypes:
-        expected = " or ".join(_name(d) for d in dtypes)
-        raise TypeError(f"{where}: {name} must be {expected}, got {_name(value.dtype)}")
+        expected = " or ".join(dtype_name(d) for d in dtypes)
+        raise TypeError(f"{where}: {name} must be {expected}, got {dtype_name(value.dtype)}")
     if like is not None and value.device != like[1].device:
         raise ValueError(
             f"{where}: {name} must be on {like[1].device} like {like[0]}, got {value.device}")
 
 
-def check_shape(where, name, value, layout, sizes=None):
+def is_like(value: Any, model: Tensor) -> bool:
+    """Whether `value` passes every check that `model`, a tensor, passed, at less cost."""
+    return (isinstance(value, torch.Tensor) and not value.is_nested
+            and value.layout == model.layout and value.shape == model.shape
+            and value.dtype == model.dtype and value.device == model.device)
+
+
+def check_shape(where: str, name: str, value: Tensor, layout: str,
+                sizes: dict[str, int] | None = None) -> dict[str, int]:
     """Holds `value` against `layout` and returns `sizes` with the newly learned ones."""
-    axes, shape = layout.split(), tuple(value.shape)
-    known = sizes or {}
-    found = dict(known)
+    axes, shape = layout.split(), value.shape
+    learned = {} if sizes is None else dict(sizes)
     fits = len(shape) == len(axes)
-    for axis, size in zip(axes, shape):
-        fits = fits and size == (int(axis) if axis.isdigit() else found.setdefault(axis, size))
+    if fits:
+        for axis, size in zip(axes, shape):
+            if (int(axis) if axis.isdigit() else learned.setdefault(axis, size)) != size:
+                fits = False
     if not fits:
+        known = sizes or {}
         names = f"({', '.join(axes)})"
         numbers = f"({', '.join(str(known.get(axis, axis)) for axis in axes)})"
         expected = names if numbers == names else f"{names} = {numbers}"
-        raise ValueError(f"{where}: {name} must have shape {expected}, got {shape}")
-    if 0 in [size for axis, size in zip(axes, shape) if axis not in "bnm"]:
-        raise ValueError(f"{where}: {name} must have sizes of at least 1, got {shape}")
-    return found
+        advice = ""
+        if axes[-2:-1] == ["h"] and len(shape) == len(axes) - 1:  # channels (…, h · d)
+            advice = f": {name}.unflatten(-1, (h, {axes[-1]})) has an axis of heads"
+        raise ValueError(
+            f"{where}: {name} must have shape {expected}, got {tuple(shape)}{advice}")
+    if 0 in shape and 0 in [size for axis, size in zip(axes, shape) if axis not in "bnm"]:
+        raise ValueError(f"{where}: {name} must have sizes of at least 1, got {tuple(shape)}")
+    return learned
 
 
-def check_divides(where, heads_name, heads, dim_name, dim):
+def check_flag(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be True or False, got {value!r}")
+
+
+def check_number(where: str, name: str, value: Any) -> None:
+    """A real number of any library's: only what commonly stands for none is refused."""
+    if value is None or isinstance(value, (str, bytes, complex)):
+        raise TypeError(f"{where}: {name} must be a number, got {value!r}")
+
+
+def check_divides(where: str, heads_name: str, heads: int, dim_name: str, dim: int) -> None:
     if heads < 1 or dim % heads != 0:
         raise ValueError(
             f"{where}: {heads_name} must divide {dim_name}, got {heads_name}={heads} "
             f"and {dim_name}={dim}")
 
 
-def check_tokens(where, name, value, embedding, max_length=None):
-    """Token ids (b, n), integers, 1 ≤ n ≤ max_length, on the device of the embedding."""
-    check_tensor(where, name, value, INTEGER, like=("the token embedding", embedding.weight))
-    n = check_shape(where, name, value, "b n")["n"]
-    check_length(where, name, n, max_length)
-
-
-def check_length(where, name, n, max_length=None):
+def check_length(where: str, name: str, n: int, max_length: int | None = None) -> None:
     if n < 1:
         raise ValueError(f"{where}: {name} must have at least one time step, got n=0")
     if max_length is not None and n > max_length:
         raise ValueError(f"{where}: {name} must have at most {max_length} time steps, got n={n}")
 
 
-def wide(dtype):
-    """The dtype in which sums, states and spectra of `dtype` data are kept."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def wide_complex(dtype):
-    return torch.promote_types(dtype, torch.complex64)
-
-
-def match_dtypes(where, **tensors):
+def match_dtypes(where: str, **tensors: Tensor | None) -> Any:
     """The tensors with one common dtype.
 
     Under autocast they are promoted to the widest of theirs; elsewhere a difference is
     an error, never a silent copy. None passes through.
     """
+    if len({t.dtype for t in tensors.values() if t is not None}) == 1:
+        return tuple(tensors.values())
     given = {name: t for name, t in tensors.items() if t is not None}
     (first, reference), *others = given.items()
-    if all(t.dtype == reference.dtype for _, t in others):
-        return tuple(tensors.values())
-    if torch.is_autocast_enabled(reference.device.type):
+    if autocast_enabled(reference.device.type):
         dtype = reference.dtype
         for _, t in others:
             dtype = torch.promote_types(dtype, t.dtype)
         return tuple(t if t is None else t.to(dtype) for t in tensors.values())
     for name, t in others:
         if t.dtype != reference.dtype:
-            raise TypeError(f"{where}: {name} must be {_name(reference.dtype)} like {first}, "
-                            f"got {_name(t.dtype)}")
+            raise TypeError(f"{where}: {name} must be {dtype_name(reference.dtype)} like {first}, "
+                            f"got {dtype_name(t.dtype)}")
 
 
-def match_parameter(where, name, value, data):
+def match_parameter(where: str, name: str, value: Tensor, data: tuple[str, Tensor]) -> Tensor:
     """A parameter in the dtype of `data`, a (name, tensor) pair, or wider within float32."""
+    if value.dtype == data[1].dtype:
+        return value
     allowed = (data[1].dtype, wide(data[1].dtype))
     if value.dtype in allowed:
         return value
-    if torch.is_autocast_enabled(value.device.type) and value.dtype in REAL:
+    if autocast_enabled(value.device.type) and value.dtype in REAL:
         return value.to(allowed[1])
-    expected = " or ".join(dict.fromkeys(_name(d) for d in allowed))
-    raise TypeError(f"{where}: {name} must be {expected} for {_name(data[1].dtype)} {data[0]}, "
-                    f"got {_name(value.dtype)}")
+    expected = " or ".join(dict.fromkeys(dtype_name(d) for d in allowed))
+    raise TypeError(f"{where}: {name} must be {expected} for {dtype_name(data[1].dtype)} "
+                    f"{data[0]}, got {dtype_name(value.dtype)}")

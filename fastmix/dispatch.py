@@ -7,118 +7,150 @@ overrides it on request.
 
 import contextlib
 import importlib
-import importlib.util
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from fastmix.ops._register import OPERATORS
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # The devices whose kernels `force` overrides.
 DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
 
 # Modules that bring kernels. Importing one registers its kernels, for devices that the
 # others leave to it. It has unavailable(operator, device_type), None or the reason why it
-# cannot run there; library(), which makes sure that its kernels are ready; and
+# cannot run there; prepare(), which compiles and loads what can be compiled before a call; and
 # forced(operator, device_type), (forward, backward) to run where others are registered, or
 # None where its own are.
-SOURCES = {"native": "fastmix._native", "triton": "fastmix._triton"}
+SOURCES = {"native": "fastmix.native", "triton": "fastmix._triton"}
+_modules: dict[str, ModuleType] = {}  # by implementation
 
 
-def _present(source):
-    return importlib.util.find_spec(SOURCES[source]) is not None
+def load() -> None:
+    """Imports, and so registers, the kernels of this installation."""
+    for source, name in SOURCES.items():
+        try:
+            _modules[source] = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
 
 
-def load():
-    """Import, and so register, whatever kernels this installation has."""
-    for source in SOURCES:
-        if _present(source):
-            importlib.import_module(SOURCES[source])
+def _why_not_found(source: str) -> str:
+    folder = Path(__file__).parent / SOURCES[source].removeprefix("fastmix.")
+    return (f"its kernels are not at {folder}: install fastmix again; in a checkout that folder "
+            f"is a symbolic link, and git makes links where core.symlinks is true")
 
 
-def implementations(operator, device_type="cpu"):
+def implementations(operator: str, device_type: str = "cpu") -> dict[str, str | None]:
     """{implementation: None if it can run here, else the reason}; the first that can, runs."""
     if operator not in OPERATORS:
         raise ValueError(f"operator must be one of {sorted(OPERATORS)}, got {operator!r}")
-    found = {}
-    for source in SOURCES:
-        if _present(source):
-            module = importlib.import_module(SOURCES[source])
-            found[source] = module.unavailable(operator, device_type)
-        else:
-            found[source] = f"this version of fastmix has no {source} kernels"
-    found["fallback"] = None
-    return found
+    reasons = {source: _modules[source].unavailable(operator, device_type)
+               if source in _modules else _why_not_found(source) for source in SOURCES}
+    return {**reasons, "fallback": None}
 
 
-@contextlib.contextmanager
-def force(implementation):
-    """Run every operator on `implementation`: "fallback", "native" or "triton".
+class force(contextlib.ContextDecorator):
+    """Runs every operator on `implementation`: "fallback", "native" or "triton".
+
+        with fastmix.force("fallback"):
+            ...
 
     For tests, benchmarks and bug reports. Holds for the whole process, compiled programs
     included; of two that are nested the inner one holds. An operator that it cannot run
     raises RuntimeError with the reason when called; if it can run none at all, that is
-    raised at once.
+    raised at once. Without `with` (or as a decorator) it has no effect, and warns.
     """
-    known = [*SOURCES, "fallback"]
-    if implementation not in known:
-        raise ValueError(f"implementation must be one of {known}, got {implementation!r}")
-    reasons = {(name, device): implementations(name, device)[implementation]
-               for name in OPERATORS for device in DEVICE_KEYS}
-    if all(reason is not None for reason in reasons.values()):
-        raise RuntimeError(f"no operator can run on {implementation!r}: "
-                           f"{next(iter(reasons.values()))}")
-    if implementation != "fallback":
-        importlib.import_module(SOURCES[implementation]).library()
-    if _forced:
-        _forced[-1].lift()
-    _forced.append(_Force(implementation, reasons))
-    try:
-        yield
-    finally:
-        _forced.pop().lift()
+
+    def __init__(self, implementation: str) -> None:
+        self._used = True  # nothing to warn of where the next line raises
+        known = [*SOURCES, "fallback"]
+        if implementation not in known:
+            raise ValueError(f"implementation must be one of {known}, got {implementation!r}")
+        self.implementation = implementation
+        self._used = False
+
+    def __call__(self, function: Function) -> Function:
+        self._used = True
+        return super().__call__(function)
+
+    def __enter__(self) -> None:
+        self._used = True
+        reasons = {(name, device): implementations(name, device)[self.implementation]
+                   for name in OPERATORS for device in DEVICE_KEYS}
+        if all(reason is not None for reason in reasons.values()):
+            different = dict.fromkeys(map(str, reasons.values()))
+            raise RuntimeError(f"no operator can run on {self.implementation!r}: "
+                               f"{'; '.join(different)}")
+        if self.implementation != "fallback":
+            _modules[self.implementation].prepare()
         if _forced:
-            _forced[-1].lay()
+            _forced[-1].remove()
+        _forced.append(_Override(self.implementation, reasons))
+
+    def __exit__(self, *exception: object) -> None:
+        _forced.pop().remove()
+        if _forced:
+            _forced[-1].install()
+
+    def __del__(self) -> None:
+        if not self._used:
+            warnings.warn(f"fastmix.force({self.implementation!r}) had no effect: write "
+                          f"`with fastmix.force({self.implementation!r}):` around the calls",
+                          RuntimeWarning, stacklevel=2)
 
 
-_forced = []
+def forced() -> str | None:
+    """The implementation that is forced now."""
+    return _forced[-1].implementation if _forced else None
 
 
-class _Force:
-    """Kernels laid over those that would run otherwise, until they are lifted off again."""
+class _Override:
+    """Kernels registered over those that would run otherwise, until they are removed."""
 
-    def __init__(self, implementation, reasons):
+    def __init__(self, implementation: str,
+                 reasons: dict[tuple[str, str], str | None]) -> None:
         self.implementation, self.reasons = implementation, reasons
-        self.lay()
+        self.install()
 
-    def lay(self):
+    def install(self) -> None:
         self.library = torch.library.Library("fastmix", "IMPL")
         with warnings.catch_warnings():
-            # Torch remarks on every kernel that is laid over another: that is the point here.
+            # Torch warns of every kernel that replaces another: that is the point here.
             warnings.simplefilter("ignore", UserWarning)
             for (name, device), reason in self.reasons.items():
                 if reason is not None:
-                    run = run_backward = _refusal(name, self.implementation, device, reason)
+                    run = run_backward = _raising(name, self.implementation, device, reason)
                 elif self.implementation == "fallback":
                     run, run_backward = (OPERATORS[name].run_fallback,
                                          OPERATORS[name].run_fallback_backward)
                 else:
-                    source = importlib.import_module(SOURCES[self.implementation])
-                    found = source.forced(name, device)
-                    if found is None:
+                    kernels = _modules[self.implementation].forced(name, device)
+                    if kernels is None:
                         continue
-                    run, run_backward = found
+                    run, run_backward = kernels
                 for op, kernel in ((name, run), (f"{name}_backward", run_backward)):
                     # Later torch allows this by default, 2.10 does not.
                     self.library.impl(op, kernel, DEVICE_KEYS[device], allow_override=True)
 
-    def lift(self):
+    def remove(self) -> None:
         self.library._destroy()
 
 
-def _refusal(operator, implementation, device, reason):
-    def refuse(*args):
+_forced: list[_Override] = []
+
+
+def _raising(operator: str, implementation: str, device: str,
+             reason: str) -> Callable[..., NoReturn]:
+    """A kernel that raises the reason why there is none."""
+    def kernel(*args: object) -> NoReturn:
         raise RuntimeError(f"{operator} was asked to run on {implementation!r}, which cannot "
                            f"on {device}: {reason}")
 
-    return refuse
+    return kernel

@@ -1,51 +1,103 @@
-"""What is available here, and what is not and why: `python -m fastmix.env`."""
+"""What is available here, and what is not and why: `python -m fastmix.env`.
 
+Made to be pasted into a bug report. `--quick` leaves the self-test out, `--json` prints the same
+for a program.
+"""
+
+from __future__ import annotations
+
+import argparse
 import importlib.metadata
-import importlib.util
+import json
+import os
 import platform
+import shlex
+import shutil
 import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastmix
-from fastmix import _build, _native
+from fastmix import ops
+from fastmix.dispatch import forced
+from fastmix.native import build, cuda, library
 from fastmix.ops._register import OPERATORS
 
+PACKAGES = ("torch", "einops", "triton", "scipy", "rotary-embedding-torch", "matplotlib")
+# The instruction sets that matter to the kernels, or to torch's products beside them.
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16",
+             "asimd", "bf16", "sve", "sve2")
 
-def _version(package):
+
+def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def compiler():
-    """The C++ compiler's version line, or 'none found'."""
-    command = _build.compiler()
+def processor() -> tuple[str, list[str]]:
+    """(name, the flags of CPU_FLAGS that it has), as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    present = (fields.get("flags") or fields.get("Features") or "").split()
+    return name, [flag for flag in CPU_FLAGS if flag in present]
+
+
+def commit() -> str:
+    """That of the checkout that fastmix is imported from, or 'no checkout'."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return "no checkout"
+    described = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"],
+                               capture_output=True, text=True)
+    return described.stdout.strip() if described.returncode == 0 else "unknown to git"
+
+
+def compiler() -> str:
+    """The C++ compiler's version line, or why there is none."""
+    command = build.compiler()
     if command is None:
-        return "none found"
-    asked = subprocess.run([command, "--version"], capture_output=True, text=True)
-    return asked.stdout.splitlines()[0] if asked.returncode == 0 else f"{command} does not run"
+        return str(build.why_not_compiled())
+    lines = build.output_of([*command, "--version"]).splitlines()
+    return lines[0] if lines else f"{shlex.join(command)} does not run"
 
 
-def devices():
-    """(type, description) of every device torch can use here."""
-    found = [("cpu", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
-                     f"{torch.get_num_threads()} threads")]
+def devices() -> dict[str, str]:
+    """Descriptions of the devices that torch can use here, by their type."""
+    described = {"cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+                        f"{torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
-        found.append(("cuda", ", ".join(torch.cuda.get_device_name(i)
-                                        for i in range(torch.cuda.device_count()))))
+        described["cuda"] = ", ".join(torch.cuda.get_device_name(i)
+                                      for i in range(torch.cuda.device_count()))
     for kind in ("xpu", "mps"):
         if getattr(torch, kind).is_available():
-            found.append((kind, platform.processor() or kind))
-    return found
+            described[kind] = platform.processor() or kind
+    return described
 
 
-def fft_conv_lines():
-    """How fft_conv's CUDA kernels work at sequences here."""
-    shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+def runs(reasons: dict[str, str | None]) -> str:
+    """What an operator runs on, from what `fastmix.implementations` says of it."""
+    chosen = forced()
+    if chosen is None:
+        return next(name for name, reason in reasons.items() if reason is None)
+    return f"{chosen}, forced" if reasons[chosen] is None else f"raises: {chosen} is forced"
+
+
+def fft_conv_lines() -> list[str]:
+    """How fft_conv's CUDA kernels cut their work on the first GPU."""
+    properties: Any = torch.cuda.get_device_properties(0)
     major, minor = torch.cuda.get_device_capability(0)
-    shapes = _native.fft_conv_shapes(shared, 10 * major + minor)
+    shapes = cuda.fft_conv_shapes(properties.shared_memory_per_block_optin, 10 * major + minor)
     return ["  fft_conv, steps up to: threads of a block, its shared memory, channels at once;",
             "  products on tensor cores: of 64 channels, kernels of 16 bits too"] + [
         f"  {length:>7} {'float32' if size == 4 else '16 bits'} {direction:<9}{way:<10}"
@@ -53,33 +105,145 @@ def fft_conv_lines():
         for length, size, direction, way, threads, used, channels in shapes]
 
 
-def report():
-    """What `python -m fastmix.env` prints, line by line."""
-    lines = [f"fastmix {fastmix.__version__}", f"python  {platform.python_version()} on "
-             f"{platform.system()} {platform.machine()}"]
-    for package in ("torch", "einops", "triton", "scipy", "rotary-embedding-torch", "matplotlib"):
-        lines.append(f"{package:<24}{_version(package)}")
-    lines.append(f"{'C++ compiler':<24}{compiler()}")
-    lines.append(f"{'C++ kernels':<24}{_native.status()}")
-    lines.append(f"{'nvcc':<24}{_build.cuda_compiler() or 'none found'}")
-    lines.append(f"{'CUDA kernels':<24}{_native.status('cuda')}")
-    for device, description in devices():
-        lines += ["", f"{device}: {description}"]
-        if device == "cuda" and _native.ready("cuda"):
-            lines += fft_conv_lines()
-        missing = {}
-        for operator in sorted(OPERATORS):
-            found = fastmix.implementations(operator, device)
-            runs = next(name for name, reason in found.items() if reason is None)
-            lines.append(f"  {operator:<22}{runs}")
-            for name, reason in found.items():
+# ---- the self-test
+
+STEPS = 9
+LARGEST_ERROR = 1e-4  # of the largest number; a kernel that is right stays below 1e-5 in float32
+
+
+def _cases() -> dict[str, dict[str, Tensor]]:
+    """Arguments for every operator, float64."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    x = draw(2, STEPS, 2, 4)
+    gating = {"x": draw(2, STEPS, 16), "bias": draw(2, STEPS)}
+    return {
+        "linear_scan": {"gates": draw(2, STEPS, 4).sigmoid(), "inputs": draw(2, STEPS, 4)},
+        "gate_loop": {"q": x, "k": draw(*x.shape), "v": draw(*x.shape),
+                      "gate_logits": draw(2, STEPS, 2, 2)},
+        "decay_conv": {"x": x, "decay": draw(2).sigmoid(), "gain": draw(2)},
+        "fft_conv": {"x": x, "kernel": draw(2, STEPS, 2)},
+        "windowed_sgu": gating | {"weight": draw(2, 4, 8), "bias": draw(2, 4)},
+        "causal_sgu": gating | {"weight": draw(2, STEPS, STEPS)},
+        "cumulative_mean": {"x": x[:, :, 0]},
+    }
+
+
+def _results(module: Any, operator: str, arguments: dict[str, Tensor]) -> list[Tensor]:
+    """The operator's output and the gradients of its arguments, on the CPU in float64."""
+    leaves = {name: value.detach().requires_grad_() for name, value in arguments.items()}
+    out = getattr(module, operator)(**leaves)
+    # Weights that differ from step to step: a gradient that mixes steps up shows.
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).to(out).view_as(out)
+    gradients = torch.autograd.grad((out * weights).sum(), list(leaves.values()))
+    return [t.detach().to("cpu", torch.float64) for t in (out, *gradients)]
+
+
+def self_test(device: str) -> dict[str, dict[str, str]]:
+    """operator → implementation that can run → "ok", or what is wrong: values and gradients of
+    a tiny case in float32 against the operator's definition in float64."""
+    from fastmix import reference
+
+    outcomes: dict[str, dict[str, str]] = {}
+    for operator, arguments in _cases().items():
+        exact = _results(reference, operator, arguments)
+        single = {name: value.to(device, torch.float32) for name, value in arguments.items()}
+        outcomes[operator] = {}
+        for name, reason in fastmix.implementations(operator, device).items():
+            if reason is not None:
+                continue
+            try:
+                with fastmix.force(name):
+                    results = _results(ops, operator, single)
+            except Exception as failure:  # whatever it is, it is the outcome
+                outcomes[operator][name] = f"{type(failure).__name__}: {failure}"
+                continue
+            error = max(float((r - e).abs().max() / e.abs().max())
+                        for r, e in zip(results, exact, strict=True))
+            outcomes[operator][name] = ("ok" if error <= LARGEST_ERROR else
+                                        f"wrong: {error:.1e} away from the definition")
+    return outcomes
+
+
+# ---- the report
+
+
+def report(quick: bool = False) -> dict[str, Any]:
+    """All of it. The self-test comes first: it compiles what is not compiled yet."""
+    described = devices()
+    tests = {} if quick else {device: self_test(device) for device in described}
+    model, flags = processor()
+    return {
+        "fastmix": fastmix.__version__, "commit": commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()).strip() or "unknown",
+        "cpu": f"{model}, {os.cpu_count()} cores" + "".join(f" {flag}" for flag in flags),
+        "packages": {package: version(package) for package in PACKAGES},
+        "compiler": compiler(), "native_cpu": library.status(),
+        "nvcc": shlex.join(build.cuda_compiler() or ["none found"]),
+        "native_cuda": library.status("cuda"),
+        "FASTMIX_IMPLEMENTATION": os.environ.get("FASTMIX_IMPLEMENTATION"),
+        "devices": {device: {
+            "description": description,
+            "operators": {operator: {"runs": runs(reasons), "reasons": reasons,
+                                     "self_test": tests.get(device, {}).get(operator, {})}
+                          for operator in sorted(OPERATORS)
+                          for reasons in [fastmix.implementations(operator, device)]},
+        } for device, description in described.items()},
+    }
+
+
+def lines(all_facts: dict[str, Any]) -> list[str]:
+    """A report in words."""
+    text = [f"fastmix {all_facts['fastmix']}, commit: {all_facts['commit']}",
+            f"python  {all_facts['python']} on {all_facts['system']}, {all_facts['libc']}",
+            f"CPU     {all_facts['cpu']}"]
+    rows = {**all_facts["packages"], "C++ compiler": all_facts["compiler"],
+            "C++ kernels": all_facts["native_cpu"], "nvcc": all_facts["nvcc"],
+            "CUDA kernels": all_facts["native_cuda"]}
+    named = all_facts["FASTMIX_IMPLEMENTATION"]
+    if named:
+        rows["FASTMIX_IMPLEMENTATION"] = f"{named}: forced for all calls"
+    text += [f"{name:<24}{value}" for name, value in rows.items()]
+    for device, facts in all_facts["devices"].items():
+        text += ["", f"{device}: {facts['description']}"]
+        if device == "cuda" and library.ready("cuda"):
+            text += fft_conv_lines()
+        missing: dict[str, list[str]] = {}
+        for operator, states in facts["operators"].items():
+            tested = ", ".join(f"{name}: {outcome}"
+                               for name, outcome in states["self_test"].items())
+            text.append(f"  {operator:<22}{states['runs']}{f'  ({tested})' if tested else ''}")
+            for name, reason in states["reasons"].items():
                 if reason is not None:
                     missing.setdefault(f"not {name}: {reason}", []).append(operator)
         for reason, operators in missing.items():
             which = "all" if len(operators) == len(OPERATORS) else ", ".join(operators)
-            lines.append(f"  {reason} ({which})")
-    return lines
+            text.append(f"  {reason} ({which})")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastmix.env", description=(
+        "What is available here, and what is not and why; each operator is tried on each "
+        "implementation. The exit status is 1 if one of them is wrong."))
+    parser.add_argument("--quick", action="store_true", help="leave the trials out")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    options = parser.parse_args()
+    all_facts = report(options.quick)
+    try:
+        print(json.dumps(all_facts, indent=1) if options.json else "\n".join(lines(all_facts)),
+              flush=True)
+    except BrokenPipeError:  # `| head`: there is nobody to print for, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return any(outcome != "ok" for facts in all_facts["devices"].values()
+               for states in facts["operators"].values()
+               for outcome in states["self_test"].values())
 
 
 if __name__ == "__main__":
-    print("\n".join(report()))
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Every operator with random arguments of every kind: what the generic tests run over."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 
@@ -75,6 +75,30 @@ def _linear_scan_reverse(n, dtype, b=2):
             "initial_state": randn(b, 3, 2, dtype=complex_dtype(dtype))}
 
 
+def random_decays(*shape, dtype):
+    """Real, of every size in [0, 1] with many close to 1, some exactly 0, some negative."""
+    size = 1 - torch.rand(*shape, dtype=torch.float64) ** 3
+    sign = torch.where(torch.rand(*shape) < 0.2, -1, 1)
+    return torch.where(torch.rand(*shape) < 0.05, 0, sign * size).to(dtype)
+
+
+def _gate_loop_real(dk, dv, gates, state):
+    """gates: "gates" (b, n, h), "decays" (h,) or "logits" (b, n, h)."""
+    def make(n, dtype, b=2):
+        h = 3 if dk * dv == 1 else 2
+        made = {"q": randn(b, n, h, dk, dtype=dtype), "k": randn(b, n, h, dk, dtype=dtype),
+                "v": randn(b, n, h, dv, dtype=dtype)}
+        if gates == "logits":
+            made["gate_logits"] = 3 * randn(b, n, h, dtype=dtype)
+        else:
+            made["gates"] = random_decays(*(b, n, h) if gates == "gates" else (h,), dtype=dtype)
+        if state:
+            made["initial_state"] = randn(b, h, dk, dv, dtype=state_dtype(dtype))
+        return made
+
+    return make
+
+
 def _gate_loop(dk, dv, logits, state):
     def make(n, dtype, b=2):
         h = 3 if dk * dv == 1 else 2
@@ -96,7 +120,8 @@ def _gate_loop(dk, dv, logits, state):
 def _decay_conv(n, dtype, b=2):
     h = 8
     return {"x": randn(b, n, h, 2, dtype=dtype), "decay": torch.rand(h).to(dtype),
-            "gain": randn(h, dtype=dtype), "initial_state": randn(b, h, 2, dtype=state_dtype(dtype))}
+            "gain": randn(h, dtype=dtype),
+            "initial_state": randn(b, h, 2, dtype=state_dtype(dtype))}
 
 
 def _decay_conv_plain(n, dtype, b=2):
@@ -148,6 +173,11 @@ CASES = {
     "gate_loop-heads-logits": Case(
         "gate_loop", _gate_loop(3, 2, True, True), {"return_state": True}),
     "gate_loop-heads-gates": Case("gate_loop", _gate_loop(2, 3, False, False), {}),
+    "gate_loop-diagonal-real": Case(
+        "gate_loop", _gate_loop_real(1, 1, "logits", False), {"return_state": True}),
+    "gate_loop-heads-real": Case(
+        "gate_loop", _gate_loop_real(2, 2, "gates", True), {"return_state": True}),
+    "gate_loop-heads-decays": Case("gate_loop", _gate_loop_real(2, 1, "decays", False), {}),
     "decay_conv": Case("decay_conv", _decay_conv, {"return_state": True}),
     "decay_conv-plain": Case("decay_conv", _decay_conv_plain, {}),
     "fft_conv-per-sample": Case("fft_conv", _fft_conv(lambda b, n: (b, n)), {}),

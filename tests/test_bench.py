@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import torch
 from fastmix import ops
 
 BENCH = Path(__file__).parents[1] / "bench"
-SMALL = ["--seq", "64", "--dim", "32", "--heads", "2", "--device", "cpu"]
-ROWS = {"linear_scan complex", "gate_loop 32×1", "gate_loop 2×16", "decay_conv", "fft_conv",
-        "windowed_sgu w=128", "causal_sgu", "cumulative_mean"}
+SIZES = ["--seq", "64", "--dim", "32", "--heads", "2", "--device", "cpu"]
+SMALL = [*SIZES, "--generate", "2"]
+ROWS = {"linear_scan complex", "gate_loop 32×1", "gate_loop 2×16", "gate_loop 2×16 real",
+        "decay_conv", "fft_conv", "windowed_sgu w=128", "causal_sgu", "cumulative_mean"}
 MODELS = {"MetaformerGPT", "GatedExponentialSmoothingLM", "GatedDsConvLM", "gMLPGPT",
           "GateLoopTransformer"}
 MODES = ("forward", "forward_backward")
@@ -27,8 +29,15 @@ MODES = ("forward", "forward_backward")
 def run(monkeypatch, tmp_path):
     """run(*flags) → (exit status, the report as read from its JSON)."""
     monkeypatch.syspath_prepend(BENCH)
+    import generation
+    import machine
     import run as report
+    import timing
+    monkeypatch.setattr(generation, "CONTEXTS", ())
     monkeypatch.setattr(report, "SECONDS", 0.02)
+    monkeypatch.setattr(machine, "COPIED", {"cpu": (1 << 20,)})
+    monkeypatch.setattr(machine, "SIDES", {"cpu": (256,)})
+    monkeypatch.setattr(timing, "_cold", lambda device: torch.empty(1))
 
     def main(*flags):
         path = tmp_path / "report.json"
@@ -50,8 +59,10 @@ def uncompiled(run, monkeypatch):
 def test_a_half_type_beside_float32(monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCH)
     import dtypes
+    import timing
     monkeypatch.setattr(dtypes, "SECONDS", 0)
-    dtypes.main([*SMALL, "--dtype", "float16"])
+    monkeypatch.setattr(timing, "_cold", lambda device: torch.empty(1))
+    dtypes.main([*SIZES, "--dtype", "float16"])
     table = [[cell.strip() for cell in line.split("|")[1:-1]]
              for line in capsys.readouterr().out.splitlines()[2:]]
     assert {row for row, *_ in table} == ROWS - {"linear_scan complex"}
@@ -65,7 +76,7 @@ def test_whole_report(uncompiled, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_bytes(b"It was the best of times, it was the worst of times. " * 9)
     status, report = uncompiled("--text", str(text), "--csv", str(tmp_path / "rows.csv"),
-                                "--plot", str(tmp_path / "plot.png"))
+                                "--plot", str(tmp_path / "plot.png"), "--minutes", "60")
     assert status == 0
     header = report["header"]
     assert header["torch"] == torch.__version__
@@ -80,7 +91,9 @@ def test_whole_report(uncompiled, tmp_path, capsys):
             timing = row[f"{mode}_ms"]
             assert 0 < timing["p20"] <= timing["median"] <= timing["p80"]
             theirs = row["original"][f"{mode}_ms"]["median"]
-            assert row["ratio_original"][mode] == pytest.approx(theirs / timing["median"])
+            # Three numbers of seven digits, of which each may be off by 5e-7 of itself.
+            assert row["ratio_original"][mode] == pytest.approx(
+                theirs / timing["median"], rel=1.5e-6)
             assert row["tokens_per_s"][mode] == pytest.approx(64e3 / timing["median"])
         assert row["peak_bytes"] > 0 and row["original"]["peak_bytes"] > 0
 
@@ -90,17 +103,105 @@ def test_whole_report(uncompiled, tmp_path, capsys):
         assert row["errors"]["losses"] < 1e-5 and row["errors"]["gradients"] < 2e-4
         assert row["ratio_original"] > 0 and row["tokens_per_s"] > 0 and row["peak_bytes"] > 0
 
-    assert {row["n"] for row in report["curve"]} == {16}
-    assert {row["row"] for row in report["curve"]} == ROWS
+    assert {(row["model"], row["batch"], row["n"]) for row in report["generation"]} == {
+        (name, batch, 64) for name in MODELS for batch in (1, 16)}
+    for row in report["generation"]:
+        assert row["status"] == row["original"]["status"] == "ok", row["row"]
+        assert row["errors"]["logits"] < 1e-4
+        token = row["token_ms"]
+        assert token["runs"] == 2 and 0 < token["median"] <= row["worst_ms"]
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / token["median"])
+        theirs = row["original"]["token_ms"]["median"]
+        assert row["ratio_original"] == pytest.approx(theirs / token["median"], rel=1.5e-6)
+        assert min(row["first_ms"]["median"], row["ratio_plain"], row["ratio_floor"],
+                   row["cache_bytes"]) > 0
+
+    for name in ROWS:
+        assert {row["n"] for row in report["curve"] if row["row"] == name} >= {4, 8, 16}, name
     with open(tmp_path / "rows.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == len(ROWS) + len(MODELS)
+    assert len(lines) == len(ROWS) + 3 * len(MODELS)
     assert [float(line["forward_ms.median"]) for line in lines[: len(ROWS)]] == [
         row["forward_ms"]["median"] for row in report["operators"]]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert all(name in printed for name in ROWS | MODELS)
     assert "\x1b" not in printed
+    best = max(report["operators"], key=lambda row: row["ratio_original"]["forward_backward"])
+    assert f"In short: {best['row']} runs forward and backward" in printed
+
+
+@pytest.mark.long
+def test_without_time_every_row_and_curve_is_there(uncompiled, tmp_path, capsys):
+    """What gives are the calls timed, then originals' lengths, then the longest of the curve."""
+    status, report = uncompiled("--minutes", "0.001", "--plot", str(tmp_path / "plot.png"))
+    assert status == 0
+    assert {row["row"] for row in report["operators"]} == ROWS
+    assert {row["model"] for row in report["models"]} == MODELS
+    for row in report["operators"]:
+        assert row["forward_ms"]["runs"] == 3 and row["ratio_original"]["forward"] > 0
+        lengths = {r["n"] for r in report["curve"] if r["row"] == row["row"]}
+        assert lengths == {4, 8, 16}
+    assert "all operators at n=32" in capsys.readouterr().out
+
+
+def test_a_slow_original_is_measured_at_a_shorter_length(uncompiled, monkeypatch, capsys):
+    import operators
+    import rows
+    step = operators.decay_conv(1, 64, 32, 2).original
+
+    def slow(*inputs):
+        function, arguments = step(*inputs)
+
+        def call(x, *others):
+            time.sleep(2e-3 * x.shape[1])
+            return function(x, *others)
+        return call, arguments
+
+    def case(*sizes):
+        made = build(*sizes)
+        made.original = slow
+        return made
+
+    build = operators.decay_conv
+    monkeypatch.setitem(operators.ROWS, "decay_conv", [case])
+    monkeypatch.setattr(rows, "ORIGINAL_CALLS", 20)  # of 0.13 s each, where a second is allowed
+    _, report = uncompiled("--ops", "decay_conv", "--models", "none", "--minutes", "0.001")
+    row, = report["operators"]
+    assert row["n"] == 64 and row["original"]["n"] < 64
+    assert row["ratio_original"]["forward"] > 1
+    assert "because the original takes about" in capsys.readouterr().out
+
+
+def test_two_reports_beside_each_other(uncompiled, tmp_path, capsys):
+    flags = "--ops", "decay_conv", "cumulative_mean", "--models", "none"
+    _, report = uncompiled(*flags)
+    row, _ = report["operators"]
+    for mode in MODES:  # a report in which decay_conv was a thousand times as slow
+        row[f"{mode}_ms"] = {key: 1000 * row[f"{mode}_ms"][key] for key in ("median", "p20", "p80")}
+    report["operators"].pop()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(report))
+    capsys.readouterr()
+    uncompiled(*flags, "--compare", str(other), "--plot", str(tmp_path / "plot.png"))
+    printed = capsys.readouterr().out.partition("## Beside another report")[2]
+    assert printed.count("faster") == 2 and "cumulative_mean" not in printed
+    assert (tmp_path / "plot.png").exists()
+    other.write_text("[]")
+    with pytest.raises(SystemExit):
+        uncompiled(*flags, "--compare", str(other))
+    assert "is not a report of bench/run.py --json" in capsys.readouterr().err
+
+
+def test_a_noisy_machine_is_called_so(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import table
+    report = json.loads((BENCH / "results" / "cpu-2core-avx512-native.json").read_text())
+    assert "Noisy" not in table.text(report, colour=False)
+    timing = report["operators"][0]["forward_ms"]
+    timing["p80"] = 2 * timing["median"]
+    assert f"Noisy: the times of {report['operators'][0]['row']} n=8192 spread" in table.text(
+        report, colour=False)
 
 
 def test_necessary_bytes_and_flops(monkeypatch):
@@ -138,7 +239,8 @@ def poisoned(function):
 @pytest.mark.parametrize("spoil", [scaled, wrong_backward, poisoned])
 def test_wrong_result_is_red_and_carries_no_time(uncompiled, monkeypatch, spoil, capsys):
     monkeypatch.setattr(ops, "decay_conv", spoil(ops.decay_conv))
-    flags = "--ops", "decay_conv", "cumulative_mean", "--models", "MetaformerGPT"
+    flags = ("--ops", "decay_conv", "cumulative_mean", "--models", "MetaformerGPT",
+             "--generate", "0")
     status, report = uncompiled(*flags)
     wrong, right = report["operators"]
     model, = report["models"]
@@ -174,10 +276,11 @@ def test_check_fails_on_what_is_missing(uncompiled, monkeypatch, capsys):
     assert uncompiled("--check", *flags)[0] == 1
 
 
+@pytest.mark.long
 def test_forced_implementation_and_half_type(uncompiled):
     """Originals that cannot run in a half type are measured in float32, and that is said."""
     status, report = uncompiled("--impl", "fallback", "--dtype", "bfloat16", "--ops", "decay_conv",
-                                "cumulative_mean", "--models", "MetaformerGPT")
+                                "cumulative_mean", "--models", "MetaformerGPT", "--minutes", "60")
     decay, mean = report["operators"]
     model, = report["models"]
     for row in decay, mean, model:
@@ -192,16 +295,79 @@ def test_original_that_needs_too_much_memory(uncompiled, monkeypatch, capsys):
     monkeypatch.setattr(rows, "ORIGINAL_BYTES", 1 << 20)
     monkeypatch.setattr(rows, "SHORTER_BYTES", 1 << 19)
     _, report = uncompiled("--ops", "gate_loop", "--models", "none")
-    diagonal, matrix = report["operators"]
+    diagonal, matrix, real = report["operators"]
     assert diagonal["original"]["n"] == 64
     # 11 complex64 arrays of 64 × 2 × 16 × 16 make 2.9 MB.
     assert matrix["original"]["n"] == 8 and matrix["ratio_original"]["forward"] > 0
+    assert real["original"]["n"] == 16  # whose arrays are float32
     assert "both sides at n=8, because the original needs about" in capsys.readouterr().out
     matrix["compiled"] = {"status": "fails to compile", "n": 8, "reason": "no pencil"}
     import table
     assert "fails to compile [1][2]" in table.text(report, colour=False)
 
 
+def test_ctrl_c_prints_what_there_is(uncompiled, monkeypatch, capsys):
+    import rows
+    measured = rows.operator_rows
+
+    def interrupted(make, n, *arguments, **options):
+        if n == 64 and make(n).row == "cumulative_mean":
+            raise KeyboardInterrupt
+        return measured(make, n, *arguments, **options)
+
+    monkeypatch.setattr(rows, "operator_rows", interrupted)
+    status, report = uncompiled("--ops", "decay_conv", "cumulative_mean")
+    assert status == 130
+    assert [row["row"] for row in report["operators"]] == ["decay_conv"]
+    printed = capsys.readouterr().out
+    assert "| decay_conv " in printed and "at Ctrl-C" in printed
+
+
+def test_what_cannot_run_ends_with_a_status(uncompiled, capsys):
+    status, report = uncompiled("--impl", "cuda", "--ops", "decay_conv", "--models", "none")
+    assert status == 1 and [row["status"] for row in report["operators"]] == ["failed"]
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_kernels_are_compiled_before_the_time_begins(uncompiled, monkeypatch):
+    import rows
+    import run as report
+    order = []
+    measured = rows.operator_rows
+    monkeypatch.setattr(rows, "operator_rows", lambda make, n, *rest, **options: order.append(
+        (make(n).operator, n)) or measured(make, n, *rest, **options))
+
+    class Schedule(report.Schedule):
+        def __init__(self, *arguments):
+            order.append("the clock")
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(report, "Schedule", Schedule)
+    uncompiled("--ops", "decay_conv", "--models", "GatedDsConvLM")
+    assert set(order[:2]) == {("decay_conv", 16), ("fft_conv", 16)}
+    assert order[2:] == ["the clock", ("decay_conv", 64)]
+
+
+def test_a_step_faster_than_its_floor_is_remarked_on(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import table
+    report = json.loads((BENCH / "results" / "cpu-2core-avx512-native.json").read_text())
+    assert "its matrix products alone" not in table.text(report, colour=False)
+    report["models"][0]["linear_floor_ms"] = 2 * report["models"][0]["step_ms"]["median"]
+    assert "its matrix products alone" in table.text(report, colour=False)
+
+
+def test_committed_reports_are_small_and_have_a_row_a_line():
+    files = [*(BENCH / "results").glob("cpu-*"), BENCH / "results" / "triton-dry.json"]
+    assert sum(file.stat().st_size for file in files) < 160_000
+    for file in files:
+        report = json.loads(file.read_text())
+        rows = [row for value in report.values() if isinstance(value, list) for row in value
+                if isinstance(row, dict)]
+        assert rows and len(rows) < len(file.read_text().splitlines()) < len(rows) + 20
+
+
+@pytest.mark.long
 def test_compiled_original(run):
     _, report = run("--ops", "cumulative_mean", "--models", "none")
     row, = report["operators"]
@@ -209,11 +375,13 @@ def test_compiled_original(run):
     assert row["ratio_compiled"]["forward"] > 0 and row["ratio_compiled"]["forward_backward"] > 0
 
 
-def test_nothing_starts_after_its_time(run):
-    _, report = run("--minutes", "1e-9")
-    assert report["operators"] == report["models"] == []
-    assert any("decay_conv" in what for what in report["left_out"])
-    assert any("MetaformerGPT" in what for what in report["left_out"])
+def test_compiled_originals_are_left_out_where_time_is_over(run):
+    _, report = run("--minutes", "1e-9", "--ops", "decay_conv", "--models", "MetaformerGPT")
+    row, model = *report["operators"], *report["models"]
+    assert row["status"] == model["status"] == "ok"
+    assert "compiled" not in row and "compiled" not in model
+    for name in "decay_conv", "MetaformerGPT":
+        assert any(f"compiled original of {name} n=64" in what for what in report["left_out"])
 
 
 def test_peers(monkeypatch, tmp_path, capsys):
@@ -253,6 +421,35 @@ def test_peers(monkeypatch, tmp_path, capsys):
     assert "not installed" in printed and "disagrees: differs by" in printed
 
 
+def test_a_model_that_forgets_its_cache_is_wrong(uncompiled, monkeypatch, capsys):
+    decay_conv = ops.decay_conv
+    monkeypatch.setattr(ops, "decay_conv", lambda *arguments, initial_state=None, **others:
+                        decay_conv(*arguments, **others))
+    flags = "--ops", "none", "--models", "GatedExponentialSmoothingLM"
+    status, report = uncompiled(*flags)
+    assert status == 1 and report["models"][0]["status"] == "ok"
+    assert [row["status"] for row in report["generation"]] == ["wrong"] * 2
+    assert not any("token_ms" in row or "first_ms" in row for row in report["generation"])
+    assert capsys.readouterr().out.count("WRONG") >= 2
+    status, report = uncompiled("--check", *flags)
+    assert status == 1 and [row["status"] for row in report["generation"]] == ["wrong"]
+
+
+def test_texts_that_do_not_fit_are_left_out(uncompiled, monkeypatch):
+    import generation
+    monkeypatch.setattr(generation, "CONTEXTS", (16, 128))
+    monkeypatch.setattr(generation, "LARGEST", generation.bytes_needed(16, 64, 32) / 1e9)
+    flags = "--ops", "none", "--models", "GateLoopTransformer"
+    _, report = uncompiled(*flags)
+    assert [(row["batch"], row["n"]) for row in report["generation"]] == [
+        (1, 16), (1, 64), (1, 128), (16, 16), (16, 64)]
+    assert any("batch 16 n=128, as its prompt needs" in what for what in report["left_out"])
+    _, report = uncompiled(*flags, "--minutes", "1e-9")
+    assert [(row["batch"], row["n"]) for row in report["generation"]] == [(1, 16)]
+    assert any("text of GateLoopTransformer, batch 16 n=64" in what
+               for what in report["left_out"])
+
+
 def test_turns_and_peak(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     import contextlib
@@ -273,6 +470,7 @@ def test_turns_and_peak(monkeypatch):
     assert timing.peak_bytes(two_then_one, torch.device("cpu")) // (4 << 20) == 2
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None,
                     reason="Triton is not installed: there are no wheels for it here")
 def test_kernels_move_no_more_than_the_table_says():
@@ -305,9 +503,14 @@ def test_bytes_that_a_training_step_holds():
 @pytest.mark.parametrize("flags, message", [
     (["--heads", "3"], "--dim must be divisible"), (["--seq", "0"], "at least 1"),
     (["--check", "--plot", "x.png"], "--check takes no times"), (["--text", "/no/such"], "no file"),
+    (["--csv", "/no/such/rows.csv"], "--csv: /no/such/rows.csv cannot be written"),
+    (["--plot", "/no/such/x.png"], "--plot: /no/such/x.png cannot be written"),
+    (["--plot", "x.txt"], "--plot: x.txt must end with one of ."),
     (["--plot", "x.png"], "needs matplotlib")])
 def test_bad_flags(run, monkeypatch, capsys, flags, message):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    """All of them before anything is measured."""
+    if "matplotlib" in message:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as error:
         run(*flags)
     assert error.value.code == 2 and message in capsys.readouterr().err
@@ -315,7 +518,7 @@ def test_bad_flags(run, monkeypatch, capsys, flags, message):
 
 def test_command_line():
     done = subprocess.run(
-        [sys.executable, BENCH / "run.py", *SMALL, "--check", "--ops", "fft_conv",
+        [sys.executable, BENCH / "run.py", *SIZES, "--check", "--ops", "fft_conv",
          "--models", "none"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| fft_conv " in done.stdout and "measuring the machine" in done.stderr

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import check_errors, distance, largest, squared_errors
-from refusal import check_refusal
 
+from cases import check_errors, distance, largest, squared_errors
 from fastmix import ops, reference
+from refusal import check_refusal
 
 F64 = torch.float64
 
@@ -20,24 +20,25 @@ def draw(n, s, h=2, c=6, b=2, dtype=F64):
 def test_definition(n, s):
     inputs = [t.requires_grad_() for t in draw(n, s)]
     weight = torch.randn(2, n, 6, dtype=F64)
-    found, expected = ops.causal_sgu(*inputs), reference.causal_sgu(*inputs)
-    assert distance(found, expected) < 1e-11
-    for f, e in zip(torch.autograd.grad((found * weight).sum(), inputs),
+    actual, expected = ops.causal_sgu(*inputs), reference.causal_sgu(*inputs)
+    assert distance(actual, expected) < 1e-11
+    for f, e in zip(torch.autograd.grad((actual * weight).sum(), inputs),
                     torch.autograd.grad((expected * weight).sum(), inputs)):
         assert distance(f, e) < 1e-10
 
 
+@pytest.mark.long
 def test_rounding_over_many_steps():
     """At most twice plain PyTorch's: a sum of 1,500 terms one by one would have six times that."""
     def errors():
         x, weight, bias = (t.float() for t in draw(1500, 1500, h=1, c=32, b=1))
         weight /= 1500**0.5
-        found = []
+        actual = []
         for run, dtype in ((ops, torch.float32), (reference, torch.float32), (reference, F64)):
             inputs = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
             out = run.causal_sgu(*inputs)
-            found.append((out.detach(), *torch.autograd.grad(out.square().sum(), inputs)))
-        return squared_errors(*found)
+            actual.append((out.detach(), *torch.autograd.grad(out.square().sum(), inputs)))
+        return squared_errors(*actual)
 
     check_errors(errors, (1, 4, 16))
 
@@ -66,17 +67,21 @@ def refusals():
                      "x must have at most 6 time steps, got n=7"),
         "not square": ((x, weight[..., 1:], bias), {}, ValueError,
                        r"weight must have shape \(h, s, s\), got \(2, 9, 8\)"),
+        "no bias": ((x, weight, None), {}, TypeError, "bias must be a tensor, got NoneType"),
         "bias": ((x, weight, bias[:, 1:]), {}, ValueError,
                  r"bias must have shape \(h, s\) = \(2, 9\), got \(2, 8\)"),
-        "rank": ((x[0, 0], weight, bias), {}, ValueError, r"x must have shape \(b, n, 2c\), got \(12,\)"),
+        "rank": ((x[0, 0], weight, bias), {}, ValueError,
+                 r"x must have shape \(b, n, 2c\), got \(12,\)"),
         "heads": ((x[..., :10], weight, bias), {}, ValueError, "weight's h must divide c"),
         "mixed": ((x, weight, bias.double()), {}, TypeError,
                   "bias must be float32 for float32 x, got float64"),
-        "no steps": ((x[:, :0], weight, bias), {}, ValueError, "x must have at least one time step"),
+        "no steps": ((x[:, :0], weight, bias), {}, ValueError,
+                     "x must have at least one time step"),
         "complex": ((x, weight.to(torch.complex64), bias), {}, TypeError,
                     "weight must be.*got complex64"),
         "integers": ((x.long(), weight, bias), {}, TypeError, "x must be.*got int64"),
-        "devices": ((x, weight, bias.to("meta")), {}, ValueError, "bias must be on cpu like x, got meta"),
+        "devices": ((x, weight, bias.to("meta")), {}, ValueError,
+                    "bias must be on cpu like x, got meta"),
     }
 
 

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from cases import distance
-from refusal import check_refusal
 
+from cases import distance
 from fastmix import ops, reference
+from refusal import check_refusal
 
 
 @pytest.mark.parametrize("shape", [(3, 50), (3, 50, 4), (3, 50, 2, 5), (1, 1, 1)])
 def test_any_rank(shape):
     x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)
-    found, expected = ops.cumulative_mean(x), reference.cumulative_mean(x)
-    assert distance(found, expected) < 1e-13
-    assert distance(torch.autograd.grad((found * weight).sum(), x)[0],
+    actual, expected = ops.cumulative_mean(x), reference.cumulative_mean(x)
+    assert distance(actual, expected) < 1e-13
+    assert distance(torch.autograd.grad((actual * weight).sum(), x)[0],
                     torch.autograd.grad((expected * weight).sum(), x)[0]) < 1e-13
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import distance
-from refusal import check_refusal
 
+from cases import distance
 from fastmix import ops, reference
+from refusal import check_refusal
 
 F64 = torch.float64
 
@@ -19,9 +19,9 @@ def test_decays_at_and_beyond_the_edge():
     assert torch.equal(out[:, :, 0], x[:, :, 0])
     assert distance(out[:, :, 1], x[:, :, 1].cumsum(1)) < 1e-12
     weight = torch.randn_like(x)
-    (found,) = torch.autograd.grad((out * weight).sum(), decay)
+    (actual,) = torch.autograd.grad((out * weight).sum(), decay)
     (expected,) = torch.autograd.grad((reference.decay_conv(x, decay) * weight).sum(), decay)
-    assert ((found - expected).abs() <= 1e-11 * expected.abs()).all()
+    assert ((actual - expected).abs() <= 1e-11 * expected.abs()).all()
 
 
 def test_it_is_a_convolution_with_a_geometric_kernel():
@@ -56,8 +56,10 @@ def test_half_precision_data_with_float32_parameters():
 def refusals():
     x, decay = torch.randn(2, 7, 3, 4), torch.rand(3)
     return {
-        "rank": ((x[0], decay), {}, ValueError, r"x must have shape \(b, n, h, d\), got \(7, 3, 4\)"),
-        "heads": ((x, decay[:2]), {}, ValueError, r"decay must have shape \(h\) = \(3\), got \(2,\)"),
+        "rank": ((x[0], decay), {}, ValueError,
+                 r"x must have shape \(b, n, h, d\), got \(7, 3, 4\)"),
+        "heads": ((x, decay[:2]), {}, ValueError,
+                  r"decay must have shape \(h\) = \(3\), got \(2,\)"),
         "gain": ((x, decay, decay[None]), {}, ValueError, "gain must have shape"),
         "state": ((x, decay), {"initial_state": x[:, 0, :, :2]}, ValueError,
                   r"initial_state must have shape \(b, h, d\) = \(2, 3, 4\), got \(2, 3, 2\)"),

@@ -1,15 +1,19 @@
 """What holds for every operator: its derivatives, and the transforms it composes with."""
 
+import contextlib
+
 import pytest
 import torch
-from cases import CASES, as_tuple, distance, largest, leaves, weigh
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+from cases import CASES, as_tuple, distance, largest, leaves, weigh
 from fastmix.ops._register import OPERATORS
 
 F64 = torch.float64
+pytestmark = pytest.mark.costly
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -34,24 +38,27 @@ def scalar(call):
     return loss
 
 
+# The next two tests differentiate along random directions (fast_mode). Derivatives one by one are
+# held to the definition's by test_values.py and by what follows here.
 @every_case
 def test_first_derivatives(case):
     call, values = positional(case, leaves(case.make(5, F64)))
     assert gradcheck(call, values, check_forward_ad=True, check_batched_grad=True,
-                     check_batched_forward_grad=True)
+                     check_batched_forward_grad=True, fast_mode=True)
 
 
 @every_case
 def test_second_derivatives(case):
     call, values = positional(case, leaves(case.make(4, F64, b=1)))
-    assert gradgradcheck(call, values, check_batched_grad=True, check_fwd_over_rev=True)
+    assert gradgradcheck(call, values, check_batched_grad=True, check_fwd_over_rev=True,
+                         fast_mode=True)
 
 
 @every_case
 def test_third_derivatives(case):
     """The gradient of a Hessian-vector product, against the definition's."""
     made = case.make(4, F64, b=1)
-    found = []
+    actual = []
     for run in (case.run, case.define):
         tensors = leaves(made)
         values = list(tensors.values())
@@ -61,8 +68,8 @@ def test_third_derivatives(case):
             grads = torch.autograd.grad(loss, values, create_graph=True)
             loss = sum((torch.view_as_real(g) if g.is_complex() else g).square().sum()
                        for g in grads)
-        found.append(torch.autograd.grad(loss, values))
-    for ours, defined in zip(*found):
+        actual.append(torch.autograd.grad(loss, values))
+    for ours, defined in zip(*actual):
         assert distance(ours, defined) < 1e-9
 
 
@@ -84,8 +91,8 @@ def test_compiles_whole_with_dynamic_shapes(case):
     for n in (70, 20, 131):
         tensors = leaves(case.make(n, F64))
         expected = torch.autograd.grad(loss(*tensors.values()), tensors.values())
-        found = torch.autograd.grad(compiled(*tensors.values()), tensors.values())
-        for name, f, e in zip(names, found, expected):
+        actual = torch.autograd.grad(compiled(*tensors.values()), tensors.values())
+        for name, f, e in zip(names, actual, expected):
             assert distance(f, e) < 1e-10, name
         with torch.no_grad():
             assert distance(compiled(*tensors.values()), loss(*tensors.values())) < 1e-12
@@ -93,6 +100,7 @@ def test_compiles_whole_with_dynamic_shapes(case):
     assert len(graphs) == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["linear_scan-complex-reverse", "gate_loop-heads-logits",
                                   "decay_conv", "fft_conv-per-sample", "windowed_sgu"])
 def test_compiles_with_inductor(name):
@@ -101,8 +109,8 @@ def test_compiles_with_inductor(name):
     loss = scalar(call)
     compiled = torch.compile(loss, fullgraph=True)
     expected = torch.autograd.grad(loss(*values), values)
-    for found, e in zip(torch.autograd.grad(compiled(*values), values), expected):
-        assert distance(found, e) < 1e-10
+    for actual, e in zip(torch.autograd.grad(compiled(*values), values), expected):
+        assert distance(actual, e) < 1e-10
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -121,8 +129,8 @@ def test_exports_with_dynamic_length(case, strict):
                                       for t in made.values()),))
     for n in (20, 41, 131):
         tensors = case.make(n, F64)
-        for found, expected in zip(program.module()(*tensors.values()), case.run(tensors)):
-            assert distance(found, expected) < 1e-12
+        for actual, expected in zip(program.module()(*tensors.values()), case.run(tensors)):
+            assert distance(actual, expected) < 1e-12
 
 
 @every_case
@@ -133,13 +141,13 @@ def test_func_grad_and_hessian_vector(case):
     everything = tuple(range(len(values)))
     tracked = tuple(v.clone().requires_grad_() for v in values)
     expected = torch.autograd.grad(loss(*tracked), tracked, create_graph=True)
-    for found, e in zip(torch.func.grad(loss, argnums=everything)(*values), expected):
-        assert distance(found, e) < 1e-12
+    for actual, e in zip(torch.func.grad(loss, argnums=everything)(*values), expected):
+        assert distance(actual, e) < 1e-12
     # Forward over reverse against reverse over reverse.
     tangents = tuple(torch.randn_like(v) for v in values)
-    _, found = torch.func.jvp(torch.func.grad(loss, argnums=everything), values, tangents)
+    _, actual = torch.func.jvp(torch.func.grad(loss, argnums=everything), values, tangents)
     along = weigh(expected, tangents)
-    for f, e in zip(found, torch.autograd.grad(along, tracked)):
+    for f, e in zip(actual, torch.autograd.grad(along, tracked)):
         assert distance(f, e) < 1e-10
 
 
@@ -157,14 +165,96 @@ def test_vmap_over_each_argument(case):
         values = [torch.stack([d[name] for d in draws]) if name in mapped else draws[0][name]
                   for name in names]
         samples = [[v[i] if dim == 0 else v for v, dim in zip(values, dims)] for i in range(size)]
-        found = as_tuple(torch.vmap(call, in_dims=dims)(*values))
+        actual = as_tuple(torch.vmap(call, in_dims=dims)(*values))
         expected = zip(*(as_tuple(call(*sample)) for sample in samples))
-        for f, e in zip(found, expected):
+        for f, e in zip(actual, expected):
             assert distance(f, torch.stack(e)) < 1e-12
         per_sample = torch.vmap(torch.func.grad(loss, argnums=everything), in_dims=dims)
         expected = zip(*(torch.func.grad(loss, argnums=everything)(*s) for s in samples))
         for f, e in zip(per_sample(*values), expected):
             assert distance(f, torch.stack(e)) < 1e-10
+
+
+def _nested(call):
+    return lambda *stacked: torch.vmap(torch.vmap(call))(
+        *(t[:, None] for t in stacked)).squeeze(1)
+
+
+def _tangent(call):
+    """A function whose value is a directional derivative."""
+    return lambda *stacked: torch.func.jvp(torch.vmap(call), stacked,
+                                           tuple(t.detach().cos() for t in stacked))[1]
+
+
+def _primal(call):
+    return lambda *stacked: torch.func.jvp(torch.vmap(call), stacked, stacked)[0]
+
+
+def _inner_gradient(call):
+    return lambda *stacked: torch.vmap(torch.func.grad(lambda *v: call(*v).sum()))(*stacked)
+
+
+def _functional(call):
+    class Member(torch.nn.Module):
+        def __init__(self, values):
+            super().__init__()
+            self.values = torch.nn.ParameterList(values)
+
+        def forward(self):
+            return call(*self.values)
+
+    def run(*stacked):
+        base = Member([t[0].detach() for t in stacked])
+        return torch.vmap(lambda *values: torch.func.functional_call(
+            base, {f"values.{i}": v for i, v in enumerate(values)}, ()))(*stacked)
+
+    return run
+
+
+def _checkpointed(call):
+    return lambda *stacked: checkpoint(torch.vmap(call), *stacked, use_reentrant=False)
+
+
+def _saved_on_cpu(call):
+    def run(*stacked):
+        with torch.autograd.graph.save_on_cpu():
+            return torch.vmap(call)(*stacked)
+
+    return run
+
+
+def _autocast(call):
+    def run(*stacked):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.vmap(call)(*stacked)
+
+    return run
+
+
+@pytest.mark.parametrize("transform", [
+    torch.vmap, _nested, _primal, _tangent, _inner_gradient, _functional, _checkpointed,
+    _saved_on_cpu, _autocast], ids=lambda f: f.__name__.strip("_"))
+@every_case
+def test_plain_backward_outside_of_a_transform(case, transform):
+    """An ensemble: leaves of plain autograd, a transform inside, loss.backward() outside."""
+    draws = [case.make(5, F64, b=1) for _ in range(2)]
+    actual = []
+    for run in (case.run, case.define):
+        def call(*values, run=run):
+            outputs = run(dict(zip(draws[0], values)))
+            return sum((o.real + o.imag if o.is_complex() else o).sin().sum() for o in outputs)
+
+        stacked = [torch.stack([d[name] for d in draws]).requires_grad_() for name in draws[0]]
+        if run == case.run or transform in (_tangent, _inner_gradient):
+            out = transform(call)(*stacked)
+        else:
+            out = torch.stack([call(*(t[i] for t in stacked)) for i in range(2)])
+        if out.is_complex():
+            out = out.real + out.imag
+        grads = torch.autograd.grad((out * out.detach().cos()).sum(), stacked, allow_unused=True)
+        actual.append([torch.zeros_like(t) if g is None else g for g, t in zip(grads, stacked)])
+    for ours, defined in zip(*actual):
+        assert distance(ours, defined) < 1e-9
 
 
 @every_case
@@ -173,8 +263,8 @@ def test_checkpointing(case):
     call, values = positional(case, tensors)
     expected = torch.autograd.grad(scalar(call)(*values), values)
     loss = checkpoint(scalar(call), *values, use_reentrant=False)
-    for found, e in zip(torch.autograd.grad(loss, values), expected):
-        assert distance(found, e) < 1e-12
+    for actual, e in zip(torch.autograd.grad(loss, values), expected):
+        assert distance(actual, e) < 1e-12
 
 
 @every_case
@@ -188,8 +278,8 @@ def test_only_the_gradients_asked_for(case):
         alone = dict(made)
         alone[name] = made[name].clone().requires_grad_()
         loss = scalar(positional(case, alone)[0])(*alone.values())
-        (found,) = torch.autograd.grad(loss, alone[name])
-        assert distance(found, expected[name]) < 1e-12
+        (actual,) = torch.autograd.grad(loss, alone[name])
+        assert distance(actual, expected[name]) < 1e-12
 
 
 @every_case
@@ -220,8 +310,8 @@ def test_torch_accepts_the_registration(case):
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         if target is forward:
             args = tuple(a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args)
-        found = torch.library.opcheck(target, args)
-        assert set(found.values()) == {"SUCCESS"}, found
+        actual = torch.library.opcheck(target, args)
+        assert set(actual.values()) == {"SUCCESS"}, actual
 
 
 @every_case
@@ -233,10 +323,10 @@ def test_autocast_changes_nothing_inside(case):
     plain = case.run(tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = case.run(tensors)
-        found = torch.autograd.grad(weigh(outputs, weights), tensors.values())
+        actual = torch.autograd.grad(weigh(outputs, weights), tensors.values())
     for o, p in zip(outputs, plain):
         assert torch.equal(o, p)
-    for f, e in zip(found, expected):
+    for f, e in zip(actual, expected):
         assert torch.equal(f, e)
 
 
@@ -252,3 +342,24 @@ def test_create_graph_and_plain_backward_agree(case):
         # A first gate of 0, which is drawn now and then, leaves none to the initial state.
         assert largest(p) > 0 or name == "initial_state" and (tensors["gates"][:, 0] == 0).all()
         assert distance(p, g.detach()) < 1e-11
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+@every_case
+def test_shapes_alone(case, fake):
+    """On meta and in FakeTensorMode: outputs and gradients of the right shapes and dtypes."""
+    made = case.make(9, torch.float32)
+    real = case.run(made)
+    mode = FakeTensorMode() if fake else contextlib.nullcontext()
+    with mode:
+        tensors = {name: (mode.from_tensor(t) if fake else t.to("meta")).requires_grad_()
+                   for name, t in made.items()}
+        outputs = case.run(tensors)
+        # The second gradient goes through the fallback's forward.
+        grads = torch.autograd.grad(weigh(outputs, outputs), tensors.values(), create_graph=True)
+        second = torch.autograd.grad(weigh(grads, grads), tensors.values(), allow_unused=True)
+    for o, r in zip(outputs, real, strict=True):
+        assert (o.shape, o.dtype, o.stride()) == (r.shape, r.dtype, r.stride())
+    for g, s, t in zip(grads, second, made.values(), strict=True):
+        assert (g.shape, g.dtype) == (t.shape, t.dtype)
+        assert s is None or s.shape == t.shape

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import distance, largest
-from refusal import check_refusal
 
+from cases import distance, largest
 from fastmix import ops, reference
+from refusal import check_refusal
 
 F64 = torch.float64
 
@@ -23,9 +23,9 @@ def test_definition(n, m, shared, skips):
 def check_definition(*tensors):
     weight = torch.randn_like(tensors[0])
     leaves = [t.requires_grad_() for t in tensors]
-    found, expected = ops.fft_conv(*leaves), reference.fft_conv(*leaves)
-    assert distance(found, expected) < 1e-12
-    for f, e in zip(torch.autograd.grad((found * weight).sum(), leaves),
+    actual, expected = ops.fft_conv(*leaves), reference.fft_conv(*leaves)
+    assert distance(actual, expected) < 1e-12
+    for f, e in zip(torch.autograd.grad((actual * weight).sum(), leaves),
                     torch.autograd.grad((expected * weight).sum(), leaves), strict=True):
         assert distance(f, e) < 1e-12
 
@@ -37,7 +37,7 @@ def test_odd_numbers_of_heads_and_channels(h, d):
 
 
 def test_short_kernels_of_long_sequences():
-    """Natively in stretches, or without transforms; a skip counts once for each step."""
+    """Natively in chunks, or without transforms; a skip counts once for each step."""
     for m in (5, 200):
         check_definition(torch.randn(1, 5000, 2, 3, dtype=F64), torch.randn(m, 2, dtype=F64),
                          torch.randn(3, 2, dtype=F64).T)
@@ -74,16 +74,20 @@ def test_a_million_steps():
 def refusals():
     x, kernel = torch.randn(2, 7, 3, 4), torch.rand(2, 7, 3)
     return {
-        "rank": ((x[0], kernel), {}, ValueError, r"x must have shape \(b, n, h, d\), got \(7, 3, 4\)"),
+        "rank": ((x[0], kernel), {}, ValueError,
+                 r"x must have shape \(b, n, h, d\), got \(7, 3, 4\)"),
         "batch": ((x, kernel[:1]), {}, ValueError,
                   r"kernel must have shape \(b, m, h\) = \(2, m, 3\), got \(1, 7, 3\)"),
         "heads": ((x, kernel[0, :, :2]), {}, ValueError,
                   r"kernel must have shape \(m, h\) = \(m, 3\), got \(7, 2\)"),
         "kernel rank": ((x, kernel[0, :, 0]), {}, ValueError, "kernel must have shape"),
-        "empty kernel": ((x, kernel[:, :0]), {}, ValueError, "kernel must have at least one time step"),
+        "empty kernel": ((x, kernel[:, :0]), {}, ValueError,
+                         "kernel must have at least one time step"),
         "no steps": ((x[:, :0], kernel), {}, ValueError, "x must have at least one time step"),
-        "complex": ((x, kernel.to(torch.complex64)), {}, TypeError, "kernel must be.*got complex64"),
-        "mixed": ((x, kernel.half()), {}, TypeError, "kernel must be float32 for float32 x, got float16"),
+        "complex": ((x, kernel.to(torch.complex64)), {}, TypeError,
+                    "kernel must be.*got complex64"),
+        "mixed": ((x, kernel.half()), {}, TypeError,
+                  "kernel must be float32 for float32 x, got float16"),
         "integers": ((x.int(), kernel), {}, TypeError, "x must be.*got int32"),
         "skip's shape": ((x, kernel, x[0, 0, 0]), {}, ValueError,
                          r"skip must have shape \(h, d\) = \(3, 4\), got \(4,\)"),
@@ -91,7 +95,8 @@ def refusals():
                          "skip must be float32 for float32 x, got float64"),
         "skip's device": ((x, kernel, x[0, 0].to("meta")), {}, ValueError,
                           "skip must be on cpu like x, got meta"),
-        "devices": ((x, kernel.to("meta")), {}, ValueError, "kernel must be on cpu like x, got meta"),
+        "devices": ((x, kernel.to("meta")), {}, ValueError,
+                    "kernel must be on cpu like x, got meta"),
     }
 
 

@@ -1,12 +1,15 @@
 """gate_loop's own: gates at the edge, states handed over, both ways of giving gates, refusals."""
 
+import contextlib
+
 import pytest
 import torch
-from cases import complex_dtype, distance, implementations, largest
-from refusal import check_refusal
 
 import fastmix
+from cases import complex_dtype, distance, implementations, largest, random_decays
 from fastmix import ops, reference
+from fastmix.ops._register import OPERATORS
+from refusal import check_refusal
 
 F64 = torch.float64
 
@@ -59,9 +62,9 @@ def test_unit_gates_stay_accurate_over_65536_steps(dk, dv):
     q, k, v = draw(n, h=1, dk=dk, dv=dv, b=1)
     gates = unit_gates(1, n, 1)
     exact = ops.gate_loop(q, k, v, gates)
-    found = ops.gate_loop(q.float(), k.float(), v.float(), gates.to(torch.complex64))
-    assert found.isfinite().all()
-    assert distance(found.double(), exact) < 2e-4
+    actual = ops.gate_loop(q.float(), k.float(), v.float(), gates.to(torch.complex64))
+    assert actual.isfinite().all()
+    assert distance(actual.double(), exact) < 2e-4
 
 
 @pytest.mark.parametrize("size", [0.99, 0.999, 1.0])
@@ -73,10 +76,10 @@ def test_gradients_across_blocks_where_little_decays(dk, dv, size):
                                            unit_gates(1, n, 3, size=size))]
     weight = torch.randn(1, n, 3, dv, dtype=F64)
     weight[:, :150] = 0
-    for found, expected in zip(*(torch.autograd.grad((f(*inputs) * weight).sum(), inputs)
+    for actual, expected in zip(*(torch.autograd.grad((f(*inputs) * weight).sum(), inputs)
                                  for f in (ops.gate_loop, reference.gate_loop))):
         assert largest(expected) > 0
-        assert distance(found, expected) < 1e-11
+        assert distance(actual, expected) < 1e-11
 
 
 def test_logits_and_gates_agree():
@@ -107,6 +110,61 @@ def test_extreme_logits(dtype):
     assert largest(grad[0]) == 0
 
 
+INF, NAN = float("inf"), float("nan")
+# Logits, and their gates at every precision that holds the logits.
+FAR_LOGITS = [((INF, 0.0), 1), ((-INF, 0.0), -1), ((0.0, INF), 1j), ((0.0, -INF), -1j),
+              ((INF, 5.0), 1), ((-3e38, INF), 1j), ((INF, 3e38), 1), ((1e-38, -INF), -1j),
+              ((INF, INF), 0.5**0.5 * (1 + 1j)), ((-INF, INF), 0.5**0.5 * (-1 + 1j)),
+              ((3e38, 3e38), 0.5**0.5 * (1 + 1j)), ((-3e38, 1e38), (-3 + 1j) / 10**0.5),
+              ((1e38, 0.0), 1), ((1e38, 1e-38), 1), ((0.0, -1e38), -1j), ((1e-38, 0.0), 0.5),
+              ((-1e-38, 1e-38), 0.5**0.5 * (-0.5 + 0.5j)), ((6e4, -6e4), 0.5**0.5 * (1 - 1j))]
+
+
+@pytest.mark.parametrize("implementation", ["reference", *implementations("gate_loop")])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 3)])
+def test_infinite_and_far_logits(dtype, implementation, heads):
+    """A direction for every logit; derivatives are finite there, and 0 at infinity."""
+    logits = torch.tensor([z for z, _ in FAR_LOGITS], dtype=F64)
+    far = logits.to(dtype)
+    # What the dtype has no room for has become another logit, with a gate of its own.
+    kept = torch.isclose(far.double(), logits, rtol=1e-7, atol=0).all(-1)
+    expected = torch.where(kept, torch.tensor([a for _, a in FAR_LOGITS], dtype=torch.complex128),
+                           reference.gate_from_logits(far.double()))
+    rows = len(far)
+    q, k, v = (t.expand(rows, 3, 1, -1) for t in (
+        torch.ones(heads[0], dtype=dtype), torch.zeros(heads[0], dtype=dtype),
+        torch.ones(heads[1], dtype=dtype)))
+    state = torch.ones(rows, 1, *heads, dtype=complex_dtype(dtype))
+    logits = torch.stack([torch.tensor([1e9, 0]).to(dtype).expand(rows, 2), far,
+                          torch.tensor([0, 1e9]).to(dtype).expand(rows, 2)], 1)[:, :, None]
+    logits = logits.clone().requires_grad_()
+    run = reference.gate_loop if implementation == "reference" else ops.gate_loop
+    with contextlib.nullcontext() if implementation == "reference" else fastmix.force(
+            implementation):
+        _, last = run(q, k, v, gate_logits=logits, initial_state=state, return_state=True)
+        assert ((last - 1j * expected[:, None, None, None]).abs()
+                < 8 * torch.finfo(last.dtype).eps).all()
+        loss = last.real.sum() + 2 * last.imag.sum()
+        for graph in (False, True):
+            (grad,) = torch.autograd.grad(loss, logits, retain_graph=True, create_graph=graph)
+            assert grad.isfinite().all()
+            assert largest(grad[far.isinf().any(-1), 1]) == 0
+        (second,) = torch.autograd.grad(grad[:, 1].sum(), logits)
+        assert largest(second[far.isinf().any(-1)]) == 0
+
+
+@pytest.mark.parametrize("implementation", implementations("gate_loop"))
+@pytest.mark.parametrize("z", [(NAN, 0.0), (0.0, NAN), (NAN, INF), (INF, NAN), (NAN, NAN)])
+def test_a_logit_that_is_not_a_number_gives_none(z, implementation):
+    one = torch.ones(1, 3, 1, 1)
+    logits = torch.ones(1, 3, 1, 2)
+    logits[0, 1, 0] = torch.tensor(z)
+    with fastmix.force(implementation):
+        out = ops.gate_loop(one, one, one, gate_logits=logits).flatten()
+    assert out[0] == 1 and out[1:].isnan().all()
+
+
 @pytest.mark.parametrize("implementation", implementations("gate_loop"))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradients_of_small_logits(dtype, implementation):
@@ -125,10 +183,10 @@ def test_gradients_of_small_logits(dtype, implementation):
 
     z = torch.view_as_real(size * along).to(dtype)[:, None, None].requires_grad_()
     with fastmix.force(implementation):
-        found = [torch.autograd.grad(weighed(z), z, create_graph=graph)[0]
+        actual = [torch.autograd.grad(weighed(z), z, create_graph=graph)[0]
                  for graph in (False, True)]
-        found.append(torch.func.grad(weighed)(z))
-    for grad in found:
+        actual.append(torch.func.grad(weighed)(z))
+    for grad in actual:
         error = (torch.view_as_complex(grad.double()) - expected).abs() / expected.abs()
         assert error.max() < 16 * torch.finfo(dtype).eps
 
@@ -177,6 +235,84 @@ def test_autocast_promotes_what_it_mixed():
     assert torch.equal(out, expected)
 
 
+# ---- real gates
+
+
+@pytest.mark.parametrize("implementation", implementations("gate_loop"))
+@pytest.mark.parametrize("dk, dv", HEADS)
+def test_real_gates_are_complex_ones_without_an_imaginary_part(dk, dv, implementation):
+    """Outputs, states and every gradient, past every block edge; one gate resets, half turn."""
+    q, k, v = draw(150, dk=dk, dv=dv)
+    gates, state = random_decays(2, 150, 3, dtype=F64), torch.randn(2, 3, dk, dv, dtype=F64)
+    gates[:, 70] = 0
+    weights = torch.randn(2, 150, 3, dv, dtype=F64), torch.randn(2, 3, dk, dv, dtype=F64)
+    results = []
+    with fastmix.force(implementation):
+        for kind in (torch.float64, torch.complex128):
+            inputs = [t.clone().requires_grad_() for t in (q, k, v, gates, state)]
+            out, last = ops.gate_loop(*inputs[:3], inputs[3].to(kind),
+                                      initial_state=inputs[4].to(kind), return_state=True)
+            assert last.dtype == kind
+            loss = (out * weights[0]).sum() + (last.real * weights[1]).sum()
+            results.append([out, last.real, *torch.autograd.grad(loss, inputs)])
+    for real, complex_ in zip(*results):
+        assert distance(real, complex_) < 1e-12
+
+
+@pytest.mark.parametrize("dk, dv", HEADS)
+def test_decays_hold_at_every_step_and_have_one_gradient(dk, dv):
+    q, k, v = draw(80, dk=dk, dv=dv)
+    for decays in (random_decays(3, dtype=F64), unit_gates(3, size=0.9)):
+        decays.requires_grad_()
+        every = decays.detach().expand(2, 80, 3).contiguous().requires_grad_()
+        out, expected = (ops.gate_loop(q, k, v, gates) for gates in (decays, every))
+        assert torch.equal(out, expected)
+        (grad,), (of_each,) = (torch.autograd.grad(o.square().sum(), gates)
+                               for o, gates in ((out, decays), (expected, every)))
+        assert grad.shape == (3,) and distance(grad, of_each.sum((0, 1))) < 1e-13
+
+
+def test_decays_are_not_copied_for_every_step(monkeypatch):
+    """Nor are their gradients rounded before they are summed."""
+    seen = []
+    run = OPERATORS["gate_loop"].forward
+    monkeypatch.setattr(OPERATORS["gate_loop"], "forward",
+                        lambda *args: seen.append(args[3]) or run(*args))
+    q, k, v = draw(20, dtype=torch.bfloat16)
+    ops.gate_loop(q, k, v, torch.rand(3).bfloat16())
+    (gates,) = seen
+    assert gates.untyped_storage().nbytes() == 3 * 4 and gates.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+def test_real_logits_and_their_states(dtype):
+    """σ(z), in the dtype of q or float32; the state is real, float32 at least, and so are
+    carries."""
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, v = draw(40, dtype=dtype)
+    z = 3 * torch.randn(2, 40, 3).to(dtype)
+    for logits in (z, z.to(wide)):
+        out, state = ops.gate_loop(q, k, v, gate_logits=logits, return_state=True)
+        assert (out.dtype, state.dtype) == (dtype, wide)
+        for gates in (z.to(wide).sigmoid(), z.to(wide).sigmoid().to(dtype)):
+            close = ops.gate_loop(q, k, v, gates)
+            exact = gates.dtype == wide
+            assert torch.equal(out, close) if exact else distance(out, close) < 0.1
+    gates = z.to(wide).sigmoid()
+    carries = torch.ops.fastmix.gate_loop(q, k, v, gates, None, None, 64)[2]
+    assert (carries.dtype, carries.shape) == (wide, (2, 2, 3, 2, 3))
+
+
+def test_autocast_promotes_real_gates():
+    q, k, v = draw(20, dtype=torch.float32)
+    gates = torch.rand(2, 20, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ops.gate_loop(q, k, v, gates.bfloat16())
+        constant = ops.gate_loop(q.bfloat16(), k.bfloat16(), v.bfloat16(), gates[0, 0].double())
+    assert torch.equal(out, ops.gate_loop(q, k, v, gates.bfloat16().float()))
+    assert constant.dtype == torch.bfloat16
+
+
 def refusals():
     q, k, v = draw(7, dtype=torch.float32)
     z, a = torch.randn(2, 7, 3, 2), torch.randn(2, 7, 3, dtype=torch.complex64)
@@ -184,23 +320,53 @@ def refusals():
     return {
         "neither": ((q, k, v), {}, ValueError, "exactly one of gates and gate_logits.*neither"),
         "both": ((q, k, v, a), {"gate_logits": z}, ValueError, "exactly one.*both"),
-        "q rank": ((q[0], k, v, a), {}, ValueError, r"q must have shape \(b, n, h, dk\), got \(7, 3, 2\)"),
+        "q rank": ((q[0], k, v, a), {}, ValueError,
+                   r"q must have shape \(b, n, h, dk\), got \(7, 3, 2\)"),
         "k length": ((q, k[:, 1:], v, a), {}, ValueError,
                      r"k must have shape \(b, n, h, dk\) = \(2, 7, 3, 2\), got \(2, 6, 3, 2\)"),
-        "v heads": ((q, k, v[:, :, 1:], a), {}, ValueError, r"v must have shape.*got \(2, 7, 2, 3\)"),
-        "gates shape": ((q, k, v, a[..., None]), {}, ValueError, r"gates must have shape \(b, n, h\)"),
+        "v heads": ((q, k, v[:, :, 1:], a), {}, ValueError,
+                    r"v must have shape.*got \(2, 7, 2, 3\)"),
+        "gates shape": ((q, k, v, a[..., None]), {}, ValueError,
+                        r"gates must have shape \(b, n, h\)"),
         "logits shape": ((q, k, v), {"gate_logits": z[..., :1]}, ValueError,
                          r"gate_logits must have shape \(b, n, h, 2\) = .*got \(2, 7, 3, 1\)"),
-        "state shape": ((q, k, v, a), {"initial_state": s.mT}, ValueError, "initial_state must have shape"),
-        "real gates": ((q, k, v, a.real), {}, TypeError, "gates must be complex64, got float32"),
+        "state shape": ((q, k, v, a), {"initial_state": s.mT}, ValueError,
+                        "initial_state must have shape"),
+        "integer gates": ((q, k, v, a.real.long()), {}, TypeError,
+                          "gates must be complex64 or float64 or float32 .*got int64"),
+        "wide real gates": ((q, k, v, a.real.double()), {}, TypeError,
+                            "gates must be float32 for float32 q, got float64"),
+        "decays of another length": ((q, k, v, torch.ones(7)), {}, ValueError,
+                                     r"gates must have shape \(b, n, h\) = \(2, 7, 3\), or "
+                                     r"\(h,\) = \(3,\) .*got \(7,\): give one number per head"),
+        "flat logits": ((q, k, v), {"gate_logits": z.flatten(2)}, ValueError,
+                        r"gate_logits must .*\(2, 7, 3, 2\), or \(b, n, h\) for real gates, got "
+                        r"\(2, 7, 6\): gate_logits.unflatten\(-1, \(h, 2\)\)"),
+        "real logits beside gates": ((q, k, v, a), {"gate_logits": z[..., 0]}, ValueError,
+                                     r"exactly one .*both: logits of three axes are real gates .*"
+                                     r"gates \* gate_logits.sigmoid\(\)"),
+        "complex state beside real gates": (
+            (q, k, v, a.real), {"initial_state": s}, TypeError,
+            r"initial_state must be float32 beside real gates, got complex64: .*torch.complex\("),
+        "complex state beside real logits": (
+            (q, k, v), {"gate_logits": z[..., 0], "initial_state": s}, TypeError,
+            "initial_state must be float32 beside real gates, got complex64"),
+        "channels without heads": ((q.flatten(2), k, v, a), {}, ValueError,
+                                   r"q must .*got \(2, 7, 6\): q.unflatten\(-1, \(h, dk\)\)"),
+        "heads before time": ((q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), a),
+                              {}, ValueError, r"q, k and v must .*transpose\(1, 2\) q, k and v"),
         "complex logits": ((q, k, v), {"gate_logits": z.to(torch.complex64)}, TypeError,
-                           "gate_logits must be float64 or float32.*got complex64"),
+                           "gate_logits must be float64 or float32.*got complex64: give it as "
+                           "gates, or its torch.view_as_real"),
         "complex q": ((q.to(torch.complex64), k, v, a), {}, TypeError, "q must be.*got complex64"),
         "integer v": ((q, k, v.long(), a), {}, TypeError, "v must be.*got int64"),
-        "mixed dtypes": ((q, k.double(), v, a), {}, TypeError, "k must be float32 like q, got float64"),
+        "mixed dtypes": ((q, k.double(), v, a), {}, TypeError,
+                         "k must be float32 like q, got float64"),
         "wide gates": ((q, k, v, a.to(torch.complex128)), {}, TypeError, "gates must be complex64"),
-        "real state": ((q, k, v, a), {"initial_state": s.real}, TypeError, "initial_state must be complex64"),
-        "no steps": ((q[:, :0], k[:, :0], v[:, :0], a[:, :0]), {}, ValueError, "q must have at least one time step"),
+        "real state": ((q, k, v, a), {"initial_state": s.real}, TypeError,
+                       "initial_state must be complex64"),
+        "no steps": ((q[:, :0], k[:, :0], v[:, :0], a[:, :0]), {}, ValueError,
+                     "q must have at least one time step"),
         "a list": ((q.tolist(), k, v, a), {}, TypeError, "q must be a tensor, got list"),
         "devices": ((q, k.to("meta"), v, a), {}, ValueError, "k must be on cpu like q, got meta"),
         "gates' device": ((q, k, v, a.to("meta")), {}, ValueError, "gates must be on cpu like q"),

@@ -6,13 +6,13 @@ import pytest
 import torch
 from gateloop_transformer import associative_scan as published_scan
 from gateloop_transformer import gateloop_transformer as published
+from gateloop_transformer import simplified_gate_loop as published_simple
 
 from fastmix.nn import gateloop_transformer as ours
+from twins import assert_near, dtypes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant")
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
-DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["f64", "f32"])
 ABLATIONS = [
     {}, {"ablate_complex": True}, {"ablate_state_transition": True},
     {"ablate_complex": True, "ablate_state_transition": True}]
@@ -32,18 +32,14 @@ def twins(name, dtype=torch.float64, /, **kwargs):
     return [m.to(dtype) for m in pair]
 
 
-def assert_near(mine, theirs, dtype, what, floor=0.0):
-    """Held against the largest entry of `theirs`, or against `floor` if that is smaller."""
-    if theirs is None:  # also for gates at n = 1, which nothing follows: zeros serve there
-        assert mine is None or ("to_a." in what or what == "a") and not mine.any(), what
-    else:
-        assert mine is not None, what
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, what
-        error = (mine - theirs).abs().max().item()
-        assert error <= TOLERANCE[dtype] * max(theirs.abs().max().item(), floor), (what, error)
+def assert_near_or_unused(mine, theirs, what, floor=0.0):
+    if theirs is not None:
+        assert_near(mine, theirs, what, floor)
+    elif mine is not None:  # gates at n = 1, which nothing follows: zeros serve
+        assert ("to_a." in what or what == "a") and not mine.any(), what
 
 
-def assert_twins(pair, x, dtype, **call):
+def assert_twins(pair, x, **call):
     """Same outputs and the same gradients to every parameter and to x."""
     results = []
     for module in pair:
@@ -59,10 +55,10 @@ def assert_twins(pair, x, dtype, **call):
     for key, reference in results[0].items():
         # Decays can cancel: a gradient of mere rounding is held against one that is not.
         floor = 1e-3 * max(qkv) if "to_a." in key else 0.0
-        assert_near(results[1][key], reference, dtype, key, floor)
+        assert_near_or_unused(results[1][key], reference, key, floor)
 
 
-@DTYPES
+@dtypes
 @pytest.mark.parametrize("n", [1, 2, 7, 13])
 @pytest.mark.parametrize("config", [
     dict(dim=6),
@@ -83,20 +79,20 @@ def test_gate_looped_attention(config, n, dtype):
         assert getattr(pair[0], attribute) == getattr(pair[1], attribute)
     x = torch.randn(2, n, config["dim"], dtype=dtype)
     for call in ABLATIONS:
-        assert_twins(pair, x, dtype, **call)
+        assert_twins(pair, x, **call)
 
 
-@DTYPES
+@dtypes
 @pytest.mark.parametrize("call", ABLATIONS[:2], ids=["complex", "real"])
 def test_gates_at_exactly_zero_are_one_half(call, dtype):
     pair = twins("GateLoopedAttention", dtype, dim=6, heads=3)
     for module in pair:
         torch.nn.init.zeros_(module.to_a[0].weight)
         torch.nn.init.zeros_(module.to_a[0].bias)
-    assert_twins(pair, torch.randn(2, 5, 6, dtype=dtype), dtype, **call)
+    assert_twins(pair, torch.randn(2, 5, 6, dtype=dtype), **call)
 
 
-@DTYPES
+@dtypes
 @pytest.mark.parametrize("n", [1, 2, 11])
 @pytest.mark.parametrize("config", [
     dict(dim=6, dim_head=4, heads=3),
@@ -118,10 +114,10 @@ def test_causal_full_attention(config, n, dtype):
     assert pair[0].softmax_normalize == pair[1].softmax_normalize
     x = torch.randn(2, n, config["dim"], dtype=dtype)
     for call in ABLATIONS:
-        assert_twins(pair, x, dtype, **call)
+        assert_twins(pair, x, **call)
 
 
-@DTYPES
+@dtypes
 @pytest.mark.parametrize("config", [
     dict(dim=6, depth=2),
     dict(dim=9, depth=1, gate_loop_heads=1, ff_mult=2),
@@ -141,11 +137,11 @@ def test_causal_full_attention(config, n, dtype):
 def test_transformer(config, dtype):
     pair = twins("Transformer", dtype, num_tokens=17, **config)
     for n in (1, 2, 7):
-        assert_twins(pair, torch.randint(17, (2, n)), dtype)
+        assert_twins(pair, torch.randint(17, (2, n)))
     for n in (2, 12):
-        assert_twins(pair, torch.randint(17, (3, n)), dtype, return_loss=True)
+        assert_twins(pair, torch.randint(17, (3, n)), return_loss=True)
     for call in (*ABLATIONS[1:], {"ablate_complex": False, "ablate_state_transition": False}):
-        assert_twins(pair, torch.randint(17, (2, 5)), dtype, **call)
+        assert_twins(pair, torch.randint(17, (2, 5)), **call)
 
 
 def test_eval_mode_without_gradients():
@@ -153,8 +149,26 @@ def test_eval_mode_without_gradients():
     tokens = torch.randint(17, (2, 9))
     with torch.no_grad():
         expected, got = theirs.eval()(tokens), mine.eval()(tokens)
-    assert_near(got, expected, torch.float64, "logits")
+    assert_near(got, expected, "logits")
     assert torch.equal(got, mine.train()(tokens))
+
+
+def test_tokens_that_are_no_part_of_the_loss():
+    model = ours.Transformer(8, num_tokens=5, depth=1, dim_head=4, heads=2)
+    x = torch.randint(0, 5, (2, 7))
+    logits = model(x[:, :-1].index_fill(1, torch.tensor([3, 5]), 0))
+    x[:, [3, 5, 6]] = -1
+    counted = torch.nn.functional.cross_entropy(logits[:, [0, 1, 3]].mT, x[:, [1, 2, 4]])
+    assert torch.allclose(model(x, return_loss=True, ignore_index=-1), counted)
+    with pytest.raises(ValueError, match="Transformer: ignore_index=-1 .* return_loss must be"):
+        model(x, ignore_index=-1)
+
+
+@pytest.mark.parametrize("given", [5, -1])
+def test_a_last_token_out_of_range_is_refused_in_words(given):
+    model = ours.Transformer(8, num_tokens=5, depth=1, dim_head=4, heads=2)
+    with pytest.raises(IndexError, match="Transformer: x must hold token ids from 0 to 4.*, got"):
+        model(torch.tensor([[1, 2, given]]), return_loss=True)
 
 
 def test_int32_tokens_give_the_loss_of_int64_tokens():
@@ -163,15 +177,15 @@ def test_int32_tokens_give_the_loss_of_int64_tokens():
     assert torch.equal(model(tokens, return_loss=True), model(tokens.int(), return_loss=True))
 
 
-@DTYPES
+@dtypes
 def test_norms_and_feed_forward(dtype):
     torch.manual_seed(3)
     x = torch.randn(2, 5, 7, dtype=dtype)
     x[0, 0] = 0
     x[0, 1] *= 1e-13  # below the eps of the norm
-    assert_twins(twins("RMSNorm", dtype, dim=7), x, dtype)
-    assert_twins(twins("FeedForward", dtype, dim=7), x, dtype)
-    assert_twins(twins("FeedForward", dtype, dim=7, mult=2), x, dtype)
+    assert_twins(twins("RMSNorm", dtype, dim=7), x)
+    assert_twins(twins("FeedForward", dtype, dim=7), x)
+    assert_twins(twins("FeedForward", dtype, dim=7, mult=2), x)
     for name in ("PreNorm", "PostNorm"):
         pair = []
         for module in (published, ours):
@@ -180,8 +194,8 @@ def test_norms_and_feed_forward(dtype):
             pair.append(getattr(module, name)(7, wrapped).to(dtype))
         assert list(pair[0].state_dict()) == list(pair[1].state_dict())
         x = torch.randn(2, 5, 7, dtype=dtype)
-        assert_twins(pair, x, dtype)
-        assert_twins(pair, x, dtype, ablate_state_transition=True)  # keywords reach the mixer
+        assert_twins(pair, x)
+        assert_twins(pair, x, ablate_state_transition=True)  # keywords reach the mixer
 
 
 @pytest.mark.parametrize("config", [
@@ -200,10 +214,10 @@ def test_checkpoints_load_both_ways(config):
         file.seek(0)
         assert not torch.allclose(trained(tokens), fresh(tokens))
         fresh.load_state_dict(torch.load(file))
-        assert_near(fresh(tokens), trained(tokens), torch.float64, "logits")
+        assert_near(fresh(tokens), trained(tokens), "logits")
 
 
-@DTYPES
+@dtypes
 @pytest.mark.parametrize("real", [False, True], ids=["complex", "real"])
 @pytest.mark.parametrize("n", [1, 2, 13])
 @pytest.mark.parametrize("batch, state", [
@@ -222,7 +236,7 @@ def test_gate_loop_operator(batch, state, n, real, dtype):
         (out * weight).sum().backward()
         results.append([out, *(t.grad for t in args)])
     for name, mine, theirs in zip(("out", "q", "k", "v", "a"), results[1], results[0]):
-        assert_near(mine, theirs, dtype, name)
+        assert_near_or_unused(mine, theirs, name)
 
 
 def affine(earlier, later):
@@ -249,7 +263,7 @@ def test_associative_scan(n):
             sum((o * o).sum().abs() for o in out).backward()
             results.append([*out, *(a.grad for a in args)])
         for mine, theirs in zip(*reversed(results)):
-            assert_near(mine, theirs, torch.float64, "scan")
+            assert_near(mine, theirs, "scan")
 
     # against the definition, and in few calls
     operator, elems = cases[2]
@@ -314,3 +328,64 @@ def operator(**changed):
     args = dict(q=torch.randn(2, 5, 3), k=torch.randn(2, 5, 3), v=torch.randn(2, 5, 4),
                 a=torch.randn(2, 5, 1, 1, dtype=torch.complex64))
     return ours.gate_loop_operator(**{**args, **changed})
+
+
+# SimpleGateLoopLayer
+
+
+def simple_twins(dtype, **kwargs):
+    pair = []
+    for module in (published_simple, ours):
+        torch.manual_seed(7)
+        pair.append(module.SimpleGateLoopLayer(6, **kwargs))
+    theirs, mine = (m.state_dict() for m in pair)
+    assert list(theirs) == list(mine) and all(torch.equal(theirs[k], mine[k]) for k in theirs)
+    return [m.to(dtype) for m in pair]
+
+
+@dtypes
+@pytest.mark.parametrize("kwargs", [
+    {}, {"prenorm": False, "post_ln": True}, {"reverse": True}, {"post_ln": True, "reverse": True},
+], ids=str)
+def test_simple_gate_loop(kwargs, dtype):
+    assert_twins(simple_twins(dtype, **kwargs), torch.randn(2, 9, 6, dtype=dtype))
+
+
+def test_simple_gate_loop_in_pieces():
+    """Caches of each go on in the other; n steps at once are any pieces."""
+    theirs, mine = simple_twins(torch.float64, post_ln=True)
+    x = torch.randn(3, 9, 6, dtype=torch.float64)
+    whole = theirs(x)
+    for first, then in ((theirs, mine), (mine, theirs), (mine, mine)):
+        start, cache = first(x[:, :4], return_cache=True)
+        middle, cache = then(x[:, 4:5], cache=cache, return_cache=True)
+        expected = theirs(x[:, :5], return_cache=True)[1]
+        for got, want in zip(cache, expected):
+            assert_near(got, want, "cache")
+        assert_near(torch.cat((start, middle, then(x[:, 5:], cache)), dim=1), whole, "output")
+
+
+def test_simple_gate_loop_takes_the_names_of_algorithms():
+    x = torch.randn(2, 5, 6)
+    plain = ours.SimpleGateLoopLayer(6)
+    for name in ("use_heinsen", "use_jax_associative_scan"):
+        other = ours.SimpleGateLoopLayer(6, **{name: True})
+        other.load_state_dict(plain.state_dict())
+        assert torch.equal(other(x), plain(x))
+    with pytest.raises(ValueError, match="must not both be True"):
+        ours.SimpleGateLoopLayer(6, use_heinsen=True, use_jax_associative_scan=True)
+    with pytest.raises(ValueError, match="return_cache must be False with reverse"):
+        ours.SimpleGateLoopLayer(6, reverse=True)(x, return_cache=True)
+    with pytest.raises(ValueError, match=r"cache\[0\] must have shape \(b·dim, 1\) = \(12, 1\)"):
+        plain(x, cache=(torch.ones(6, 1), torch.ones(6, 1)))
+
+
+def test_simple_gate_loop_operator():
+    q, kv, a = torch.rand(3, 2, 7, 4, dtype=torch.float64).unbind()
+    state = torch.rand(2, 2, 4, dtype=torch.float64).unbind()
+    for cache in (None, state):
+        out, (product, last) = published_simple.gate_loop_operator(q, kv, a, cache)
+        mine, (my_product, my_last) = ours.simplified_gate_loop.gate_loop_operator(q, kv, a, cache)
+        assert_near(mine, out)
+        assert_near(my_last, last)
+        assert_near(my_product, product)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import distance
-from refusal import check_refusal
 
+from cases import distance
 from fastmix import ops, reference
+from refusal import check_refusal
 
 F64 = torch.float64
 
@@ -18,10 +18,10 @@ def test_gates_broadcast_over_trailing_axes(shape):
     full = gates.reshape(*shape, *(1,) * (4 - len(shape))).expand(2, 90, 3, 4)
     weight = torch.randn_like(inputs)
     for reverse in (False, True):
-        found = ops.linear_scan(gates, inputs, reverse=reverse)
+        actual = ops.linear_scan(gates, inputs, reverse=reverse)
         expected = reference.linear_scan(full, inputs, reverse=reverse)
-        assert distance(found, expected) < 1e-13
-        (grad,) = torch.autograd.grad((found * weight).sum(), gates)
+        assert distance(actual, expected) < 1e-13
+        (grad,) = torch.autograd.grad((actual * weight).sum(), gates)
         (defined,) = torch.autograd.grad((expected * weight).sum(), gates, retain_graph=True)
         assert grad.shape == gates.shape
         assert distance(grad, defined) < 1e-12
@@ -36,9 +36,9 @@ def test_a_gate_of_zero_resets_exactly():
     gates, inputs = torch.rand(2, 2, 200, 3, dtype=F64).unbind(0)
     gates[:, 120] = 0
     inputs[:, :120] *= 1e200
-    found = ops.linear_scan(gates, inputs)
+    actual = ops.linear_scan(gates, inputs)
     late = ops.linear_scan(gates[:, 120:], inputs[:, 120:])
-    assert distance(found[:, 120:], late) < 1e-14
+    assert distance(actual[:, 120:], late) < 1e-14
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -64,8 +64,8 @@ def test_reverse_is_the_flipped_scan():
 def test_unit_gates_over_65536_steps():
     angle = 6.3 * torch.rand(1, 65_536, 2, dtype=F64)
     gates, inputs = torch.polar(torch.ones_like(angle), angle), torch.randn(1, 65_536, 2, dtype=F64)
-    found = ops.linear_scan(gates.to(torch.complex64), inputs.float())
-    assert distance(found.to(gates.dtype), ops.linear_scan(gates, inputs)) < 2e-4
+    actual = ops.linear_scan(gates.to(torch.complex64), inputs.float())
+    assert distance(actual.to(gates.dtype), ops.linear_scan(gates, inputs)) < 2e-4
 
 
 def test_autocast_promotes_to_the_initial_state():
@@ -80,9 +80,11 @@ def refusals():
     a, x = torch.rand(2, 2, 7, 3).unbind(0)
     c = a.to(torch.complex64)
     return {
-        "rank": ((a[0, :, 0], x[0, :, 0]), {}, ValueError, r"inputs must have shape \(b, n, …\), got \(7,\)"),
+        "rank": ((a[0, :, 0], x[0, :, 0]), {}, ValueError,
+                 r"inputs must have shape \(b, n, …\), got \(7,\)"),
         "length": ((a[:, 1:], x), {}, ValueError, r"gates must have leading axes.*got \(2, 6, 3\)"),
         "extra axis": ((a[..., None], x), {}, ValueError, "gates must have leading axes"),
+        "static": ((a[:, :1], x), {}, ValueError, r"gates must .*: expand .*gates\.expand\(b, n"),
         "too wide": ((a, x[..., :1]), {}, ValueError, "gates must have leading axes"),
         "state": ((a, x, x[:, 0, :2]), {}, ValueError,
                   r"initial_state must have shape \(2, 3\), got \(2, 2\)"),
@@ -94,8 +96,12 @@ def refusals():
         "mixed complex": ((a.to(torch.complex128), x), {}, TypeError,
                           "gates must be complex64 for float32 inputs, got complex128"),
         "integers": ((a, x.int()), {}, TypeError, "inputs must be.*got int32"),
-        "no steps": ((a[:, :0], x[:, :0]), {}, ValueError, "inputs must have at least one time step"),
-        "devices": ((a, x.to("meta")), {}, ValueError, "inputs must be on cpu like gates, got meta"),
+        "no steps": ((a[:, :0], x[:, :0]), {}, ValueError,
+                     "inputs must have at least one time step"),
+        "a flag": ((a, x), {"reverse": "yes"}, TypeError,
+                   "reverse must be True or False, got 'yes'"),
+        "devices": ((a, x.to("meta")), {}, ValueError,
+                    "inputs must be on cpu like gates, got meta"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Peak memory: of the fallback beside the originals', of the C++ kernels beside what they return."""
+"""Peak memory: the fallback's beside the originals', the C++ kernels' beside what they return."""
 
 import os
 import subprocess
@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import fastmix
-from fastmix import _build, ops
+from fastmix import ops
+from fastmix.native import build
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
-import operators
-import timing
+import operators  # noqa: E402
+import timing  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -78,7 +79,7 @@ measure(operators.windowed_sgu, 2048, window=2048)
 """
 
 
-@pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are Linux's")
 def test_kernels_hold_a_tenth_more_than_inputs_outputs_and_gradients():
     """By the system's count. The allocator returns at once what is freed."""

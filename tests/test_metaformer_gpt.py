@@ -6,9 +6,9 @@ import metaformer_gpt.metaformer_gpt as published
 import pytest
 import torch
 from torch import nn
-from twins import assert_loads_both_ways, assert_near, assert_twins, build_from, dtypes
 
 from fastmix.nn import metaformer_gpt
+from twins import assert_loads_both_ways, assert_near, assert_twins, build_from, dtypes
 
 build = functools.partial(build_from, metaformer_gpt, published)
 assert_twins_of = functools.partial(assert_twins, floor=1e-2)
@@ -190,5 +190,7 @@ def test_refused_tokens():
         model(x[..., None])
     with pytest.raises(ValueError, match=name + "x must have at least one time step"):
         model(x[:, :0])
-    with pytest.raises(ValueError, match=name + "x must be on meta like the token embedding, got cpu"):
-        model.to("meta")(x)
+    with pytest.raises(ValueError, match=name + "x must hold token ids, got one on meta"):
+        model(x.to("meta"))
+    with pytest.raises(IndexError, match=name + "x must hold token ids .*, got 3 to 11"):
+        model(torch.tensor([[3, 11]]))

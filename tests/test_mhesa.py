@@ -6,9 +6,9 @@ import gated_state_spaces_pytorch.mhesa as published
 import pytest
 import torch
 from torch import nn
-from twins import assert_loads_both_ways, assert_near, assert_twins, build_from, dtypes
 
 from fastmix.nn import mhesa
+from twins import assert_loads_both_ways, assert_near, assert_twins, build_from, dtypes
 
 build = functools.partial(build_from, mhesa, published)
 
@@ -215,5 +215,7 @@ def test_refused_tokens_and_labels():
         model(x, x.int())
     with pytest.raises(ValueError, match=name + "labels must be on cpu like x, got meta"):
         model(x, x.to("meta"))
-    with pytest.raises(ValueError, match=name + "x must be on meta like the token embedding, got cpu"):
-        model.to("meta")(x)
+    with pytest.raises(ValueError, match=name + "x must hold token ids, got one on meta"):
+        model(x.to("meta"))
+    with pytest.raises(IndexError, match=name + "x must hold token ids .*, got 3 to 11"):
+        model(torch.tensor([[3, 11]]))

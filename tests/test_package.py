@@ -1,8 +1,13 @@
 """Installing, importing and looking at the package, each in a process of its own."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -11,7 +16,8 @@ import torch
 
 import fastmix
 import fastmix.nn
-from fastmix import _build
+from fastmix import env
+from fastmix.native import build
 from fastmix.ops._register import OPERATORS
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +54,7 @@ print([m for m in sys.modules if m not in before and m.split(".")[0] != "fastmix
     assert not {m.split(".")[0] for m in brought} & {"scipy", "triton", "matplotlib", "numpy"}
 
 
+@pytest.mark.long
 def test_wheel_holds_the_package_and_nothing_else(tmp_path, quick_compiler, monkeypatch):
     if quick_compiler is not None:
         monkeypatch.setenv("CXX", quick_compiler)
@@ -58,23 +65,72 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path, quick_compiler, monk
         modules = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastmix").rglob("*.py")}
     expected |= {f"fastmix/_csrc/{path.relative_to(ROOT / 'csrc')}"
-                 for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+                 for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu")}
+    expected.add("fastmix/py.typed")
     expected |= {f"fastmix/_triton/{path.name}" for path in (ROOT / "kernels/triton").glob("*.py")}
     if quick_compiler is not None:  # the library, built ahead: for one platform, any Python
-        cuda = _build.torch_has_cuda(Path(torch.__file__).parent) and _build.cuda_compiler()
-        expected.add(f"fastmix/_native{'-cuda' if cuda else ''}-{_build.fingerprint()}.so")
+        cuda = build.torch_has_cuda(Path(torch.__file__).parent) and build.cuda_compiler()
+        library = Path("fastmix/native") / build.name_built_ahead(bool(cuda))
+        expected |= {str(library), str(build.checksum_file(library))}
         assert "-py3-none-" in wheel.name and "any" not in wheel.name
     assert modules == expected
 
 
+def run_env(*arguments, **environment):
+    return subprocess.run([sys.executable, "-m", "fastmix.env", *arguments], capture_output=True,
+                          text=True, env=os.environ | environment)
+
+
 def test_env_names_every_operator_and_what_is_missing():
-    ran = subprocess.run([sys.executable, "-m", "fastmix.env"], capture_output=True, text=True)
+    ran = run_env("--quick")
     assert ran.returncode == 0, ran.stderr
     assert f"fastmix {fastmix.__version__}" in ran.stdout
     for operator in OPERATORS:
         assert operator in ran.stdout
     for name, reason in fastmix.implementations("gate_loop", "cpu").items():
         assert reason is None or f"not {name}: {reason}" in ran.stdout
+
+
+def test_env_tries_every_implementation_that_can_run():
+    ran = run_env("--json")
+    assert ran.returncode == 0, ran.stderr
+    facts = json.loads(ran.stdout)
+    assert facts["cpu"] and facts["libc"] and facts["commit"]
+    operators = facts["devices"]["cpu"]["operators"]
+    assert set(operators) == set(OPERATORS)
+    for operator, states in operators.items():
+        can_run = [name for name, reason in fastmix.implementations(operator, "cpu").items()
+                   if reason is None]
+        assert states["self_test"] == dict.fromkeys(can_run, "ok")
+
+
+def test_env_finds_an_implementation_that_is_wrong(monkeypatch):
+    def wrong(x):
+        return x.clone()
+
+    monkeypatch.setattr(OPERATORS["cumulative_mean"].fallback, "forward", wrong)
+    assert "wrong" in env.self_test("cpu")["cumulative_mean"]["fallback"]
+
+    def broken(x):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(OPERATORS["cumulative_mean"].fallback, "forward", broken)
+    outcomes = env.self_test("cpu")
+    assert outcomes["cumulative_mean"]["fallback"] == "RuntimeError: out of order"
+    assert outcomes["decay_conv"]["fallback"] == "ok"
+
+
+def test_env_says_what_is_forced():
+    ran = run_env("--quick", FASTMIX_IMPLEMENTATION="fallback")
+    assert "FASTMIX_IMPLEMENTATION  fallback: forced for all calls" in ran.stdout
+    assert "decay_conv            fallback, forced" in ran.stdout
+
+
+def test_env_into_a_pipe_that_is_closed():
+    with subprocess.Popen([sys.executable, "-m", "fastmix.env", "--quick"], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
+        ran.stdout.close()
+        assert ran.stderr.read() == "" and ran.wait() == 0
 
 
 def test_version_is_that_of_the_package():
@@ -121,4 +177,87 @@ def test_the_environment_forces_too():
             ran = python(code, FASTMIX_IMPLEMENTATION=name)
             assert ran.returncode != 0 and reason in ran.stderr
     ran = python(code, FASTMIX_IMPLEMENTATION="fastest")
-    assert "implementation must be one of" in ran.stderr
+    assert ("FASTMIX_IMPLEMENTATION in the environment: implementation must be one of"
+            in ran.stderr)
+
+
+def test_nn_is_there_after_importing_the_package():
+    ran = python("""
+import sys, fastmix
+assert "fastmix.nn" not in sys.modules
+assert fastmix.nn.GateLoopTransformer and fastmix.nn is sys.modules["fastmix.nn"]
+assert not hasattr(fastmix, "no_such_name")
+""")
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_force_without_with_says_that_it_had_no_effect():
+    with pytest.warns(RuntimeWarning, match=r"write `with fastmix.force\('fallback'\):`"):
+        fastmix.force("fallback")
+    x = torch.ones(1, 2)
+
+    @fastmix.force("fallback")
+    def decorated():
+        return fastmix.dispatch.forced(), fastmix.ops.cumulative_mean(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert decorated()[0] == "fallback"
+        with fastmix.force("fallback"):
+            assert fastmix.dispatch.forced() == "fallback"
+        with pytest.raises(ValueError):
+            fastmix.force("fastest")
+    assert fastmix.dispatch.forced() is None
+
+
+def with_path(folder, code):
+    """Runs code with `folder` on the path and whatever is installed but fastmix: -S leaves out
+    .pth files, by which an editable installation is found."""
+    path = [str(folder), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
+    return subprocess.run([sys.executable, "-I", "-S", "-c",
+                           f"import sys\nsys.path[:0] = {path}\n{code}"],
+                          capture_output=True, text=True, cwd="/")
+
+
+def test_a_checkout_on_the_path_has_every_kernel():
+    ran = with_path(ROOT, f"""
+import fastmix, fastmix._triton, fastmix.dispatch
+from fastmix import native
+assert fastmix.__file__ == {str(ROOT / "fastmix" / "__init__.py")!r}, fastmix.__file__
+assert set(fastmix.dispatch._modules) == {{"native", "triton"}}
+print(sorted(native.KERNELS["cpu"]), sorted(fastmix._triton.KERNELS))
+""")
+    assert ran.returncode == 0, ran.stderr
+    kernels = [sorted(set(OPERATORS) & {path.stem for path in (ROOT / folder).iterdir()})
+               for folder in ("csrc/cpu", "kernels/triton")]
+    assert ran.stdout == f"{kernels[0]} {kernels[1]}\n"
+
+
+def test_a_folder_of_kernels_that_is_missing_is_named(tmp_path):
+    """As where git makes no symbolic links."""
+    copy = tmp_path / "fastmix"
+    shutil.copytree(ROOT / "fastmix", copy, ignore=shutil.ignore_patterns("_triton"))
+    (copy / "_triton").write_text("../kernels/triton")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    ran = with_path(tmp_path, "import fastmix; print(fastmix.__file__); "
+                              "print(fastmix.implementations('gate_loop')['triton'])")
+    assert ran.returncode == 0, ran.stderr
+    file, reason = ran.stdout.splitlines()
+    assert file == str(copy / "__init__.py")
+    assert f"its kernels are not at {copy / '_triton'}: install fastmix again" in reason
+
+
+def test_sdist_holds_every_source_once(tmp_path):
+    subprocess.run([sys.executable, "-c", "from setuptools import build_meta; "
+                    f"build_meta.build_sdist({str(tmp_path)!r})"], cwd=ROOT, check=True,
+                   capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = [member.name.partition("/")[2] for member in archive if not member.isdir()]
+        assert all(member.isdir() or member.isreg() for member in archive)
+    triton = [f"kernels/triton/{path.name}" for path in (ROOT / "kernels/triton").glob("*.py")]
+    assert [names.count(name) for name in triton] == [1] * len(triton)
+    assert not [name for name in names if name.startswith("fastmix/_triton")]
+    native = [f"csrc/{path.parent.name}/{path.name}" for path in (ROOT / "csrc").glob("*/*")]
+    assert set(native) <= set(names)

@@ -1,7 +1,6 @@
 """What Triton's compiler makes of the kernels is no worse than the table of its version says."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -10,22 +9,31 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parent.parent / "bench"
-
+VERSIONS = ["3.6.0", "3.7.1", "3.9.0"]
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="Triton is not installed: there are no wheels for it here")
+needs_compiler = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
+
+
+@pytest.fixture
+def static(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import triton_static
+
+    return triton_static
 
 
 @pytest.mark.long
 @needs_triton
-def test_no_kernel_is_worse_than_the_table(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    import triton_static
+def test_no_kernel_is_worse_than_the_table(static):
+    import triton
 
-    path = triton_static.table_path()
-    if not path.exists():
-        pytest.skip(f"no {path.name} yet: python bench/triton_static.py writes it")
+    if triton.__version__ not in static.versions_in_table():
+        pytest.skip(f"no kernels of Triton {triton.__version__} in the table yet: "
+                    "python bench/triton_static.py adds them")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run([sys.executable, BENCH / "triton_static.py", "--check"],
                          env=environment, capture_output=True, text=True)
@@ -33,32 +41,97 @@ def test_no_kernel_is_worse_than_the_table(monkeypatch):
     assert "none worse" in ran.stdout
 
 
-@needs_triton
-def test_a_wider_load_that_becomes_narrow_is_worse(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    from triton_static import KEY, worse
-
-    row = dict.fromkeys(KEY, "any") | dict(
-        spills=0, stack=0, registers=64, shared=0, matrix=0, loads={"128": 8, "16": 4}, stores={})
-    assert worse([row], [row]) == []
-    assert worse([row | {"loads": {"128": 7, "16": 6}}], [row])
-    assert worse([row | {"stores": {"32": 1}}], [row])
+def a_row(static, **others):
+    return dict.fromkeys(static.KEY, "any") | dict(
+        ir="1234abcd", warps=4, registers=64, shared=0, matrix=0, loads={128: 8, 16: 4}, stores={},
+        spills=0, stack=0) | others
 
 
 @needs_triton
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
-def test_loads_are_as_wide_from_batches_that_are_far_apart(monkeypatch):
-    """Beyond 2^31 elements a stride is of another type."""
-    monkeypatch.syspath_prepend(BENCH)
+def test_a_wider_load_that_becomes_narrow_is_worse(static):
+    row = a_row(static)
+    assert static.worse([row], [row]) == []
+    assert static.worse([row | {"loads": {128: 7, 16: 6}}], [row])
+    assert static.worse([row | {"stores": {32: 1}}], [row])
+
+
+@needs_triton
+@pytest.mark.parametrize("change", [
+    dict(registers=65), dict(shared=1), dict(spills=1), dict(stack=8), dict(matrix=1),
+    dict(constants="others")])
+def test_more_of_anything_and_what_is_not_in_the_table_are_worse(static, change):
+    row = a_row(static)
+    assert len(static.worse([row | change], [row])) == 1
+
+
+@needs_triton
+def test_a_table_is_written_as_it_is_read_and_keeps_other_versions(static, monkeypatch, tmp_path):
+    monkeypatch.setattr(static, "TABLE", tmp_path / "triton.csv")
+    columns = (*static.KEY, *static.COLUMNS)
+    rows = [{name: row[name] for name in columns} for row in (
+        a_row(static), a_row(static, constants="BACKWARD ROWS=4", loads={}, stores={64: 2}))]
+    static.write_table("3.7.1", rows)
+    assert static.read_table("3.7.1") == sorted(rows, key=static._key)
+    static.write_table("3.9.0", rows[:1])
+    assert static.versions_in_table() == ["3.7.1", "3.9.0"]
+    assert len(static.read_table("3.7.1")) == 2 and static.read_table("3.9.0") == rows[:1]
+    static.write_table("3.7.1", rows[:1])  # no version has the other kernel any more
+    assert len(static.TABLE.read_text().splitlines()) == 2
+
+
+@needs_triton
+@needs_compiler
+def test_what_is_in_the_table_is_not_compiled(static, monkeypatch):
+    """Nor is anything of another target or dtype looked at."""
+    known = {row["ir"] for row in static.read_table("3.7.1")}
+    monkeypatch.setattr(static.Launch, "ir", lambda self: next(iter(known)))
+    monkeypatch.setattr(static.Launch, "compiled", lambda self: pytest.fail("compiled"))
+    part = ("sm90", "bfloat16", "cumulative_mean")
+    _, results = static._measure_part(part, known)
+    assert len(results) == 6 and all("registers" not in row for _, row in results)
+    assert {(row["target"], row["dtype"], row["operator"]) for _, row in results} == {part}
+
+
+@needs_triton
+@needs_compiler
+def test_ir_is_of_what_is_computed_and_not_of_how_it_is_written(static, monkeypatch, tmp_path):
+    """Names, comments, helper functions and lines do not matter; a constant does."""
     import torch
-    import triton_static
+
+    def ir_of(source):
+        path = tmp_path / f"kernel_{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with static.recording("sm90") as launches:
+            module.double[(1,)](torch.empty(64, device="meta"))
+        (launch,) = launches.values()
+        return launch.ir()
+
+    head = "import triton\nimport triton.language as tl\n"
+    plain = ("@triton.jit\ndef double(x):\n"
+             "    at = x + tl.arange(0, 64)\n    tl.store(at, tl.load(at) * 2)\n")
+    helped = ("@triton.jit\ndef times(x, by):\n    return x * by\n\n\n@triton.jit\ndef double(y):\n"
+              "    # Twice.\n    here = y + tl.arange(0, 64)\n"
+              "    tl.store(here, times(tl.load(here), 2))\n")
+    assert ir_of(head + plain) == ir_of(head + helped)
+    assert ir_of(head + plain) != ir_of(head + plain.replace("* 2", "* 3"))
+
+
+@needs_triton
+@needs_compiler
+def test_loads_are_as_wide_from_batches_that_are_far_apart(static):
+    """Beyond 2^31 elements a stride is of another type."""
+    import torch
+
     from fastmix._triton import cumulative_mean
 
-    with triton_static.recording("sm90", lambda key: False) as found:
+    with static.recording("sm90") as launches:
         for n in (4096, 1 << 20):
             x = torch.empty(16, n, 2048, dtype=torch.bfloat16, device="meta")
             cumulative_mean.forward(x)
-    near, far = (triton_static.examine(*kernel) for kernel in found.values())
+    near, far = (launch.compiled() for launch in launches.values())
     assert near.loads == far.loads and max(near.loads) >= 64
 
 
@@ -66,20 +139,29 @@ def test_loads_are_as_wide_from_batches_that_are_far_apart(monkeypatch):
 SHARED = {"sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
 
 
-TABLES = sorted((BENCH / "results").glob("triton-static*.json"))
-
-
-def test_tables_are_of_the_same_kernels():
+@needs_triton
+def test_tables_are_of_the_same_kernels(static):
     """By three versions of Triton, for as many targets, dtypes and shapes."""
-    first, *others = (
-        sorted((r["operator"], r["target"], r["dtype"], r["shape"], r["name"])
-               for r in json.loads(path.read_text())["kernels"]) for path in TABLES)
-    assert len(others) == 2 and all(other == first for other in others)
+    assert static.versions_in_table() == VERSIONS
+    first, *others = ([static._key(row) for row in static.read_table(version)]
+                      for version in VERSIONS)
+    assert all(other == first for other in others)
+    assert len(set(first)) == len(first)
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_no_kernel_of_a_table_spills(path):
-    kernels = json.loads(path.read_text())["kernels"]
-    assert {row["target"] for row in kernels} == {"sm80", "sm90", "sm100", "gfx942"}
-    assert [row for row in kernels if row["spills"] or row["stack"]] == []
+@needs_triton
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kernels_of_a_table_fit_their_targets(static, version):
+    """None spills: writing the table asserts that."""
+    kernels = static.read_table(version)
+    assert {row["target"] for row in kernels} == set(SHARED)
     assert [row for row in kernels if row["shared"] > SHARED[row["target"]]] == []
+
+
+@needs_triton
+def test_a_kernel_that_spills_is_not_written(static, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(static, "TABLE", tmp_path / "triton.csv")
+    for change in (dict(spills=1), dict(stack=8)):
+        monkeypatch.setattr(static, "measure", lambda *_, c=change: [a_row(static, **c)])
+        assert static._record([], 1)
+        assert not static.TABLE.exists() and "spill" in capsys.readouterr().out

@@ -2,12 +2,20 @@
 
 import pytest
 import torch
-from cases import (
-    CASES, check_errors, complex_dtype, distance, implementations, largest, leaves, squared_errors,
-    weigh)
 
 import fastmix
-from fastmix.fallback import _scan, causal_sgu, fft_conv, windowed_sgu
+from cases import (
+    CASES,
+    check_errors,
+    complex_dtype,
+    distance,
+    implementations,
+    largest,
+    leaves,
+    squared_errors,
+    weigh,
+)
+from fastmix.fallback import _segments, causal_sgu, fft_conv, windowed_sgu
 
 F64 = torch.float64
 LENGTHS = (1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 251, 300)
@@ -50,7 +58,7 @@ def test_definition_at_every_length(case, implementation):
 @every_case
 def test_fallbacks_in_many_pieces(case, monkeypatch):
     """What they take at a time made so small that three short sequences are many pieces."""
-    for module, name in ((_scan, "STRETCH"), (fft_conv, "SLAB"), (windowed_sgu, "SLAB"),
+    for module, name in ((_segments, "SEGMENT"), (fft_conv, "SLAB"), (windowed_sgu, "SLAB"),
                          (causal_sgu, "SLAB")):
         monkeypatch.setattr(module, name, 1)
     with fastmix.force("fallback"):
@@ -126,9 +134,9 @@ def test_expanded_inputs_and_gradients(case):
     asked = leaves(tensors)
     outputs = case.run(asked)
     total = sum(o.real.sum() if o.is_complex() else o.sum() for o in outputs)
-    found = torch.autograd.grad(total, asked.values(), retain_graph=True)
+    actual = torch.autograd.grad(total, asked.values(), retain_graph=True)
     expected = torch.autograd.grad(outputs, asked.values(), [torch.ones_like(o) for o in outputs])
-    for f, e in zip(found, expected):
+    for f, e in zip(actual, expected):
         assert distance(f, e) < 1e-14
 
 
@@ -150,8 +158,8 @@ def test_lazily_conjugated_and_negated_inputs(case):
         return case.run(made)
 
     compiled = torch.compile(lazily, fullgraph=True, backend="aot_eager")
-    for found in (case.run(flipped), lazily(*tensors.values()), compiled(*tensors.values())):
-        for f, e in zip(found, expected):
+    for actual in (case.run(flipped), lazily(*tensors.values()), compiled(*tensors.values())):
+        for f, e in zip(actual, expected):
             assert distance(f, e) < 1e-14
 
 
@@ -205,3 +213,16 @@ def test_long_sequences(name):
     for o, e in zip(case.run(tensors), exact):
         assert o.isfinite().all()
         assert distance(o.to(e.dtype), e) < 3e-5
+
+
+@pytest.mark.parametrize("make, layout", [
+    (torch.Tensor.to_sparse, "sparse_coo"), (torch.Tensor.to_mkldnn, "_mkldnn"),
+    (lambda t: torch.nested.nested_tensor([t, t]), "nested")], ids=["sparse", "mkldnn", "nested"])
+@every_case
+def test_tensors_that_are_not_dense_are_refused(case, make, layout):
+    tensors = case.make(5, torch.float32)
+    for name, t in tensors.items():
+        if not t.is_complex():
+            with pytest.raises(TypeError, match=f"^{case.operator}: {name} must be a dense tensor, "
+                                                f"got one of layout {layout}"):
+                case.run(tensors | {name: make(t)})

@@ -28,11 +28,11 @@ constexpr int64_t kRun = 64;  // steps summed in the compute type
 
 // Adds the steps of a chunk to `total`; if `writes`, writes their means and fetches `next`.
 template <class T, bool writes>
-void run(const CumulativeMean& f, const Link& link, const Link& next, double* total,
+void run(const CumulativeMean& args, const Link& link, const Link& next, double* total,
          Scratch& scratch) {
   using C = Computed<T>;
-  const int64_t count = link.count, start = link.order * f.chain.steps,
-                end = smaller(start + f.chain.steps, f.n);
+  const int64_t count = link.count, start = link.order * args.chain.steps,
+                end = smaller(start + args.chain.steps, args.n);
   T* gathered = scratch.take<T>(count);
   C *base = scratch.take<C>(count), *sum = scratch.take<C>(count);
   for (int64_t i0 = start; i0 < end; i0 += kRun) {
@@ -41,19 +41,19 @@ void run(const CumulativeMean& f, const Link& link, const Link& next, double* to
       sum[c] = 0;
     }
     for (int64_t i = i0; i < smaller(i0 + kRun, end); ++i) {
-      const int64_t t = f.backward ? f.n - 1 - i : i;
-      const T* x = read(f.x, link.b, t, link.c0, count, gathered);
-      const Row<T> y(f.out, link.b, t, link.c0);
-      const int64_t ahead = next.order * f.chain.steps + i - start;
-      if (writes && next.count > 0 && ahead < f.n)
-        prefetch(f.x, next.b, f.backward ? f.n - 1 - ahead : ahead, next.c0, next.count);
+      const int64_t t = args.backward ? args.n - 1 - i : i;
+      const T* x = read(args.x, link.b, t, link.c0, count, gathered);
+      const Row<T> y(args.out, link.b, t, link.c0);
+      const int64_t ahead = next.order * args.chain.steps + i - start;
+      if (writes && next.count > 0 && ahead < args.n)
+        prefetch(args.x, next.b, args.backward ? args.n - 1 - ahead : ahead, next.c0, next.count);
       const C share = static_cast<C>(1.0 / static_cast<double>(t + 1));
-      each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
+      each_vector<C>(count, [&](auto zero, int64_t c) FASTMIX_LAMBDA {
         using V = decltype(zero);
-        const V now = load<V>(sum + c) + (f.backward ? share * load<V>(x + c) : load<V>(x + c));
+        const V now = load<V>(sum + c) + (args.backward ? share * load<V>(x + c) : load<V>(x + c));
         store(sum + c, now);
         if (writes)
-          y.put(c, f.backward ? load<V>(base + c) + now : share * (load<V>(base + c) + now));
+          y.put(c, args.backward ? load<V>(base + c) + now : share * (load<V>(base + c) + now));
       });
     }
     for (int64_t c = 0; c < count; ++c) total[c] += sum[c];
@@ -62,26 +62,26 @@ void run(const CumulativeMean& f, const Link& link, const Link& next, double* to
 }
 
 template <class T>
-void unit(const CumulativeMean& f, const Link& link, const Link& next) {
+void unit(const CumulativeMean& args, const Link& link, const Link& next) {
   Scratch scratch;
   double *added = scratch.take<double>(link.count), *total = scratch.take<double>(link.count);
   memset(added, 0, link.count * sizeof(double));
-  if (link.order + 1 < f.chain.chunks) run<T, false>(f, link, next, added, scratch);
+  if (link.order + 1 < args.chain.chunks) run<T, false>(args, link, next, added, scratch);
   await(link);
   for (int64_t c = 0; c < link.count; ++c) {
     total[c] = link.state[c];
     link.state[c] += added[c];
   }
-  hand_on(link);
-  run<T, true>(f, link, next, total, scratch);
+  pass_on(link);
+  run<T, true>(args, link, next, total, scratch);
 }
 
 }  // namespace
 
-void cumulative_mean(const CumulativeMean& f, int64_t begin, int64_t end) {
-  by_type(f.x.type, [&](auto stored) {
-    each_link(f.chain, end - begin, [&](const Link& link, const Link& next) {
-      unit<decltype(stored)>(f, link, next);
+void cumulative_mean(const CumulativeMean& args, int64_t begin, int64_t end) {
+  by_type(args.x.type, [&](auto stored) {
+    each_link(args.chain, end - begin, [&](const Link& link, const Link& next) {
+      unit<decltype(stored)>(args, link, next);
     });
   });
 }
@@ -101,8 +101,8 @@ Tensor run(const Tensor& x, bool backward) {
   const int64_t channels = b ? x.numel() / (b * n) : 0;
   const Tensor rows = x.dim() <= 4 ? x : reshaped(x, {b, n, channels});
   ChainStorage storage(b, n, channels);
-  const CumulativeMean f{storage.chain, n, source(rows), sink(out, n, channels), backward};
-  spread(FASTMIX_KERNELS(cumulative_mean), f, storage.units());
+  const CumulativeMean args{storage.chain, n, source(rows), sink(out, n, channels), backward};
+  spread(FASTMIX_KERNELS(cumulative_mean), args, storage.units());
   return out;
 }
 

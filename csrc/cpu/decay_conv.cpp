@@ -10,8 +10,8 @@ namespace fastmix {
 struct DecayConv {
   Chain chain;
   int64_t n, carry_every;
-  const double *decay, *gain;              // per channel; gain may be null
-  const double *over_chunk, *over_last;    // decay to the power of a chunk's steps
+  const double *decay, *gain;            // per channel; gain may be null
+  const double *over_chunk, *over_last;  // decay to the power of a chunk's steps
   Source x;
   Sink out, state, carries;  // forward
   Source grad, kept;
@@ -34,34 +34,34 @@ struct Unit : Link {
   int64_t chunk, start, end;
 };
 
-Unit unit_of(const DecayConv& f, const Link& link, bool reverse) {
+Unit unit_of(const DecayConv& args, const Link& link, bool reverse) {
   Unit u{link};
-  u.chunk = reverse ? f.chain.chunks - 1 - u.order : u.order;
-  u.start = u.chunk * f.chain.steps;
-  u.end = smaller(u.start + f.chain.steps, f.n);
+  u.chunk = reverse ? args.chain.chunks - 1 - u.order : u.order;
+  u.start = u.chunk * args.chain.steps;
+  u.end = smaller(u.start + args.chain.steps, args.n);
   return u;
 }
 
 // Step i of the chunk that this thread will do next, if there is one.
-INLINE void fetch(const Source& s, const Unit& u, int64_t i) {
+FASTMIX_INLINE void fetch(const Source& s, const Unit& u, int64_t i) {
   if (u.count > 0 && u.start + i < u.end) prefetch(s, u.b, u.start + i, u.c0, u.count);
 }
 
 template <class C>
 C* parameter(Scratch& scratch, const double* values, const Unit& u) {
-  C* found = scratch.take<C>(u.count);
-  for (int64_t c = 0; c < u.count; ++c) found[c] = values ? static_cast<C>(values[u.c0 + c]) : C(1);
-  return found;
+  C* row = scratch.take<C>(u.count);
+  for (int64_t c = 0; c < u.count; ++c) row[c] = values ? static_cast<C>(values[u.c0 + c]) : C(1);
+  return row;
 }
 
 // From the state before a chunk to the one after it; against time, of decay · g.
 template <class T, bool backward, class C>
-void walk(const DecayConv& f, const Unit& u, const C* decay, const C* gain, C* state,
+void walk(const DecayConv& args, const Unit& u, const C* decay, const C* gain, C* state,
           T* gathered) {
   for (int64_t i = u.start; i < u.end; ++i) {
     const int64_t t = backward ? u.end - 1 - (i - u.start) : i;
-    const T* in = read(backward ? f.grad : f.x, u.b, t, u.c0, u.count, gathered);
-    each_vector<C>(u.count, [&](auto zero, int64_t c) LAMBDA {
+    const T* in = read(backward ? args.grad : args.x, u.b, t, u.c0, u.count, gathered);
+    each_vector<C>(u.count, [&](auto zero, int64_t c) FASTMIX_LAMBDA {
       using V = decltype(zero);
       const V a = load<V>(decay + c), s = load<V>(state + c), x = load<V>(in + c);
       store(state + c, backward ? a * (s + x) : a * s + load<V>(gain + c) * x);
@@ -69,28 +69,28 @@ void walk(const DecayConv& f, const Unit& u, const C* decay, const C* gain, C* s
   }
 }
 
-// Whether power · entering + added is what a walk comes to. It is not if decay^steps has left
-// double's range, or underflowed and now meets an infinity: 0 · ∞.
+// Whether power · entering + added equals what walking step by step gives. It does not where
+// decay^steps has overflowed, or has underflowed and meets an infinity: 0 · ∞.
 template <class C>
-INLINE bool finite(double power, C entering, C added) {
+FASTMIX_INLINE bool finite(double power, C entering, C added) {
   return (power + entering + added) * 0 == 0;
 }
 
 // The state that enters a chunk; the next chunk gets decay^steps times it, and what this one
 // adds: its last state if it starts from zero.
 template <class T, bool backward, class C>
-C* enter(const DecayConv& f, const Unit& u, const C* decay, const C* gain, Scratch& scratch) {
+C* enter(const DecayConv& args, const Unit& u, const C* decay, const C* gain, Scratch& scratch) {
   C *state = scratch.take<C>(u.count), *added = scratch.take<C>(u.count);
   T* gathered = scratch.take<T>(u.count);
-  const bool followed = u.order + 1 < f.chain.chunks;
+  const bool followed = u.order + 1 < args.chain.chunks;
   if (followed) {
     memset(added, 0, u.count * sizeof(C));
-    walk<T, backward>(f, u, decay, gain, added, gathered);
+    walk<T, backward>(args, u, decay, gain, added, gathered);
   }
   await(u);
   for (int64_t c = 0; c < u.count; ++c) state[c] = static_cast<C>(u.state[c]);
   if (followed) {
-    const double* power = (u.end == f.n ? f.over_last : f.over_chunk) + u.c0;
+    const double* power = (u.end == args.n ? args.over_last : args.over_chunk) + u.c0;
     int plain = 1;
     for (int64_t c = 0; c < u.count; ++c) {
       u.state[c] = power[c] * u.state[c] + added[c];
@@ -99,30 +99,30 @@ C* enter(const DecayConv& f, const Unit& u, const C* decay, const C* gain, Scrat
     if (!plain) {
       C* walked = scratch.take<C>(u.count);
       memcpy(walked, state, u.count * sizeof(C));
-      walk<T, backward>(f, u, decay, gain, walked, gathered);
+      walk<T, backward>(args, u, decay, gain, walked, gathered);
       for (int64_t c = 0; c < u.count; ++c)
         if (!finite(power[c], state[c], added[c])) u.state[c] = walked[c];
     }
   }
-  hand_on(u);
+  pass_on(u);
   return state;
 }
 
 template <class T>
-void forward(const DecayConv& f, const Unit& u, const Unit& next) {
+void forward(const DecayConv& args, const Unit& u, const Unit& next) {
   using C = Computed<T>;
   Scratch scratch;
-  const C* decay = parameter<C>(scratch, f.decay, u);
-  const C* gain = parameter<C>(scratch, f.gain, u);
-  C* state = enter<T, false>(f, u, decay, gain, scratch);
+  const C* decay = parameter<C>(scratch, args.decay, u);
+  const C* gain = parameter<C>(scratch, args.gain, u);
+  C* state = enter<T, false>(args, u, decay, gain, scratch);
   T* gathered = scratch.take<T>(u.count);
   for (int64_t t = u.start; t < u.end; ++t) {
-    if (f.carry_every && t % f.carry_every == 0)
-      write(f.carries, u.b, t / f.carry_every, u.c0, u.count, state);
-    const T* x = read(f.x, u.b, t, u.c0, u.count, gathered);
-    const Row<T> y(f.out, u.b, t, u.c0);
-    fetch(f.x, next, t - u.start);
-    each_vector<C>(u.count, [&](auto zero, int64_t c) LAMBDA {
+    if (args.carry_every && t % args.carry_every == 0)
+      write(args.carries, u.b, t / args.carry_every, u.c0, u.count, state);
+    const T* x = read(args.x, u.b, t, u.c0, u.count, gathered);
+    const Row<T> y(args.out, u.b, t, u.c0);
+    fetch(args.x, next, t - u.start);
+    each_vector<C>(u.count, [&](auto zero, int64_t c) FASTMIX_LAMBDA {
       using V = decltype(zero);
       const V now = load<V>(decay + c) * load<V>(state + c) + load<V>(gain + c) * load<V>(x + c);
       store(state + c, now);
@@ -130,37 +130,37 @@ void forward(const DecayConv& f, const Unit& u, const Unit& next) {
     });
   }
   streamed();
-  if (u.end < f.n) return;
-  if (f.carry_every) write(f.carries, u.b, f.carries.n_size - 1, u.c0, u.count, state);
-  write(f.state, u.b, 0, u.c0, u.count, state);
+  if (u.end < args.n) return;
+  if (args.carry_every) write(args.carries, u.b, args.carries.n_size - 1, u.c0, u.count, state);
+  write(args.state, u.b, 0, u.c0, u.count, state);
 }
 
 // With g_t = grad_t + decay · g_{t+1}: dx = gain · g, dgain = Σ g x, ddecay = Σ g_t y_{t-1}.
 template <class T>
-void backward(const DecayConv& f, const Unit& u, const Unit& next) {
+void backward(const DecayConv& args, const Unit& u, const Unit& next) {
   using C = Computed<T>;
-  const int64_t count = u.count, every = f.carry_every;
+  const int64_t count = u.count, every = args.carry_every;
   Scratch scratch;
-  const C* decay = parameter<C>(scratch, f.decay, u);
-  const C* gain = parameter<C>(scratch, f.gain, u);
-  C* g = enter<T, true>(f, u, decay, gain, scratch);  // decay · g_{t+1}
+  const C* decay = parameter<C>(scratch, args.decay, u);
+  const C* gain = parameter<C>(scratch, args.gain, u);
+  C* g = enter<T, true>(args, u, decay, gain, scratch);  // decay · g_{t+1}
   T* gathered_x = scratch.take<T>(count);
   T* gathered_grad = scratch.take<T>(count);
   C* by_decay = scratch.take<C>(count);
   C* by_gain = scratch.take<C>(count);
   C* before = scratch.take<C>(every * count);  // y_{t-1} for the steps of a chunk
-  const int64_t at = (u.b * f.chain.chunks + u.chunk) * f.chain.channels + u.c0;
-  double *grad_decay = f.grad_decay + at, *grad_gain = f.grad_gain + at;
+  const int64_t at = (u.b * args.chain.chunks + u.chunk) * args.chain.channels + u.c0;
+  double *grad_decay = args.grad_decay + at, *grad_gain = args.grad_gain + at;
   memset(grad_decay, 0, count * sizeof(double));
   memset(grad_gain, 0, count * sizeof(double));
   for (int64_t start = (u.end - 1) / every * every; start >= u.start; start -= every) {
     const int64_t end = smaller(start + every, u.end);
-    read_into(f.kept, u.b, start / every, u.c0, count, before);
+    read_into(args.kept, u.b, start / every, u.c0, count, before);
     for (int64_t t = start; t + 1 < end; ++t) {
-      const T* x = read(f.x, u.b, t, u.c0, count, gathered_x);
+      const T* x = read(args.x, u.b, t, u.c0, count, gathered_x);
       const C* y = before + (t - start) * count;
       C* next = before + (t + 1 - start) * count;
-      each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
+      each_vector<C>(count, [&](auto zero, int64_t c) FASTMIX_LAMBDA {
         using V = decltype(zero);
         store(next + c, load<V>(decay + c) * load<V>(y + c) + load<V>(gain + c) * load<V>(x + c));
       });
@@ -168,12 +168,12 @@ void backward(const DecayConv& f, const Unit& u, const Unit& next) {
     memset(by_decay, 0, count * sizeof(C));
     memset(by_gain, 0, count * sizeof(C));
     for (int64_t t = end - 1; t >= start; --t) {
-      const T* x = read(f.x, u.b, t, u.c0, count, gathered_x);
-      const T* grad = read(f.grad, u.b, t, u.c0, count, gathered_grad);
-      const Row<T> dx(f.grad_x, u.b, t, u.c0);
-      fetch(f.grad, next, u.end - 1 - t);
+      const T* x = read(args.x, u.b, t, u.c0, count, gathered_x);
+      const T* grad = read(args.grad, u.b, t, u.c0, count, gathered_grad);
+      const Row<T> dx(args.grad_x, u.b, t, u.c0);
+      fetch(args.grad, next, u.end - 1 - t);
       const C* y = before + (t - start) * count;
-      each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
+      each_vector<C>(count, [&](auto zero, int64_t c) FASTMIX_LAMBDA {
         using V = decltype(zero);
         const V now = load<V>(grad + c) + load<V>(g + c);
         store(by_decay + c, load<V>(by_decay + c) + now * load<V>(y + c));
@@ -188,23 +188,23 @@ void backward(const DecayConv& f, const Unit& u, const Unit& next) {
     }
   }
   streamed();
-  if (u.start == 0 && f.grad_initial.data) write(f.grad_initial, u.b, 0, u.c0, count, g);
+  if (u.start == 0 && args.grad_initial.data) write(args.grad_initial, u.b, 0, u.c0, count, g);
 }
 
 }  // namespace
 
-void decay_conv_forward(const DecayConv& f, int64_t begin, int64_t end) {
-  by_type(f.x.type, [&](auto stored) {
-    each_link(f.chain, end - begin, [&](const Link& link, const Link& next) {
-      forward<decltype(stored)>(f, unit_of(f, link, false), unit_of(f, next, false));
+void decay_conv_forward(const DecayConv& args, int64_t begin, int64_t end) {
+  by_type(args.x.type, [&](auto stored) {
+    each_link(args.chain, end - begin, [&](const Link& link, const Link& next) {
+      forward<decltype(stored)>(args, unit_of(args, link, false), unit_of(args, next, false));
     });
   });
 }
 
-void decay_conv_backward(const DecayConv& f, int64_t begin, int64_t end) {
-  by_type(f.x.type, [&](auto stored) {
-    each_link(f.chain, end - begin, [&](const Link& link, const Link& next) {
-      backward<decltype(stored)>(f, unit_of(f, link, true), unit_of(f, next, true));
+void decay_conv_backward(const DecayConv& args, int64_t begin, int64_t end) {
+  by_type(args.x.type, [&](auto stored) {
+    each_link(args.chain, end - begin, [&](const Link& link, const Link& next) {
+      backward<decltype(stored)>(args, unit_of(args, link, true), unit_of(args, next, true));
     });
   });
 }
@@ -221,72 +221,74 @@ namespace fastmix {
 namespace {
 
 // (h,) → one value for every channel; empty without a parameter.
-std::vector<double> per_channel(const Maybe& parameter, int64_t d) {
-  std::vector<double> found;
-  if (!parameter) return found;
-  for (double value : values(*parameter)) found.insert(found.end(), d, value);
-  return found;
+std::vector<double> per_channel(const OptionalTensor& parameter, int64_t d) {
+  std::vector<double> repeated;
+  if (!parameter) return repeated;
+  for (double value : values(*parameter)) repeated.insert(repeated.end(), d, value);
+  return repeated;
 }
 
 // A call's parameters and chain, and its arguments, which point into them.
-struct Call : ChainStorage {
+struct DecayConvCall : ChainStorage {
   std::vector<double> decay, gain, over_chunk, over_last;
-  DecayConv f{};
+  DecayConv args{};
 
-  Call(const Tensor& x, const Tensor& decay_of_head, const Maybe& gain_of_head,
-       std::vector<double> first, int64_t carry_every)
+  DecayConvCall(const Tensor& x, const Tensor& decay_of_head, const OptionalTensor& gain_of_head,
+                std::vector<double> first, int64_t carry_every)
       : ChainStorage(x.size(0), x.size(1), x.size(2) * x.size(3), std::move(first)),
-        decay(per_channel(decay_of_head, x.size(3))),
-        gain(per_channel(gain_of_head, x.size(3))), over_chunk(decay), over_last(decay) {
-    f.n = x.size(1);
-    const double steps = chain.steps, rest = f.n - (chain.chunks - 1) * chain.steps;
+        decay(per_channel(decay_of_head, x.size(3))), gain(per_channel(gain_of_head, x.size(3))),
+        over_chunk(decay), over_last(decay) {
+    args.n = x.size(1);
+    const double steps = chain.steps, rest = args.n - (chain.chunks - 1) * chain.steps;
     for (size_t c = 0; c < decay.size(); ++c) {
       const bool same = c > 0 && decay[c] == decay[c - 1];
       over_chunk[c] = same ? over_chunk[c - 1] : std::pow(decay[c], steps);
       over_last[c] = same ? over_last[c - 1] : std::pow(decay[c], rest);
     }
-    f.chain = chain;
-    f.carry_every = carry_every;
-    f.decay = decay.data();
-    f.gain = gain.empty() ? nullptr : gain.data();
-    f.over_chunk = over_chunk.data();
-    f.over_last = over_last.data();
-    f.x = source(x);
+    args.chain = chain;
+    args.carry_every = carry_every;
+    args.decay = decay.data();
+    args.gain = gain.empty() ? nullptr : gain.data();
+    args.over_chunk = over_chunk.data();
+    args.over_last = over_last.data();
+    args.x = source(x);
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> decay_conv(
-    const Tensor& x, const Tensor& decay, const Maybe& gain, const Maybe& initial_state,
-    int64_t carry_every) {
+std::tuple<Tensor, Tensor, Tensor> decay_conv(const Tensor& x, const Tensor& decay,
+                                              const OptionalTensor& gain,
+                                              const OptionalTensor& initial_state,
+                                              int64_t carry_every) {
   const int64_t b = x.size(0), n = x.size(1), h = x.size(2), d = x.size(3);
-  const int64_t carries = carry_every ? (n + carry_every - 1) / carry_every + 1 : 0;
+  const int64_t carries = carry_count(n, carry_every);
   Tensor out = fresh(x), state = fresh(x, {b, h, d}, wide(x)),
          kept = fresh(x, {b, carries, h, d}, wide(x));
-  Call call(x, decay, gain, initial_state ? values(*initial_state) : std::vector<double>(),
-            carry_every);
-  DecayConv& f = call.f;
-  f.out = sink(out, n, h * d);
-  f.state = sink(state, 1, h * d);
-  f.carries = sink(kept, carries, h * d);
-  spread(FASTMIX_KERNELS(decay_conv_forward), f, call.units());
+  DecayConvCall call(x, decay, gain, initial_state ? values(*initial_state) : std::vector<double>(),
+                     carry_every);
+  DecayConv& args = call.args;
+  args.out = sink(out, n, h * d);
+  args.state = sink(state, 1, h * d);
+  args.carries = sink(kept, carries, h * d);
+  spread(FASTMIX_KERNELS(decay_conv_forward), args, call.units());
   return {out, state, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> decay_conv_backward(
     const Tensor& grad, const Tensor& grad_state, const Tensor& carries, const Tensor& x,
-    const Tensor& decay, const Maybe& gain, const Maybe& initial_state, int64_t carry_every) {
+    const Tensor& decay, const OptionalTensor& gain, const OptionalTensor& initial_state,
+    int64_t carry_every) {
   const int64_t b = x.size(0), n = x.size(1), h = x.size(2), d = x.size(3);
   Tensor grad_x = fresh(x), grad_initial = initial_state ? fresh(*initial_state) : nothing(x);
-  Call call(x, decay, gain, values(grad_state), carry_every);
-  DecayConv& f = call.f;
-  std::vector<double> by_decay(b * f.chain.chunks * h * d), by_gain(by_decay.size());
-  f.grad = source(grad);
-  f.kept = source(carries);
-  f.grad_x = sink(grad_x, n, h * d);
-  if (initial_state) f.grad_initial = sink(grad_initial, 1, h * d);
-  f.grad_decay = by_decay.data();
-  f.grad_gain = by_gain.data();
-  spread(FASTMIX_KERNELS(decay_conv_backward), f, call.units());
+  DecayConvCall call(x, decay, gain, values(grad_state), carry_every);
+  DecayConv& args = call.args;
+  std::vector<double> by_decay(b * args.chain.chunks * h * d), by_gain(by_decay.size());
+  args.grad = source(grad);
+  args.kept = source(carries);
+  args.grad_x = sink(grad_x, n, h * d);
+  if (initial_state) args.grad_initial = sink(grad_initial, 1, h * d);
+  args.grad_decay = by_decay.data();
+  args.grad_gain = by_gain.data();
+  spread(FASTMIX_KERNELS(decay_conv_backward), args, call.units());
   return {grad_x, totals(by_decay, decay, d), gain ? totals(by_gain, *gain, d) : nothing(x),
           grad_initial};
 }

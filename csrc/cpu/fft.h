@@ -30,6 +30,21 @@ namespace {
 template <class C>
 using Vector = typename Simd<C>::Vector;
 
+// Integers as wide as the numbers of a vector: a comparison's result, and a magnitude's bits.
+template <class C>
+using Ints = decltype(Vector<C>{} < Vector<C>{});
+
+// |v| as bits, which are ordered as the magnitudes are: infinity beyond all numbers, NaN beyond it.
+template <class C>
+FASTMIX_INLINE Ints<C> magnitude(Vector<C> v) {
+  return (Ints<C>)v & (~Ints<C>{} ^ (Ints<C>{} + 1) << (8 * sizeof(C) - 1));
+}
+
+template <class I>
+FASTMIX_INLINE I larger_of(I a, I b) {
+  return a > b ? a : b;
+}
+
 // A row of a buffer: the real parts of a vector of channels, then the imaginary parts.
 template <class C>
 constexpr int64_t kRow = 2 * Simd<C>::lanes;
@@ -57,15 +72,15 @@ struct Lanes {
     return shifted;
   }
 
-  INLINE void prefetch(int64_t t) const {
+  FASTMIX_INLINE void prefetch(int64_t t) const {
     if (t < n) __builtin_prefetch(at[0] + t * step, 0, 2);
   }
 
-  INLINE Vector<C> operator()(int64_t t) const {
+  FASTMIX_INLINE Vector<C> operator()(int64_t t) const {
     if (t < first || t >= n) return Vector<C>{};
     const char* p = at[0] + t * step;
     if (adjacent && count == Simd<C>::lanes) {
-      if (type == type_of<C>()) return load<Vector<C>>(p);
+      if (type == kType<C>) return load<Vector<C>>(p);
       if constexpr (sizeof(C) == 4) {
         if (type == Type::bf16) return load<Vector<C>>(reinterpret_cast<const Bf16*>(p));
         if (type == Type::f16) return load<Vector<C>>(reinterpret_cast<const F16*>(p));
@@ -99,24 +114,24 @@ Lanes<C> lanes_of(const Source& s, int64_t n, int64_t count, Place place) {
 // ---- Transforms ----
 
 template <class V, class C>
-INLINE Complex<V> times(Complex<V> a, C re, C im) {
+FASTMIX_INLINE Complex<V> times(Complex<V> a, C re, C im) {
   return {a.re * re - a.im * im, a.im * re + a.re * im};
 }
 
 template <class V, class C>
-INLINE Complex<V> load_row(const C* p) {
+FASTMIX_INLINE Complex<V> load_row(const C* p) {
   return {load<V>(p), load<V>(p + kRow<C> / 2)};
 }
 
 template <class V, class C>
-INLINE void store_row(C* p, Complex<V> a) {
+FASTMIX_INLINE void store_row(C* p, Complex<V> a) {
   store(p, a.re);
   store(p + kRow<C> / 2, a.im);
 }
 
 // a + b and a - b.
 template <class V>
-INLINE void cross(Complex<V>& a, Complex<V>& b) {
+FASTMIX_INLINE void cross(Complex<V>& a, Complex<V>& b) {
   const Complex<V> sum = {a.re + b.re, a.im + b.im}, rest = {a.re - b.re, a.im - b.im};
   a = sum;
   b = rest;
@@ -124,14 +139,14 @@ INLINE void cross(Complex<V>& a, Complex<V>& b) {
 
 // a · sign i
 template <int sign, class V>
-INLINE Complex<V> turned(Complex<V> a) {
+FASTMIX_INLINE Complex<V> turned(Complex<V> a) {
   if constexpr (sign > 0) return {-a.im, a.re};
   return {a.im, -a.re};
 }
 
 // a_j ← Σ_k a_k e^(sign 2πi jk/R)
 template <int R, int sign, class V>
-INLINE void dft(Complex<V>* a) {
+FASTMIX_INLINE void dft(Complex<V>* a) {
   if constexpr (R == 2) {
     cross(a[0], a[1]);
   } else if constexpr (R == 4) {
@@ -163,14 +178,14 @@ INLINE void dft(Complex<V>* a) {
 
 // R points of z^L = c, a step of L/R apart, to those of every z^(L/R) = r_j. w are r, r², …
 template <int R, class V, class C>
-INLINE void split(Complex<V>* a, const C* w) {
+FASTMIX_INLINE void split(Complex<V>* a, const C* w) {
   for (int k = 1; k < R; ++k) a[k] = times(a[k], w[2 * k - 2], w[2 * k - 1]);
   dft<R, 1>(a);
 }
 
 // And back, times R.
 template <int R, class V, class C>
-INLINE void join(Complex<V>* a, const C* w) {
+FASTMIX_INLINE void join(Complex<V>* a, const C* w) {
   dft<R, -1>(a);
   for (int k = 1; k < R; ++k) a[k] = times(a[k], w[2 * k - 2], -w[2 * k - 1]);
 }
@@ -181,13 +196,13 @@ struct Rows {
   C* at;
   int64_t step;
 
-  INLINE C* operator()(int64_t i) const { return at + i * step * kRow<C>; }
-  INLINE Rows from(int64_t i, int64_t stride) const { return {(*this)(i), step * stride}; }
+  FASTMIX_INLINE C* operator()(int64_t i) const { return at + i * step * kRow<C>; }
+  FASTMIX_INLINE Rows from(int64_t i, int64_t stride) const { return {(*this)(i), step * stride}; }
 };
 
 // Splits sets of R rows, a column each, from one place to another; or joins them back.
 template <int R, bool inverse, class C>
-INLINE void butterflies(Rows<C> from, Rows<C> to, int64_t columns, const C* w) {
+FASTMIX_INLINE void butterflies(Rows<C> from, Rows<C> to, int64_t columns, const C* w) {
   for (int64_t i = 0; i < columns; ++i, from.at += kRow<C>, to.at += kRow<C>) {
     Complex<Vector<C>> a[R];
     for (int k = 0; k < R; ++k) a[k] = load_row<Vector<C>>(inverse ? to(k) : from(k));
@@ -206,7 +221,7 @@ void pass(int radix, Rows<C> from, Rows<C> to, int64_t columns, const C* w) {
 }
 
 template <class C>
-INLINE const C* twiddles(const FftPlan& p, int level, int64_t block) {
+FASTMIX_INLINE const C* twiddles(const FftPlan& p, int level, int64_t block) {
   return static_cast<const C*>(p.table) + p.twiddles[level] + block * 2 * (p.radix[level] - 1);
 }
 
@@ -249,19 +264,46 @@ void descend(const FftPlan& p, int level, int64_t block, C* const* at, int64_t r
   for (int i = 0; i < Leaf::outputs; ++i) levels<true>(p, two, level, block, at[i], rows, tile);
 }
 
+// The largest magnitudes of a transform's input, in as many parts of equal length as its
+// first two levels have rows.
+template <class C>
+struct Magnitudes {
+  static constexpr bool wanted = true;
+  Ints<C> of[7 * 8];
+  int64_t parts, steps;  // steps of a part
+
+  FASTMIX_INLINE void start(int64_t count, int64_t each) {
+    parts = count;
+    steps = each;
+    for (int64_t k = 0; k < count; ++k) of[k] = Ints<C>{};
+  }
+  FASTMIX_INLINE void take(int64_t k, const Vector<C>* v) {
+    Ints<C> most = of[k];
+    for (int64_t i = 0; i < kColumns; ++i) most = larger_of(most, magnitude<C>(v[i]));
+    of[k] = most;
+  }
+};
+
+struct NoMagnitudes {
+  static constexpr bool wanted = false;
+};
+
 // The first step, from real numbers, and the level after it. The matrix is multiplied out,
 // which takes no longer than to read them. A tile's numbers lie far apart: they are read
 // together, so that the core waits for many at once, and asked for one tile before.
-template <int R, class C>
-void enter(const FftPlan& p, const Lanes<C>& in, C* at, C* tile) {
+template <int R, class C, class In, class Largest>
+void enter(const FftPlan& p, const In& in, C* at, C* tile, Largest& largest) {
   using V = Vector<C>;
   const C* matrix = static_cast<const C*>(p.table);
   const int64_t inner = p.radix[0], apart = p.length / R / inner;
   const Rows<C> near{tile, kColumns};
   V rows[R * 8 * kColumns];
+  if constexpr (Largest::wanted) largest.start(R * inner, apart);
   for (int64_t t = 0; t < apart; t += kColumns, at += kColumns * kRow<C>) {
-    for (int64_t k = 0; k < R * inner; ++k)
+    for (int64_t k = 0; k < R * inner; ++k) {
       for (int64_t i = 0; i < kColumns; ++i) rows[k * kColumns + i] = in(k * apart + t + i);
+      if constexpr (Largest::wanted) largest.take(k, rows + k * kColumns);
+    }
     for (int64_t k = 0; k < inner; ++k)
       for (int64_t i = 0; i < kColumns; ++i) {
         V a[R];
@@ -279,8 +321,8 @@ void enter(const FftPlan& p, const Lanes<C>& in, C* at, C* tile) {
         }
       }
     for (int64_t j = 0; j < R; ++j)
-      pass<false>(inner, near.from(j * inner, 1), Rows<C>{at, apart}.from(j * inner, 1),
-                  kColumns, twiddles<C>(p, 0, j));
+      pass<false>(inner, near.from(j * inner, 1), Rows<C>{at, apart}.from(j * inner, 1), kColumns,
+                  twiddles<C>(p, 0, j));
   }
 }
 
@@ -294,8 +336,8 @@ void leave(const FftPlan& p, C* at, C* tile, int64_t n, const Out& out) {
   V rows[R * 8 * kColumns];
   for (int64_t t = 0; t < apart; t += kColumns, at += kColumns * kRow<C>) {
     for (int64_t j = 0; j < R; ++j)
-      pass<true>(inner, near.from(j * inner, 1), Rows<C>{at, apart}.from(j * inner, 1),
-                 kColumns, twiddles<C>(p, 0, j));
+      pass<true>(inner, near.from(j * inner, 1), Rows<C>{at, apart}.from(j * inner, 1), kColumns,
+                 twiddles<C>(p, 0, j));
     for (int64_t k = 0; k < inner; ++k)
       for (int64_t i = 0; i < kColumns; ++i) {
         Complex<V> a[R];
@@ -313,11 +355,22 @@ void leave(const FftPlan& p, C* at, C* tile, int64_t n, const Out& out) {
   }
 }
 
-// Transforms `in`, does the leaves and hands the first buffer's inverse to out(t, values).
-template <int R, class C, class Leaf, class Out>
-void transform(const FftPlan& p, const Lanes<C>* in, C* const* at, C* tile, int64_t n,
-               const Leaf& leaf, const Out& out) {
-  for (int i = 0; i < Leaf::inputs; ++i) enter<R>(p, in[i], at[i], tile);
+// Accepts whatever comes in.
+struct Trusting {
+  typedef NoMagnitudes Largest;
+  FASTMIX_INLINE bool operator()(int, const NoMagnitudes&) const { return true; }
+};
+
+// Transforms `in`, does the leaves and hands the first buffer's inverse to out(t, values). False,
+// with nothing done, where accept(i, largest magnitudes) refuses the input i.
+template <int R, class C, class In, class Leaf, class Out, class Accept>
+bool transform(const FftPlan& p, const In* in, C* const* at, C* tile, int64_t n, const Leaf& leaf,
+               const Out& out, const Accept& accept) {
+  for (int i = 0; i < Leaf::inputs; ++i) {
+    typename Accept::Largest largest;
+    enter<R>(p, in[i], at[i], tile, largest);
+    if (!accept(i, largest)) return false;
+  }
   const int64_t blocks = R * p.radix[0], rows = p.length / blocks;
   for (int64_t j = 0; j < blocks; ++j) {
     C* part[3];
@@ -325,29 +378,30 @@ void transform(const FftPlan& p, const Lanes<C>* in, C* const* at, C* tile, int6
     descend(p, 1, j, part, rows, tile, leaf);
   }
   if constexpr (Leaf::outputs > 0) leave<R>(p, at[0], tile, n, out);
+  return true;
 }
 
-template <class C, class Leaf, class Out>
-void transform(const FftPlan& p, const Lanes<C>* in, C* const* at, C* tile, int64_t n,
-               const Leaf& leaf, const Out& out) {
+template <class C, class In, class Leaf, class Out, class Accept = Trusting>
+bool transform(const FftPlan& p, const In* in, C* const* at, C* tile, int64_t n, const Leaf& leaf,
+               const Out& out, const Accept& accept = {}) {
   switch (p.first) {
-    case 4: return transform<4>(p, in, at, tile, n, leaf, out);
-    case 5: return transform<5>(p, in, at, tile, n, leaf, out);
-    case 6: return transform<6>(p, in, at, tile, n, leaf, out);
-    default: return transform<7>(p, in, at, tile, n, leaf, out);
+    case 4: return transform<4>(p, in, at, tile, n, leaf, out, accept);
+    case 5: return transform<5>(p, in, at, tile, n, leaf, out, accept);
+    case 6: return transform<6>(p, in, at, tile, n, leaf, out, accept);
+    default: return transform<7>(p, in, at, tile, n, leaf, out, accept);
   }
 }
 
 // ---- Leaves ----
 
 template <class V, class C>
-INLINE void open_leaf(Complex<V>* a, const C* at, const C* w) {
+FASTMIX_INLINE void open_leaf(Complex<V>* a, const C* at, const C* w) {
   for (int k = 0; k < kLeaf; ++k) a[k] = load_row<V>(at + k * kRow<C>);
   split<kLeaf>(a, w);
 }
 
 template <class V, class C>
-INLINE void close_leaf(Complex<V>* a, C* at, const C* w) {
+FASTMIX_INLINE void close_leaf(Complex<V>* a, C* at, const C* w) {
   join<kLeaf>(a, w);
   for (int k = 0; k < kLeaf; ++k) store_row(at + k * kRow<C>, a[k]);
 }

@@ -1,4 +1,5 @@
-// Exponentials, and the gate of gate_loop from its logits: a = σ(|z|) · z / |z|, ½ at z = 0.
+// Exponentials, and the gate of gate_loop from its logits: a = σ(|z|) · z / |z|, ½ at z = 0. Where
+// |z| is infinite a is z's direction, and the gradient of z is 0.
 
 #pragma once
 
@@ -17,7 +18,7 @@ struct Exponential {
   C power, part;  // 2^k, and e^r - 1
 };
 
-INLINE Exponential<float> exponential(float x) {
+FASTMIX_INLINE Exponential<float> exponential(float x) {
   x = x < -88.0f ? -88.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f, k = shifted - 12582912.0f;
   float r = x - k * 0.693359375f;
@@ -37,7 +38,7 @@ INLINE Exponential<float> exponential(float x) {
   return {power, p * r};
 }
 
-INLINE Exponential<double> exponential(double x) {
+FASTMIX_INLINE Exponential<double> exponential(double x) {
   x = x < -709.0 ? -709.0 : x;
   const double shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const double k = shifted - 6755399441055744.0;
@@ -65,14 +66,14 @@ INLINE Exponential<double> exponential(double x) {
 }
 
 template <class C>
-INLINE C exp_below_zero(C x) {
+FASTMIX_INLINE C exp_below_zero(C x) {
   const Exponential<C> e = exponential(x);
   return e.power + e.power * e.part;
 }
 
 // e^x - 1
 template <class C>
-INLINE C expm1_below_zero(C x) {
+FASTMIX_INLINE C expm1_below_zero(C x) {
   const Exponential<C> e = exponential(x);
   return (e.power - C(1)) + e.power * e.part;
 }
@@ -83,29 +84,29 @@ struct Range;
 template <>
 struct Range<float> {
   static constexpr float small = 1e-15f, large = 1e15f, up = 0x1p100f, down = 0x1p-100f,
-                         least = 0x1p-126f;
-  static INLINE float root(float x) { return __builtin_sqrtf(x); }
+                         least = 0x1p-126f, most = 0x1.fffffep127f;
+  static FASTMIX_INLINE float root(float x) { return __builtin_sqrtf(x); }
 };
 template <>
 struct Range<double> {
   static constexpr double small = 1e-140, large = 1e140, up = 0x1p800, down = 0x1p-800,
-                          least = 0x1p-1022;
-  static INLINE double root(double x) { return __builtin_sqrt(x); }
+                          least = 0x1p-1022, most = 0x1.fffffffffffffp1023;
+  static FASTMIX_INLINE double root(double x) { return __builtin_sqrt(x); }
 };
 
 template <class C>
 struct Polar {
-  C re, im;   // z in a range where its square is safe
-  C length;   // its length there, 1 at z = 0
-  C size;     // |z|
-  C e;        // e^{-|z|}
+  C re, im;  // z in a range where its square is safe
+  C length;  // its length there, 1 at z = 0
+  C size;    // |z|
+  C e;       // e^{-|z|}
   bool zero, safe;
 };
 
-// A straight line of selections: a compiler can do many at once. Where z is not `safe` to be
-// squared as it is, which is nearly nowhere, only `careful` is right.
+// Branch-free, so that it vectorises. Where z is not `safe`, that is, where its square would leave
+// the normal range, which is rare, only `careful` is right.
 template <bool careful, class C>
-INLINE Polar<C> polar(C re, C im) {
+FASTMIX_INLINE Polar<C> polar(C re, C im) {
   using R = Range<C>;
   const C square = re * re + im * im;
   const bool safe = (square > R::small * R::small) & (square < R::large * R::large);
@@ -114,8 +115,12 @@ INLINE Polar<C> polar(C re, C im) {
     return {re, im, length, length, exp_below_zero(-length), false, safe};
   }
   const C x = re < 0 ? -re : re, y = im < 0 ? -im : im, most = x < y ? y : x;
-  const C scale = most < R::small ? R::up : most > R::large ? R::down : C(1);
-  const C back = most < R::small ? R::down : most > R::large ? R::up : C(1);
+  const bool infinite = most > R::most;
+  const C scale = most < R::small ? R::up : infinite ? C(1) : most > R::large ? R::down : C(1);
+  const C back = infinite ? most : most < R::small ? R::down : most > R::large ? R::up : C(1);
+  // The direction of an infinite z is an axis, or a diagonal if both parts are infinite.
+  re = !infinite ? re : x > R::most ? (re < 0 ? C(-1) : C(1)) : re * 0;
+  im = !infinite ? im : y > R::most ? (im < 0 ? C(-1) : C(1)) : im * 0;
   const bool zero = (re == 0) & (im == 0);
   re *= scale;
   im *= scale;
@@ -123,8 +128,8 @@ INLINE Polar<C> polar(C re, C im) {
   return {re, im, zero ? C(1) : length, size, exp_below_zero(-size), zero, safe};
 }
 
-// Says whether every z was safe. `careful` keeps what was found for those that are: no result
-// depends on its neighbours.
+// Returns whether every z was safe. `careful` leaves the results of safe z as they are, so that no
+// result depends on its neighbours.
 template <bool careful, class C>
 bool activate(const C* __restrict z, C* __restrict re, C* __restrict im, int64_t count) {
   int safe = 1;
@@ -142,7 +147,7 @@ bool activate(const C* __restrict z, C* __restrict re, C* __restrict im, int64_t
 // z: count pairs of real and imaginary part → a
 template <class C>
 void activate(const C* z, C* re, C* im, int64_t count) {
-  activate<false>(z, re, im, count) || activate<true>(z, re, im, count);
+  if (!activate<false>(z, re, im, count)) activate<true>(z, re, im, count);
 }
 
 template <bool careful, class C>
@@ -168,8 +173,8 @@ bool activate_backward(const C* __restrict z, const C* __restrict re, const C* _
 // Gradient of a → of z. Along z the slope is σ'(|z|), across it σ(|z|) / |z|; 0 at z = 0.
 template <class C>
 void activate_backward(const C* z, const C* re, const C* im, C* grad, int64_t count) {
-  activate_backward<false>(z, re, im, grad, count) ||
-      activate_backward<true>(z, re, im, grad, count);
+  if (!activate_backward<false>(z, re, im, grad, count))
+    activate_backward<true>(z, re, im, grad, count);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ constexpr int kRows = 6;
 constexpr int kVectors = kRegister == 64 ? 4 : 2;
 
 template <class C>
-INLINE int64_t padded(int64_t count) {
+FASTMIX_INLINE int64_t padded(int64_t count) {
   return (count + Simd<C>::lanes - 1) / Simd<C>::lanes * Simd<C>::lanes;
 }
 
@@ -25,111 +25,17 @@ struct Left {
   int64_t row, column;
 };
 
-// Rows of whole vectors.
+// RowMajor of whole vectors.
 template <class C>
-struct Rows {
+struct RowMajor {
   C* data;
   int64_t row;
 };
 
-template <class C, int rows, int vectors, class A>
-INLINE void gemm_block(int64_t k, Left<A> a, const C* b, int64_t b_row, C* c, int64_t c_row,
-                       bool add) {
-  using V = typename Simd<C>::Vector;
-  V sum[rows][vectors] = {};
-  for (int64_t at = 0; at < k; ++at) {
-    V right[vectors];
-    for (int j = 0; j < vectors; ++j) right[j] = load<V>(b + at * b_row + j * Simd<C>::lanes);
-    for (int i = 0; i < rows; ++i) {
-      const C left = load<C>(a.data + i * a.row + at * a.column);
-      for (int j = 0; j < vectors; ++j) sum[i][j] += left * right[j];
-    }
-  }
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < vectors; ++j) {
-      C* to = c + i * c_row + j * Simd<C>::lanes;
-      store(to, add ? load<V>(to) + sum[i][j] : sum[i][j]);
-    }
-}
-
-// Row i of A is used from column i + low up to before column i + high: a triangle or a band.
-// Nothing outside is read, so nothing there can spoil a result.
-struct Band {
-  int64_t low, high;
-};
-constexpr int64_t kFar = int64_t(1) << 40;
-constexpr Band kFull{-kFar, kFar}, kLower{-kFar, 1}, kUpper{0, kFar};
-
-// One row of C += columns first … end-1 of A times those rows of B.
-template <class C, class A>
-INLINE void gemm_row(int64_t first, int64_t end, const A* a, int64_t a_column, const C* b,
-                     int64_t b_row, C* c, int64_t n) {
-  for (int64_t at = first; at < end; ++at)
-    each_vector<C>(n, [&](auto zero, int64_t j) LAMBDA {
-      using V = decltype(zero);
-      store(c + j, load<V>(c + j) + load<C>(a + at * a_column) * load<V>(b + at * b_row + j));
-    });
-}
-
-template <class C, int rows, int vectors, class A>
-INLINE void gemm_rows(int64_t i, int64_t k, Left<A> a, const C* b, int64_t b_row, C* c,
-                      int64_t c_row, bool add, Band band) {
-  // What all rows of the block share; then what each has before and after that.
-  int64_t first = larger(0, i + rows - 1 + band.low), end = smaller(k, i + band.high);
-  if (end < first) first = end = smaller(k, larger(0, first));
-  const Left<A> shared{a.data + i * a.row + first * a.column, a.row, a.column};
-  gemm_block<C, rows, vectors>(end - first, shared, b + first * b_row, b_row, c + i * c_row,
-                               c_row, add);
-  if (band.low == -kFar && band.high == kFar) return;
-  for (int64_t r = i; r < i + rows; ++r) {
-    const A* row = a.data + r * a.row;
-    gemm_row<C>(larger(0, r + band.low), smaller(first, r + band.high), row, a.column, b, b_row,
-                c + r * c_row, vectors * Simd<C>::lanes);
-    gemm_row<C>(larger(end, r + band.low), smaller(k, r + band.high), row, a.column, b, b_row,
-                c + r * c_row, vectors * Simd<C>::lanes);
-  }
-}
-
-template <class C, int vectors, class A>
-INLINE void gemm_columns(int64_t m, int64_t k, Left<A> a, const C* b, int64_t b_row, C* c,
-                         int64_t c_row, bool add, Band band) {
-  int64_t i = 0;
-  for (; i + kRows <= m; i += kRows)
-    gemm_rows<C, kRows, vectors>(i, k, a, b, b_row, c, c_row, add, band);
-  for (; i + 2 <= m; i += 2) gemm_rows<C, 2, vectors>(i, k, a, b, b_row, c, c_row, add, band);
-  for (; i < m; ++i) gemm_rows<C, 1, vectors>(i, k, a, b, b_row, c, c_row, add, band);
-}
-
-// Products that are summed one after the other; the sums of so many are added up. Rounding
-// errors grow with both, and B's rows stay in cache.
-constexpr int64_t kDepth = 128;
-
-// C (m, n) = A (m, k) · B (k, n), or += it. n is a whole number of vectors.
-template <class C, class A = C>
-void gemm(int64_t m, int64_t n, int64_t k, Left<A> a, Rows<const C> b, Rows<C> c, bool add,
-          Band band) {
-  constexpr int64_t lanes = Simd<C>::lanes;
-  int64_t at = 0;
-  do {
-    const int64_t depth = smaller(kDepth, k - at);
-    const Left<A> left{a.data + at * a.column, a.row, a.column};
-    const C* right = b.data + at * b.row;
-    const Band part{band.low == -kFar ? -kFar : band.low - at,
-                    band.high == kFar ? kFar : band.high - at};
-    int64_t j = 0;
-    for (; j + kVectors * lanes <= n; j += kVectors * lanes)
-      gemm_columns<C, kVectors>(m, depth, left, right + j, b.row, c.data + j, c.row, add, part);
-    for (; j < n; j += lanes)
-      gemm_columns<C, 1>(m, depth, left, right + j, b.row, c.data + j, c.row, add, part);
-    add = true;
-    at += depth;
-  } while (at < k);
-}
-
 // A square of as many rows as lanes: every step exchanges one bit of the row's number with
 // that bit of the lane's.
 template <class C, int s = 1>
-INLINE void turn(typename Simd<C>::Vector* rows) {
+FASTMIX_INLINE void turn(typename Simd<C>::Vector* rows) {
   constexpr int lanes = Simd<C>::lanes;
   if constexpr (s < lanes) {
     for (int i = 0; i < lanes; ++i)
@@ -154,6 +60,123 @@ void transpose(int64_t m, int64_t n, const C* from, int64_t from_row, C* to, int
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = i < squares_m ? squares_n : 0; j < n; ++j)
       to[j * to_row + i] = from[i * from_row + j];
+}
+
+// Row i of A is used from column i + low up to before column i + high: a triangle or a band.
+// Nothing outside is used, so nothing there can spoil a result.
+struct Band {
+  int64_t low, high;
+};
+constexpr int64_t kFar = int64_t(1) << 40;
+constexpr Band kFull{-kFar, kFar}, kLower{-kFar, 1}, kUpper{0, kFar};
+
+// `rows` rows of C from row i of A on.
+template <class C, int rows, int vectors, class A>
+FASTMIX_INLINE void gemm_block(int64_t i, int64_t k, Left<A> a, const C* b, int64_t b_row, C* c,
+                               int64_t c_row, bool add, Band band) {
+  using V = typename Simd<C>::Vector;
+  V sum[rows][vectors] = {};
+  const A* const left = a.data + i * a.row;
+  const auto products = [&](int64_t at, auto uses) FASTMIX_LAMBDA {
+    V right[vectors];
+    for (int j = 0; j < vectors; ++j) right[j] = load<V>(b + at * b_row + j * Simd<C>::lanes);
+    for (int r = 0; r < rows; ++r)
+      if (uses(r)) {
+        const C factor = load<C>(left + r * a.row + at * a.column);
+        for (int j = 0; j < vectors; ++j) sum[r][j] += factor * right[j];
+      }
+  };
+  // What all rows share lies between columns that only some of them use.
+  const int64_t start = larger(0, i + band.low), stop = smaller(k, i + rows - 1 + band.high);
+  const int64_t first = smaller(k, larger(0, i + rows - 1 + band.low));
+  const int64_t end = larger(first, smaller(k, i + band.high));
+  const auto some = [&](int64_t from, int64_t to) FASTMIX_LAMBDA {
+    for (int64_t at = from; at < to; ++at) {
+      const int64_t column = at - i;
+      products(at, [&](int r)
+                       FASTMIX_LAMBDA { return column - r >= band.low && column - r < band.high; });
+    }
+  };
+  some(start, first);
+  for (int64_t at = first; at < end; ++at) products(at, [](int) FASTMIX_LAMBDA { return true; });
+  some(end, stop);
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < vectors; ++j) {
+      C* to = c + (i + r) * c_row + j * Simd<C>::lanes;
+      store(to, add ? load<V>(to) + sum[r][j] : sum[r][j]);
+    }
+}
+
+// Products that are summed one after the other; the sums of so many are added up. Rounding
+// errors grow with both, and B's rows stay in cache.
+constexpr int64_t kDepth = 128;
+
+// With few registers panels of B are narrow and many.
+constexpr bool kNarrow = kRegister < 64;
+
+template <class C, int vectors, class A>
+FASTMIX_INLINE void gemm_columns(int64_t m, int64_t k, Left<A> a, const C* b, int64_t b_row, C* c,
+                                 int64_t c_row, bool add, Band band) {
+  int64_t i = 0;
+  for (; i + kRows <= m; i += kRows)
+    gemm_block<C, kRows, vectors>(i, k, a, b, b_row, c, c_row, add, band);
+  for (; i + 2 <= m; i += 2) gemm_block<C, 2, vectors>(i, k, a, b, b_row, c, c_row, add, band);
+  for (; i < m; ++i) gemm_block<C, 1, vectors>(i, k, a, b, b_row, c, c_row, add, band);
+}
+
+template <class C, class A>
+FASTMIX_INLINE void gemm_panels(int64_t m, int64_t n, int64_t k, Left<A> a, RowMajor<const C> b,
+                                RowMajor<C> c, bool add, Band band) {
+  constexpr int64_t lanes = Simd<C>::lanes;
+  constexpr int64_t width = kVectors * lanes;
+  int64_t j = 0;
+  for (; j + width <= n; j += width) {
+    if (kNarrow && m > 12 * kRows && b.row > width) {
+      // Side by side, rows do not crowd a few places of the caches.
+      C panel[kDepth * width];
+      for (int64_t at = 0; at < k; ++at)
+        memcpy(panel + at * width, b.data + at * b.row + j, sizeof(C) * width);
+      gemm_columns<C, kVectors>(m, k, a, panel, width, c.data + j, c.row, add, band);
+    } else {
+      gemm_columns<C, kVectors>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
+    }
+  }
+  for (; j < n; j += lanes)
+    gemm_columns<C, 1>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
+}
+
+// Rows of A that pass by every panel before the next ones do: as many as stay in the second-level
+// cache meanwhile. Where A's columns lie far apart, they are turned into rows for all panels.
+template <class C>
+constexpr int64_t kStripRows = kNarrow ? 768 / sizeof(C) : kFar;
+
+// C (m, n) = A (m, k) · B (k, n), or += it. n is a whole number of vectors.
+template <class C, class A = C>
+void gemm(int64_t m, int64_t n, int64_t k, Left<A> a, RowMajor<const C> b, RowMajor<C> c, bool add,
+          Band band) {
+  C turned[kNarrow ? kStripRows<C> * kDepth : 1];
+  for (int64_t i = 0; i < m; i += kStripRows<C>) {
+    const int64_t rows = smaller(m - i, kStripRows<C>);
+    bool adds = add;
+    int64_t at = 0;
+    do {
+      const int64_t depth = smaller(kDepth, k - at);
+      Left<A> left{a.data + i * a.row + at * a.column, a.row, a.column};
+      const RowMajor<const C> right{b.data + at * b.row, b.row};
+      const RowMajor<C> to{c.data + i * c.row, c.row};
+      const Band part{band.low == -kFar ? -kFar : band.low + i - at,
+                      band.high == kFar ? kFar : band.high + i - at};
+      const bool used = part.low < depth && rows - 1 + part.high > 0;
+      if constexpr (kNarrow && !kHalf<A>)
+        if (used && a.column >= kDepth && n > kVectors * Simd<C>::lanes) {
+          transpose(depth, rows, left.data, left.column, turned, kDepth);
+          left = {turned, kDepth, 1};
+        }
+      if (used || !adds) gemm_panels<C>(rows, n, depth, left, right, to, adds, part);
+      adds = true;
+      at += depth;
+    } while (at < k);
+  }
 }
 
 }  // namespace

@@ -27,34 +27,88 @@ namespace fastmix::FASTMIX_CPU {
 namespace {
 
 template <class C>
-INLINE Complex<C> operator*(Complex<C> a, Complex<C> b) {
-  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-}
-template <class C>
-INLINE Complex<C> operator+(Complex<C> a, Complex<C> b) {
+FASTMIX_INLINE Complex<C> operator+(Complex<C> a, Complex<C> b) {
   return {a.re + b.re, a.im + b.im};
 }
-INLINE float conjugate(float x) { return x; }
-INLINE double conjugate(double x) { return x; }
+
+// Numbers N side by side in a vector; complex ones as they lie in memory, in pairs.
+template <class N>
+struct Packed {
+  using V = typename Simd<N>::Vector;
+  // a · b + c, and conj(a) · b
+  static FASTMIX_INLINE V times_plus(V a, V b, V c) { return a * b + c; }
+  static FASTMIX_INLINE V conjugate_times(V a, V b) { return a * b; }
+};
+
 template <class C>
-INLINE Complex<C> conjugate(Complex<C> x) {
-  return {x.re, -x.im};
+struct Packed<Complex<C>> {
+  using V = typename Simd<C>::Vector;
+  using Lanes = Indices<Simd<C>::lanes>;
+
+  template <int... I>
+  static FASTMIX_INLINE V real_parts(V a, Indices<0, I...>) {
+    return __builtin_shufflevector(a, a, (I & ~1)...);
+  }
+  // -im, im of each number
+  template <int... I>
+  static FASTMIX_INLINE V imaginary_parts(V a, Indices<0, I...>) {
+    return __builtin_shufflevector(a, a, (I | 1)...) * V{(I % 2 ? C(1) : C(-1))...};
+  }
+  template <int... I>
+  static FASTMIX_INLINE V exchanged(V a, Indices<0, I...>) {
+    return __builtin_shufflevector(a, a, (I ^ 1)...);
+  }
+
+  static FASTMIX_INLINE V times_plus(V a, V b, V c) {
+    return imaginary_parts(a, Lanes()) * exchanged(b, Lanes()) + (real_parts(a, Lanes()) * b + c);
+  }
+  static FASTMIX_INLINE V conjugate_times(V a, V b) {
+    return real_parts(a, Lanes()) * b - imaginary_parts(a, Lanes()) * exchanged(b, Lanes());
+  }
+};
+
+// Vectors of N, whole ones or the first bytes of one.
+template <class N>
+struct WholeVector {
+  using V = typename Packed<N>::V;
+  FASTMIX_INLINE V get(const N* p) const { return load<V>(p); }
+  FASTMIX_INLINE void put(N* p, V v) const { memcpy(static_cast<void*>(p), &v, sizeof v); }
+};
+template <class N>
+struct PartOfVector {
+  using V = typename Packed<N>::V;
+  int64_t bytes;
+  FASTMIX_INLINE V get(const N* p) const {
+    V v{};
+    memcpy(&v, p, bytes);
+    return v;
+  }
+  FASTMIX_INLINE void put(N* p, V v) const { memcpy(static_cast<void*>(p), &v, bytes); }
+};
+
+// Calls f(vector, c) for numbers c …; a number's result is the same in either kind of vector.
+template <class N, class F>
+FASTMIX_INLINE void each_packed(int64_t count, F f) {
+  constexpr int64_t numbers = kRegister / sizeof(N);
+  int64_t c = 0;
+  for (; c + numbers <= count; c += numbers) f(WholeVector<N>{}, c);
+  if (c < count) f(PartOfVector<N>{(count - c) * int64_t(sizeof(N))}, c);
 }
 
 // A unit: heads h0 … of batch entry b.
 template <class N>
 struct Unit {
-  const LinearScan& f;
+  const LinearScan& args;
   int64_t b, h0, heads, c0, count;
   N *gate_row, *gates, *wide;
 
-  Unit(const LinearScan& f, int64_t index, Scratch& scratch) : f(f) {
-    const int64_t blocks = (f.heads + f.block - 1) / f.block;
+  Unit(const LinearScan& args, int64_t index, Scratch& scratch) : args(args) {
+    const int64_t blocks = (args.heads + args.block - 1) / args.block;
     b = index / blocks;
-    h0 = index % blocks * f.block;
-    heads = smaller(f.block, f.heads - h0);
-    c0 = h0 * f.d;
-    count = heads * f.d;
+    h0 = index % blocks * args.block;
+    heads = smaller(args.block, args.heads - h0);
+    c0 = h0 * args.d;
+    count = heads * args.d;
     gate_row = scratch.take<N>(heads);
     gates = scratch.take<N>(count);
     wide = scratch.take<N>(count);
@@ -62,113 +116,131 @@ struct Unit {
 
   // The gate of every channel at step t.
   const N* gates_at(int64_t t) {
-    const N* row = read(f.gates, b, t, h0, heads, gate_row);
-    if (f.d == 1) return row;
+    const N* row = read(args.gates, b, t, h0, heads, gate_row);
+    if (args.d == 1) return row;
     for (int64_t h = 0; h < heads; ++h)
-      for (int64_t i = 0; i < f.d; ++i) gates[h * f.d + i] = row[h];
+      for (int64_t i = 0; i < args.d; ++i) gates[h * args.d + i] = row[h];
     return gates;
   }
 
-  const N* inputs_at(int64_t t) { return read(f.inputs, b, t, c0, count, wide); }
+  const N* inputs_at(int64_t t) { return read(args.inputs, b, t, c0, count, wide); }
 
   void fetch(int64_t t) {
-    if (t < 0 || t >= f.n) return;
-    prefetch(f.gates, b, t, h0, heads);
-    prefetch(f.inputs, b, t, c0, count);
+    if (t < 0 || t >= args.n) return;
+    prefetch(args.gates, b, t, h0, heads);
+    prefetch(args.inputs, b, t, c0, count);
   }
 };
 
+// A step's numbers. Complex ones go as a row of twice as many real ones, which can be streamed.
 template <class N>
-INLINE void advance(const N* gates, const N* inputs, const N* state, N* __restrict next,
-                    int64_t count) {
-  for (int64_t c = 0; c < count; ++c) next[c] = gates[c] * state[c] + inputs[c];
+FASTMIX_INLINE void put(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count,
+                        const N* values) {
+  write(s, b, t, c0, count, values);
+}
+
+template <class C>
+FASTMIX_INLINE void put(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count,
+                        const Complex<C>* values) {
+  if (s.type != kType<Complex<C>>) return write(s, b, t, c0, count, values);
+  const Sink parts{s.data, kType<C>, s.n_size, 2 * s.channels, s.streaming};
+  write(parts, b, t, 2 * c0, 2 * count, reinterpret_cast<const C*>(values));
 }
 
 template <class N>
-void forward(const LinearScan& f, int64_t index) {
+FASTMIX_INLINE void advance(const N* gates, const N* inputs, const N* state, N* __restrict next,
+                            int64_t count) {
+  each_packed<N>(count, [&](auto vector, int64_t c) FASTMIX_LAMBDA {
+    vector.put(next + c, Packed<N>::times_plus(vector.get(gates + c), vector.get(state + c),
+                                               vector.get(inputs + c)));
+  });
+}
+
+template <class N>
+void forward(const LinearScan& args, int64_t index) {
   Scratch scratch;
-  Unit<N> u(f, index, scratch);
+  Unit<N> u(args, index, scratch);
   N *state = scratch.take<N>(u.count), *next = scratch.take<N>(u.count);
   memset(static_cast<void*>(state), 0, u.count * sizeof(N));
-  if (present(f.initial_state)) read_into(f.initial_state, u.b, 0, u.c0, u.count, state);
-  for (int64_t i = 0; i < f.n; ++i) {
-    const int64_t t = f.reverse ? f.n - 1 - i : i;
-    const bool entering = f.reverse ? i == 0 || (t + 1) % larger(f.carry_every, 1) == 0
-                                    : t % larger(f.carry_every, 1) == 0;
-    if (f.carry_every && entering) write(f.carries, u.b, t / f.carry_every, u.c0, u.count, state);
-    u.fetch(f.reverse ? t - kAhead : t + kAhead);
+  if (present(args.initial_state)) read_into(args.initial_state, u.b, 0, u.c0, u.count, state);
+  for (int64_t i = 0; i < args.n; ++i) {
+    const int64_t t = args.reverse ? args.n - 1 - i : i;
+    const bool entering = args.reverse ? i == 0 || (t + 1) % larger(args.carry_every, 1) == 0
+                                       : t % larger(args.carry_every, 1) == 0;
+    if (args.carry_every && entering)
+      write(args.carries, u.b, t / args.carry_every, u.c0, u.count, state);
+    u.fetch(args.reverse ? t - kAhead : t + kAhead);
     advance(u.gates_at(t), u.inputs_at(t), state, next, u.count);
     N* swap = state;
     state = next;
     next = swap;
-    write(f.states, u.b, t, u.c0, u.count, state);
+    put(args.states, u.b, t, u.c0, u.count, state);
   }
-  if (f.carry_every) write(f.carries, u.b, f.carries.n_size - 1, u.c0, u.count, state);
+  if (args.carry_every) write(args.carries, u.b, args.carries.n_size - 1, u.c0, u.count, state);
   streamed();
 }
 
 // With g_t = grad_t + conj(gates_{t+1}) g_{t+1}: dinputs = g and dgates_t = g_t conj(h_{t-1}),
 // summed over the channels of a head. States come again from every carry.
 template <class N>
-void backward(const LinearScan& f, int64_t index) {
+void backward(const LinearScan& args, int64_t index) {
   Scratch scratch;
-  Unit<N> u(f, index, scratch);
-  const int64_t count = u.count, every = f.carry_every;
-  N *g = scratch.take<N>(count), *now = scratch.take<N>(count),
-    *wide_grad = scratch.take<N>(count), *by_gate = scratch.take<N>(count),
+  Unit<N> u(args, index, scratch);
+  const int64_t count = u.count, every = args.carry_every;
+  N *g = scratch.take<N>(count), *now = scratch.take<N>(count), *wide_grad = scratch.take<N>(count),
+    *by_gate = scratch.take<N>(count),
     *before = scratch.take<N>((every + 1) * count);  // the states before the steps of a chunk
   memset(static_cast<void*>(g), 0, count * sizeof(N));
-  const int64_t chunks = (f.n + every - 1) / every;
+  const int64_t chunks = (args.n + every - 1) / every;
   for (int64_t j = 0; j < chunks; ++j) {
-    const int64_t chunk = f.reverse ? j : chunks - 1 - j;
-    const int64_t first = chunk * every, steps = smaller(every, f.n - first);
-    read_into(f.kept, u.b, chunk, u.c0, count, before);
-    const auto time = [&](int64_t i) { return f.reverse ? first + steps - 1 - i : first + i; };
+    const int64_t chunk = args.reverse ? j : chunks - 1 - j;
+    const int64_t first = chunk * every, steps = smaller(every, args.n - first);
+    read_into(args.kept, u.b, chunk, u.c0, count, before);
+    const auto time = [&](int64_t i) { return args.reverse ? first + steps - 1 - i : first + i; };
     for (int64_t i = 0; i + 1 < steps; ++i)
       advance(u.gates_at(time(i)), u.inputs_at(time(i)), before + i * count,
               before + (i + 1) * count, count);
     for (int64_t i = steps - 1; i >= 0; --i) {
       const int64_t t = time(i);
-      const N *grad = read(f.grad, u.b, t, u.c0, count, wide_grad), *gates = u.gates_at(t),
+      const N *grad = read(args.grad, u.b, t, u.c0, count, wide_grad), *gates = u.gates_at(t),
               *h = before + i * count;
-      const int64_t ahead = f.reverse ? t + every : t - every;  // this step of the next chunk
+      const int64_t ahead = args.reverse ? t + every : t - every;  // this step of the next chunk
       u.fetch(ahead);
-      if (ahead >= 0 && ahead < f.n) prefetch(f.grad, u.b, ahead, u.c0, count);
-      for (int64_t c = 0; c < count; ++c) {
-        now[c] = grad[c] + g[c];
-        by_gate[c] = now[c] * conjugate(h[c]);
-        g[c] = conjugate(gates[c]) * now[c];
-      }
-      write(f.grad_inputs, u.b, t, u.c0, count, now);
-      for (int64_t head = 0; f.d > 1 && head < u.heads; ++head) {
-        N sum = by_gate[head * f.d];
-        for (int64_t c = 1; c < f.d; ++c) sum = sum + by_gate[head * f.d + c];
+      if (ahead >= 0 && ahead < args.n) prefetch(args.grad, u.b, ahead, u.c0, count);
+      each_packed<N>(count, [&](auto vector, int64_t c) FASTMIX_LAMBDA {
+        const auto sum = vector.get(grad + c) + vector.get(g + c);
+        vector.put(now + c, sum);
+        vector.put(by_gate + c, Packed<N>::conjugate_times(vector.get(h + c), sum));
+        vector.put(g + c, Packed<N>::conjugate_times(vector.get(gates + c), sum));
+      });
+      put(args.grad_inputs, u.b, t, u.c0, count, now);
+      for (int64_t head = 0; args.d > 1 && head < u.heads; ++head) {
+        N sum = by_gate[head * args.d];
+        for (int64_t c = 1; c < args.d; ++c) sum = sum + by_gate[head * args.d + c];
         by_gate[head] = sum;
       }
-      write(f.grad_gates, u.b, t, u.h0, u.heads, by_gate);
+      put(args.grad_gates, u.b, t, u.h0, u.heads, by_gate);
     }
   }
-  if (f.grad_initial.data) write(f.grad_initial, u.b, 0, u.c0, count, g);
+  if (args.grad_initial.data) write(args.grad_initial, u.b, 0, u.c0, count, g);
   streamed();
 }
 
 }  // namespace
 
-void linear_scan_forward(const LinearScan& f, int64_t begin, int64_t end) {
+void linear_scan_forward(const LinearScan& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    if (f.complex)
-      f.doubles ? forward<Complex<double>>(f, i) : forward<Complex<float>>(f, i);
-    else
-      f.doubles ? forward<double>(f, i) : forward<float>(f, i);
+    if (args.complex)
+      args.doubles ? forward<Complex<double>>(args, i) : forward<Complex<float>>(args, i);
+    else args.doubles ? forward<double>(args, i) : forward<float>(args, i);
   }
 }
 
-void linear_scan_backward(const LinearScan& f, int64_t begin, int64_t end) {
+void linear_scan_backward(const LinearScan& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    if (f.complex)
-      f.doubles ? backward<Complex<double>>(f, i) : backward<Complex<float>>(f, i);
-    else
-      f.doubles ? backward<double>(f, i) : backward<float>(f, i);
+    if (args.complex)
+      args.doubles ? backward<Complex<double>>(args, i) : backward<Complex<float>>(args, i);
+    else args.doubles ? backward<double>(args, i) : backward<float>(args, i);
   }
 }
 
@@ -188,27 +260,26 @@ bool is_complex(const Tensor& x) {
          x.scalar_type() == ScalarType::ComplexDouble;
 }
 
-LinearScan arguments(const Tensor& gates, const Tensor& inputs, bool reverse,
-                     int64_t carry_every) {
-  LinearScan f{};
+LinearScan arguments(const Tensor& gates, const Tensor& inputs, bool reverse, int64_t carry_every) {
+  LinearScan args{};
   const int64_t b = inputs.size(0);
-  f.n = inputs.size(1);
-  f.heads = f.d = 1;
+  args.n = inputs.size(1);
+  args.heads = args.d = 1;
   for (int64_t i = 2; i < inputs.dim(); ++i)
-    (gates.size(i) == inputs.size(i) && f.d == 1 ? f.heads : f.d) *= inputs.size(i);
-  f.carry_every = carry_every;
-  f.reverse = reverse;
-  f.complex = is_complex(gates) || is_complex(inputs);
+    (gates.size(i) == inputs.size(i) && args.d == 1 ? args.heads : args.d) *= inputs.size(i);
+  args.carry_every = carry_every;
+  args.reverse = reverse;
+  args.complex = is_complex(gates) || is_complex(inputs);
   // Whole heads; if complex, whole vectors too: a compiler fuses the products of what is left
   // over from those in another way.
-  const int64_t d = std::max<int64_t>(1, f.d);
-  const int64_t least = f.complex ? 16 / std::gcd<int64_t>(d, 16) : 1;
-  f.block = std::max<int64_t>(1, channel_block(b, f.heads * d, 512) / d);
-  f.block = (f.block + least - 1) / least * least;
-  f.doubles = is_double(gates) || is_double(inputs) ||
-              gates.scalar_type() == ScalarType::ComplexDouble ||
-              inputs.scalar_type() == ScalarType::ComplexDouble;
-  return f;
+  const int64_t d = std::max<int64_t>(1, args.d);
+  const int64_t least = args.complex ? 16 / std::gcd<int64_t>(d, 16) : 1;
+  args.block = std::max<int64_t>(1, channel_block(b, args.heads * d, 512) / d);
+  args.block = (args.block + least - 1) / least * least;
+  args.doubles = is_double(gates) || is_double(inputs) ||
+                 gates.scalar_type() == ScalarType::ComplexDouble ||
+                 inputs.scalar_type() == ScalarType::ComplexDouble;
+  return args;
 }
 
 // (b, n, …) as rows of heads · d channels; copied only if strides demand.
@@ -217,55 +288,58 @@ Tensor rows(const Tensor& x, int64_t heads, int64_t d) {
   return reshaped(x, {x.size(0), x.size(1), heads, d});
 }
 
-Tensor state(const LinearScan& f, const Tensor& x) {
-  return reshaped(x, {x.size(0), f.heads, f.d});
+Tensor state(const LinearScan& args, const Tensor& x) {
+  if (x.dim() == 2 || x.dim() == 3) return x;
+  return reshaped(x, {x.size(0), args.heads, args.d});
 }
 
-int64_t units(const LinearScan& f, int64_t batches) {
-  return f.d ? batches * ((f.heads + f.block - 1) / f.block) : 0;
+int64_t units(const LinearScan& args, int64_t batches) {
+  return args.d ? batches * ((args.heads + args.block - 1) / args.block) : 0;
 }
 
 std::tuple<Tensor, Tensor> linear_scan(const Tensor& gates, const Tensor& inputs,
-                                       const Maybe& initial_state, bool reverse,
+                                       const OptionalTensor& initial_state, bool reverse,
                                        int64_t carry_every) {
-  LinearScan f = arguments(gates, inputs, reverse, carry_every);
-  const int64_t b = inputs.size(0), channels = f.heads * f.d;
-  const int64_t carries = carry_every ? (f.n + carry_every - 1) / carry_every + 1 : 0;
+  LinearScan args = arguments(gates, inputs, reverse, carry_every);
+  const int64_t b = inputs.size(0), channels = args.heads * args.d;
+  const int64_t carries = carry_count(args.n, carry_every);
   const ScalarType type = is_complex(gates) ? gates.scalar_type() : inputs.scalar_type();
-  const ScalarType wide_type = f.complex ? type : wide(inputs);
+  const ScalarType wide_type = args.complex ? type : wide(inputs);
   std::vector<int64_t> shape(inputs.sizes().begin(), inputs.sizes().end());
   Tensor states = fresh(inputs, shape, type);
   shape[1] = carries;
   Tensor kept = fresh(inputs, shape, wide_type);
-  const Tensor gate = rows(gates, f.heads, 1), input = rows(inputs, f.heads, f.d);
-  const Maybe initial = initial_state ? Maybe(state(f, *initial_state)) : Maybe();
-  f.gates = source(gate);
-  f.inputs = source(input);
-  f.initial_state = state_source(initial);
-  f.states = sink(states, f.n, channels);
-  f.carries = sink(kept, carries, channels);
-  spread(FASTMIX_KERNELS(linear_scan_forward), f, units(f, b));
+  const Tensor gate = rows(gates, args.heads, 1), input = rows(inputs, args.heads, args.d);
+  const OptionalTensor initial =
+      initial_state ? OptionalTensor(state(args, *initial_state)) : OptionalTensor();
+  args.gates = source(gate);
+  args.inputs = source(input);
+  args.initial_state = state_source(initial);
+  args.states = sink(states, args.n, channels);
+  args.carries = sink(kept, carries, channels);
+  spread(FASTMIX_KERNELS(linear_scan_forward), args, units(args, b));
   return {states, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(
-    const Tensor& grad, const Tensor& carries, const Tensor& gates, const Tensor& inputs,
-    const Maybe& initial_state, bool reverse, int64_t carry_every) {
-  LinearScan f = arguments(gates, inputs, reverse, carry_every);
-  const int64_t b = inputs.size(0), channels = f.heads * f.d;
+std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(const Tensor& grad, const Tensor& carries,
+                                                        const Tensor& gates, const Tensor& inputs,
+                                                        const OptionalTensor& initial_state,
+                                                        bool reverse, int64_t carry_every) {
+  LinearScan args = arguments(gates, inputs, reverse, carry_every);
+  const int64_t b = inputs.size(0), channels = args.heads * args.d;
   Tensor grad_gates = fresh(gates), grad_inputs = fresh(inputs),
          grad_initial = initial_state ? fresh(*initial_state) : nothing(inputs);
-  const Tensor gate = rows(gates, f.heads, 1), input = rows(inputs, f.heads, f.d),
-               grads = rows(grad, f.heads, f.d), kept = rows(carries, f.heads, f.d);
-  f.gates = source(gate);
-  f.inputs = source(input);
-  f.grad = source(grads);
-  f.kept = source(kept);
-  f.grad_gates = sink(grad_gates, f.n, f.heads);
-  f.grad_inputs = sink(grad_inputs, f.n, channels);
-  if (initial_state) f.grad_initial = sink(grad_initial, 1, channels);
-  if (f.d == 0) clear(grad_gates);
-  spread(FASTMIX_KERNELS(linear_scan_backward), f, units(f, b));
+  const Tensor gate = rows(gates, args.heads, 1), input = rows(inputs, args.heads, args.d),
+               grads = rows(grad, args.heads, args.d), kept = rows(carries, args.heads, args.d);
+  args.gates = source(gate);
+  args.inputs = source(input);
+  args.grad = source(grads);
+  args.kept = source(kept);
+  args.grad_gates = sink(grad_gates, args.n, args.heads);
+  args.grad_inputs = sink(grad_inputs, args.n, channels);
+  if (initial_state) args.grad_initial = sink(grad_initial, 1, channels);
+  if (args.d == 0) clear(grad_gates);
+  spread(FASTMIX_KERNELS(linear_scan_backward), args, units(args, b));
   return {grad_gates, grad_inputs, grad_initial};
 }
 

@@ -15,8 +15,8 @@
 namespace fastmix::FASTMIX_CPU {
 namespace {
 
-#define INLINE inline __attribute__((always_inline))
-#define LAMBDA __attribute__((always_inline))
+#define FASTMIX_INLINE inline __attribute__((always_inline))
+#define FASTMIX_LAMBDA __attribute__((always_inline))
 
 // Bytes of a SIMD register.
 #if defined(__AVX512F__)
@@ -27,8 +27,8 @@ constexpr int kRegister = 32;
 constexpr int kRegister = 16;
 #endif
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTMIX_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTMIX_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class C>
 struct Simd {
@@ -55,28 +55,28 @@ typedef Simd<float>::Vector Floats;
 struct Bf16 {
   uint16_t bits;
 
-  static INLINE float wide(uint16_t bits) {
+  static FASTMIX_INLINE float wide(uint16_t bits) {
     uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float value;
     memcpy(&value, &wide, 4);
     return value;
   }
-  static INLINE Floats wide(Halves bits) { return wide(bits, Indices<kRegister / 2>()); }
+  static FASTMIX_INLINE Floats wide(Halves bits) { return wide(bits, Indices<kRegister / 2>()); }
 
   // A shuffle with zeros: half the work of an integer conversion and a shift.
   template <int... I>
-  static INLINE Floats wide(Halves bits, Indices<0, I...>) {
+  static FASTMIX_INLINE Floats wide(Halves bits, Indices<0, I...>) {
     constexpr int zero = sizeof...(I) / 2;
     return (Floats)__builtin_shufflevector(bits, Halves{}, (I % 2 ? I / 2 : zero)...);
   }
 
-  static INLINE uint16_t narrow(float value) {
+  static FASTMIX_INLINE uint16_t narrow(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
   }
-  static INLINE Halves narrow(Floats values) {
+  static FASTMIX_INLINE Halves narrow(Floats values) {
     const Words bits = (Words)values, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return __builtin_convertvector(values == values ? rounded : Words{} + 0x7fc0, Halves);
   }
@@ -86,7 +86,7 @@ struct Bf16 {
 struct F16 {
   uint16_t bits;
 
-  static INLINE float wide(uint16_t bits) {
+  static FASTMIX_INLINE float wide(uint16_t bits) {
     uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, rest = bits & 0x7fff;
     uint32_t shifted = rest << 13;
     if (rest >= 0x7c00) {
@@ -102,7 +102,7 @@ struct F16 {
     memcpy(&value, &shifted, 4);
     return value;
   }
-  static INLINE Floats wide(Halves bits) {
+  static FASTMIX_INLINE Floats wide(Halves bits) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps((__m256i)bits);
 #elif defined(__F16C__)
@@ -114,7 +114,7 @@ struct F16 {
 #endif
   }
 
-  static INLINE uint16_t narrow(float value) {
+  static FASTMIX_INLINE uint16_t narrow(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     uint32_t sign = (bits >> 16) & 0x8000;
@@ -131,7 +131,7 @@ struct F16 {
     bits += 0xfff + ((bits >> 13) & 1);
     return static_cast<uint16_t>(sign | ((bits - (112u << 23)) >> 13));
   }
-  static INLINE Halves narrow(Floats values) {
+  static FASTMIX_INLINE Halves narrow(Floats values) {
 #if defined(__AVX512F__)
     return (Halves)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
@@ -165,7 +165,7 @@ using Computed = typename Computing<T>::type;
 
 // V is a number or a vector of them; what is stored in 16 bits is a float.
 template <class V, class T>
-INLINE V load(const T* p) {
+FASTMIX_INLINE V load(const T* p) {
   if constexpr (kHalf<T>) {
     if constexpr (sizeof(V) == sizeof(float)) return T::wide(p->bits);
     else return T::wide(load<Halves>(&p->bits));
@@ -177,7 +177,7 @@ INLINE V load(const T* p) {
 }
 
 template <class V, class T>
-INLINE void store(T* p, V v) {
+FASTMIX_INLINE void store(T* p, V v) {
   if constexpr (kHalf<T>) store(&p->bits, T::narrow(v));
   else memcpy(p, &v, sizeof v);
 }
@@ -185,7 +185,7 @@ INLINE void store(T* p, V v) {
 // Past the caches, for rows that nothing reads soon: no line is fetched to be overwritten.
 // Needs p aligned to what is stored, and `streamed` at the end of a unit of work.
 template <class V, class T>
-INLINE void stream(T* p, V v) {
+FASTMIX_INLINE void stream(T* p, V v) {
   if constexpr (kHalf<T>) return stream(&p->bits, T::narrow(v));
 #if defined(__AVX512F__)
   if constexpr (sizeof v == 64)
@@ -196,13 +196,12 @@ INLINE void stream(T* p, V v) {
     return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
 #endif
 #if defined(__SSE2__)
-  if constexpr (sizeof v == 16)
-    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+  if constexpr (sizeof v == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
 #endif
   store(p, v);
 }
 
-INLINE void streamed() {
+FASTMIX_INLINE void streamed() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
@@ -210,7 +209,7 @@ INLINE void streamed() {
 
 // Calls f(zero, c) for channels c …: zero is a vector while one fits, and then a number.
 template <class C, class F>
-INLINE void each_vector(int64_t count, F f) {
+FASTMIX_INLINE void each_vector(int64_t count, F f) {
   int64_t c = 0;
   for (; c + Simd<C>::lanes <= count; c += Simd<C>::lanes) f(typename Simd<C>::Vector{}, c);
   for (; c < count; ++c) f(C(0), c);
@@ -218,7 +217,7 @@ INLINE void each_vector(int64_t count, F f) {
 
 // Σ term(c), sixteen sums at once and each by itself in order: what a compiler may vectorise.
 template <class C, class F>
-INLINE double sum_over(int64_t count, F term) {
+FASTMIX_INLINE double sum_over(int64_t count, F term) {
   C part[16] = {};
   int64_t c = 0;
   for (; c + 16 <= count; c += 16)
@@ -233,7 +232,7 @@ INLINE double sum_over(int64_t count, F term) {
 
 // Lanes i of b and i + s of a change places, for every i without the bit s.
 template <int s, class V, int... I>
-INLINE void exchange(V& a, V& b, Indices<0, I...>) {
+FASTMIX_INLINE void exchange(V& a, V& b, Indices<0, I...>) {
   constexpr int lanes = sizeof...(I);
   const V first = __builtin_shufflevector(a, b, (I & s ? lanes + I - s : I)...);
   b = __builtin_shufflevector(a, b, (I & s ? lanes + I : I + s)...);

@@ -4,7 +4,7 @@
 // An operator's .cpp is compiled once per instruction set, with FASTMIX_CPU naming it, for
 // its kernels, and once without for its registration (tensors.h). Kernels share no inline
 // function or template with other files or with the standard library: a linker merges
-// those, and would hand AVX-512 code to a machine without it.
+// those, and would give AVX-512 code to a machine without it.
 
 #pragma once
 
@@ -31,14 +31,14 @@ struct Sink {
 };
 
 // A scan cut into chunks of time, whose channels lie in blocks. Any thread works on any
-// chunk: it learns what the chunk adds to the state, waits for the state that enters, hands
+// chunk: it learns what the chunk adds to the state, waits for the state that enters, passes
 // the next one on, and only then writes, from rows that still lie in its cache. Chunks are
 // claimed in order of time, so whoever waits, waits for one that a thread is at work on.
 struct Chain {
   int64_t blocks, block, channels;  // of a batch entry; channels of a block, of all
   int64_t steps, chunks;            // of a chunk; of a batch entry
   int64_t* claimed;                 // a counter
-  int64_t* handed;                  // (b, blocks): chunks that have handed a state on
+  int64_t* passed_on;               // (b, blocks): chunks whose last state has been passed on
   double* state;                    // (b, channels): the state that enters the next chunk
 };
 
@@ -67,16 +67,16 @@ struct Chain {
 namespace fastmix::FASTMIX_CPU {
 namespace {
 
-INLINE bool present(const Source& s) { return s.data != nullptr; }
+FASTMIX_INLINE bool present(const Source& s) { return s.data != nullptr; }
 
 // The part of a chain that a thread works on. `order` is the chunk's place in the scan.
 struct Link {
   int64_t b, order, c0, count;
-  int64_t* handed;
+  int64_t* passed_on;
   double* state;
 };
 
-INLINE Link claim(const Chain& chain) {
+FASTMIX_INLINE Link claim(const Chain& chain) {
   const int64_t index = __atomic_fetch_add(chain.claimed, 1, __ATOMIC_RELAXED);
   Link link;
   const int64_t block = index % chain.blocks;
@@ -84,7 +84,7 @@ INLINE Link claim(const Chain& chain) {
   link.b = index / chain.blocks / chain.chunks;
   link.c0 = block * chain.block;
   link.count = smaller(chain.block, chain.channels - link.c0);
-  link.handed = chain.handed + link.b * chain.blocks + block;
+  link.passed_on = chain.passed_on + link.b * chain.blocks + block;
   link.state = chain.state + link.b * chain.channels + link.c0;
   return link;
 }
@@ -92,7 +92,7 @@ INLINE Link claim(const Chain& chain) {
 // Does `count` chunks by work(link, next), where `next` is what this thread will do then.
 // Claiming that ahead blocks nobody: a thread's chunks are done in order.
 template <class F>
-INLINE void each_link(const Chain& chain, int64_t count, F work) {
+FASTMIX_INLINE void each_link(const Chain& chain, int64_t count, F work) {
   Link link = claim(chain), next{};
   for (; count > 0; --count, link = next) {
     next = count > 1 ? claim(chain) : Link{};
@@ -100,15 +100,15 @@ INLINE void each_link(const Chain& chain, int64_t count, F work) {
   }
 }
 
-// Until the state that enters this chunk is there.
-INLINE void await(const Link& link) {
+// Waits until the chunk before has passed its state on.
+FASTMIX_INLINE void await(const Link& link) {
   int spins = 0;
-  while (__atomic_load_n(link.handed, __ATOMIC_ACQUIRE) < link.order)
+  while (__atomic_load_n(link.passed_on, __ATOMIC_ACQUIRE) < link.order)
     if (++spins > 1000) sched_yield(), spins = 1000;
 }
 
-INLINE void hand_on(const Link& link) {
-  __atomic_store_n(link.handed, link.order + 1, __ATOMIC_RELEASE);
+FASTMIX_INLINE void pass_on(const Link& link) {
+  __atomic_store_n(link.passed_on, link.order + 1, __ATOMIC_RELEASE);
 }
 
 // Working memory for a kernel, aligned to cache lines.
@@ -118,6 +118,7 @@ class Scratch {
     while (used_ > 0) free(blocks_[--used_]);
   }
 
+  // Uninitialised numbers.
   template <class C>
   C* take(int64_t count) {
     size_t bytes = (static_cast<size_t>(count) * sizeof(C) + 127) / 64 * 64;
@@ -127,29 +128,35 @@ class Scratch {
     return static_cast<C*>(block);
   }
 
+  template <class C>
+  C* zeros(int64_t count) {
+    C* numbers = take<C>(count);
+    memset(numbers, 0, count * sizeof(C));
+    return numbers;
+  }
+
  private:
   void* blocks_[64];
   int used_ = 0;
 };
 
+// The Type of a tensor of C.
 template <class C>
-constexpr Type type_of();
+constexpr Type kType = Type::f64;
 template <>
-constexpr Type type_of<double>() { return Type::f64; }
+constexpr Type kType<float> = Type::f32;
 template <>
-constexpr Type type_of<float>() { return Type::f32; }
+constexpr Type kType<Bf16> = Type::bf16;
 template <>
-constexpr Type type_of<Bf16>() { return Type::bf16; }
+constexpr Type kType<F16> = Type::f16;
 template <>
-constexpr Type type_of<F16>() { return Type::f16; }
+constexpr Type kType<Complex<double>> = Type::c128;
 template <>
-constexpr Type type_of<Complex<double>>() { return Type::c128; }
-template <>
-constexpr Type type_of<Complex<float>>() { return Type::c64; }
+constexpr Type kType<Complex<float>> = Type::c64;
 
 // Calls f(zero) with a number as real tensors of that type store it.
 template <class F>
-INLINE void by_type(Type type, F f) {
+FASTMIX_INLINE void by_type(Type type, F f) {
   switch (type) {
     case Type::f64: return f(double{});
     case Type::f32: return f(float{});
@@ -158,23 +165,24 @@ INLINE void by_type(Type type, F f) {
   }
 }
 
-INLINE int64_t bytes_of(Type type) {
+FASTMIX_INLINE int64_t bytes_of(Type type) {
   switch (type) {
     case Type::c128: return 16;
-    case Type::f64: case Type::c64: return 8;
+    case Type::f64:
+    case Type::c64: return 8;
     case Type::f32: return 4;
     default: return 2;
   }
 }
 
-INLINE const char* address(const Source& s, int64_t b, int64_t t, int64_t h, int64_t d) {
+FASTMIX_INLINE const char* address(const Source& s, int64_t b, int64_t t, int64_t h, int64_t d) {
   return static_cast<const char*>(s.data) +
          (b * s.b + t * s.n + h * s.h + d * s.d) * bytes_of(s.type);
 }
 
 // A number of a tensor, as a C.
 template <class C>
-INLINE C widened(const char* p, Type type) {
+FASTMIX_INLINE C widened(const char* p, Type type) {
   C number;
   by_type(type, [&](auto stored) {
     using T = decltype(stored);
@@ -187,15 +195,14 @@ template <class T, class C>
 void widen(const char* p, C* __restrict to, int64_t count) {
   const T* from = reinterpret_cast<const T*>(p);
   if constexpr (sizeof(Computed<T>) == sizeof(C)) {
-    each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
-      store(to + c, load<decltype(zero)>(from + c));
-    });
+    each_vector<C>(count, [&](auto zero, int64_t c)
+                              FASTMIX_LAMBDA { store(to + c, load<decltype(zero)>(from + c)); });
   } else {
     for (int64_t c = 0; c < count; ++c) to[c] = static_cast<C>(load<Computed<T>>(from + c));
   }
 }
 
-// Numbers of any type, as C wants them: a real one read as a complex one where asked for.
+// Converts stored numbers of any type to C; a real number becomes a complex one if C is complex.
 template <class C, bool half = kHalf<C>>
 struct Reader {
   static void run(const char* p, Type type, C* to, int64_t count) {
@@ -207,7 +214,7 @@ struct Reader {
 template <class T>
 struct Reader<T, true> {
   static T one(const char* p, Type type) {
-    if (type == type_of<T>()) return *reinterpret_cast<const T*>(p);
+    if (type == kType<T>) return *reinterpret_cast<const T*>(p);
     T number;
     store(&number, widened<float>(p, type));
     return number;
@@ -220,7 +227,7 @@ struct Reader<T, true> {
 template <class C>
 struct Reader<Complex<C>, false> {
   static Complex<C> one(const char* p, Type type) {
-    if (type == type_of<Complex<C>>()) return *reinterpret_cast<const Complex<C>*>(p);
+    if (type == kType<Complex<C>>) return *reinterpret_cast<const Complex<C>*>(p);
     return {widened<C>(p, type), C(0)};
   }
   static void run(const char* p, Type type, Complex<C>* to, int64_t count) {
@@ -229,13 +236,13 @@ struct Reader<Complex<C>, false> {
 };
 
 // Whether the channels of a step lie side by side.
-INLINE bool dense(const Source& s) {
+FASTMIX_INLINE bool dense(const Source& s) {
   return s.d_size == 1 ? s.h == 1 : s.d == 1 && s.h == s.d_size;
 }
 
 // Asks the second-level cache for a row that will be read soon: hardware does not foresee
 // the jump from a part of one row to the next, and fetches what other threads will read.
-INLINE void prefetch(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count) {
+FASTMIX_INLINE void prefetch(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count) {
   if (!dense(s)) return;
   const char* p = address(s, b, t, 0, 0) + c0 * bytes_of(s.type);
   for (int64_t i = 0; i < count * bytes_of(s.type); i += 64) __builtin_prefetch(p + i, 0, 2);
@@ -249,7 +256,7 @@ template <class C>
 const C* read(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count, C* scratch) {
   if (dense(s)) {
     const char* p = address(s, b, t, 0, 0) + c0 * bytes_of(s.type);
-    if (s.type == type_of<C>()) return reinterpret_cast<const C*>(p);
+    if (s.type == kType<C>) return reinterpret_cast<const C*>(p);
     Reader<C>::run(p, s.type, scratch, count);
     return scratch;
   }
@@ -270,7 +277,8 @@ const C* read(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count, 
 
 // The same, always copied to `to`.
 template <class C>
-INLINE void read_into(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count, C* to) {
+FASTMIX_INLINE void read_into(const Source& s, int64_t b, int64_t t, int64_t c0, int64_t count,
+                              C* to) {
   const C* from = read(s, b, t, c0, count, to);
   if (from != to) memcpy(static_cast<void*>(to), from, count * sizeof(C));
 }
@@ -289,7 +297,7 @@ struct Row {
   }
 
   template <class V>
-  INLINE void put(int64_t c, V v) const {
+  FASTMIX_INLINE void put(int64_t c, V v) const {
     streaming ? stream(to + c, v) : store(to + c, v);
   }
 };
@@ -298,9 +306,8 @@ template <class T, class C>
 void narrow(const C* __restrict values, int64_t count, Row<T> row) {
   using To = Computed<T>;
   if constexpr (sizeof(To) == sizeof(C)) {
-    each_vector<C>(count, [&](auto zero, int64_t c) LAMBDA {
-      row.put(c, load<decltype(zero)>(values + c));
-    });
+    each_vector<C>(count, [&](auto zero, int64_t c)
+                              FASTMIX_LAMBDA { row.put(c, load<decltype(zero)>(values + c)); });
   } else {
     for (int64_t c = 0; c < count; ++c) store(row.to + c, static_cast<To>(values[c]));
   }
@@ -309,18 +316,15 @@ void narrow(const C* __restrict values, int64_t count, Row<T> row) {
 // Channels c0 … of one step, rounded to the tensor's dtype.
 template <class C>
 void write(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count, const C* values) {
-  by_type(s.type, [&](auto stored) {
-    narrow(values, count, Row<decltype(stored)>(s, b, t, c0));
-  });
+  by_type(s.type, [&](auto stored) { narrow(values, count, Row<decltype(stored)>(s, b, t, c0)); });
 }
 
 // Complex values, into a complex tensor or the real part of them into a real one.
 template <class C>
 void write(const Sink& s, int64_t b, int64_t t, int64_t c0, int64_t count,
-                  const Complex<C>* values) {
-  char* p = static_cast<char*>(s.data) +
-            ((b * s.n_size + t) * s.channels + c0) * bytes_of(s.type);
-  if (s.type == type_of<Complex<C>>()) {
+           const Complex<C>* values) {
+  char* p = static_cast<char*>(s.data) + ((b * s.n_size + t) * s.channels + c0) * bytes_of(s.type);
+  if (s.type == kType<Complex<C>>) {
     memcpy(p, values, count * sizeof(Complex<C>));
     return;
   }

@@ -7,7 +7,10 @@
 
 namespace fastmix {
 
-enum class Activation : int8_t { none, identity, tanh, sigmoid, gelu, silu };
+// `outside`: the caller applies a function of their own, and the product with res after it.
+enum class Activation : int8_t { outside, identity, tanh, sigmoid, gelu, silu };
+constexpr const char* kActivationNames[] = {"outside", "identity", "tanh",
+                                            "sigmoid", "gelu",     "silu"};
 
 }  // namespace fastmix
 
@@ -18,42 +21,83 @@ enum class Activation : int8_t { none, identity, tanh, sigmoid, gelu, silu };
 namespace fastmix::FASTMIX_CPU {
 namespace {
 
-// Mean and inverse deviation of a row.
+// Mean and inverse deviation of a row. The mean's rounding is multiplied by as much as 1 / √eps:
+// what is left of it is added. Squares of floats that overflow are summed as doubles.
 template <class C>
 void row_statistics(const C* x, int64_t count, double eps, C* mean, C* inverse) {
-  const double sum = sum_over<C>(count, [&](int64_t c) LAMBDA { return x[c]; });
-  const C middle = static_cast<C>(sum / count);
-  const double squares = sum_over<C>(count, [&](int64_t c) LAMBDA {
-    return (x[c] - middle) * (x[c] - middle);
-  });
+  const auto mean_from = [&](C origin) {
+    const auto distance = [&](int64_t c) FASTMIX_LAMBDA { return x[c] - origin; };
+    return static_cast<C>(origin + sum_over<C>(count, distance) / count);
+  };
+  C middle = mean_from(mean_from(0));
+  double squares = sum_over<C>(
+      count, [&](int64_t c) FASTMIX_LAMBDA { return (x[c] - middle) * (x[c] - middle); });
+  if (!(squares < HUGE_VAL)) {
+    double sum = 0;
+    for (int64_t c = 0; c < count; ++c) sum += x[c];
+    squares = 0;
+    for (int64_t c = 0; c < count; ++c) {
+      const double distance = x[c] - sum / count;
+      squares += distance * distance;
+    }
+    middle = static_cast<C>(sum / count);
+  }
   *mean = middle;
   *inverse = static_cast<C>(1 / sqrt(squares / count + eps));
 }
 
+// norm_backward in doubles: of few channels, differences are left whose digits floats lose.
+template <class C>
+void norm_backward_of_few(const C* x, const C* grad_normed, double eps, const C* scale, C* by_scale,
+                          C* by_shift, C* grad, int64_t count) {
+  double sum = 0, squares = 0, total = 0, along = 0;
+  for (int64_t c = 0; c < count; ++c) sum += x[c];
+  const double mean = sum / count;
+  for (int64_t c = 0; c < count; ++c) squares += (x[c] - mean) * (x[c] - mean);
+  const double inverse = 1 / sqrt(squares / count + eps);
+  for (int64_t c = 0; c < count; ++c) {
+    const double normal = (x[c] - mean) * inverse;
+    by_scale[c] += static_cast<C>(grad_normed[c] * normal);
+    by_shift[c] += grad_normed[c];
+    total += static_cast<double>(grad_normed[c]) * scale[c];
+    along += static_cast<double>(grad_normed[c]) * scale[c] * normal;
+  }
+  for (int64_t c = 0; c < count; ++c) {
+    const double normal = (x[c] - mean) * inverse,
+                 own = static_cast<double>(grad_normed[c]) * scale[c];
+    grad[c] = static_cast<C>(inverse * (own - total / count - normal * (along / count)));
+  }
+}
+
 // The gradient of x from that of the row it is normalised to; adds to those of scale and shift.
 template <class C>
-void norm_backward(const C* x, const C* grad_normed, C mean, C inverse, const C* scale,
+void norm_backward(const C* x, const C* grad_normed, C mean, C inverse, double eps, const C* scale,
                    C* by_scale, C* by_shift, C* normal, C* grad, int64_t count) {
+  if (count < 16)
+    return norm_backward_of_few(x, grad_normed, eps, scale, by_scale, by_shift, grad, count);
   for (int64_t c = 0; c < count; ++c) {
     normal[c] = (x[c] - mean) * inverse;
     by_scale[c] += grad_normed[c] * normal[c];
     by_shift[c] += grad_normed[c];
     grad[c] = grad_normed[c] * scale[c];
   }
-  const double total = sum_over<C>(count, [&](int64_t c) LAMBDA { return grad[c]; });
-  const double along = sum_over<C>(count, [&](int64_t c) LAMBDA { return grad[c] * normal[c]; });
-  const C level = static_cast<C>(total / count), tilt = static_cast<C>(along / count);
-  for (int64_t c = 0; c < count; ++c) grad[c] = inverse * (grad[c] - level - normal[c] * tilt);
+  const double total = sum_over<C>(count, [&](int64_t c) FASTMIX_LAMBDA { return grad[c]; });
+  const double along =
+      sum_over<C>(count, [&](int64_t c) FASTMIX_LAMBDA { return grad[c] * normal[c]; });
+  const C mean_grad = static_cast<C>(total / count),
+          mean_grad_normal = static_cast<C>(along / count);
+  for (int64_t c = 0; c < count; ++c)
+    grad[c] = inverse * (grad[c] - mean_grad - normal[c] * mean_grad_normal);
 }
 
 template <class C>
-INLINE C sigmoid(C x) {
+FASTMIX_INLINE C sigmoid(C x) {
   const C e = exp_below_zero(x < 0 ? x : -x), s = C(1) / (C(1) + e);
   return x < 0 ? e * s : s;
 }
 
 template <class C>
-INLINE C hyperbolic_tangent(C x) {
+FASTMIX_INLINE C hyperbolic_tangent(C x) {
   const C size = x < 0 ? -x : x, less = expm1_below_zero(C(-2) * size);
   const C t = less / (C(-2) - less);
   return x < 0 ? -t : t;
@@ -61,7 +105,7 @@ INLINE C hyperbolic_tangent(C x) {
 
 // In double for floats: with 1 - erf(x) = e^{-x²} P(1 / (1 + x/2)) for x in [0, 6], P a least
 // squares fit of degree 9 whose error, 9e-11, is below float's rounding.
-INLINE float error_function(float x) {
+FASTMIX_INLINE float error_function(float x) {
   double size = x < 0 ? -static_cast<double>(x) : static_cast<double>(x);
   size = size > 6 ? 6 : size;
   const double t = 1 / (1 + 0.5 * size);
@@ -79,7 +123,7 @@ INLINE float error_function(float x) {
   return static_cast<float>(x < 0 ? -e : e);
 }
 
-INLINE double error_function(double x) { return erf(x); }
+FASTMIX_INLINE double error_function(double x) { return erf(x); }
 
 constexpr double kRootHalf = 0.70710678118654752440, kGauss = 0.39894228040143267794;
 
@@ -89,7 +133,7 @@ struct Point {
 };
 
 template <class C>
-INLINE Point<C> point(Activation activation, C x) {
+FASTMIX_INLINE Point<C> point(Activation activation, C x) {
   switch (activation) {
     case Activation::tanh: {
       const C value = hyperbolic_tangent(x);
@@ -119,8 +163,8 @@ void gate_rows(const C* __restrict mixed, const C* __restrict res, C* __restrict
 
 template <Activation which, class C>
 void gate_rows_backward(const C* __restrict mixed, const C* __restrict res,
-                        const C* __restrict grad, C* __restrict grad_mixed,
-                        C* __restrict grad_res, int64_t count) {
+                        const C* __restrict grad, C* __restrict grad_mixed, C* __restrict grad_res,
+                        int64_t count) {
   for (int64_t c = 0; c < count; ++c) {
     const Point<C> p = point(which, mixed[c]);
     grad_mixed[c] = grad[c] * res[c] * p.slope;

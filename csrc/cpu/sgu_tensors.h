@@ -2,27 +2,48 @@
 
 #pragma once
 
-#include <string>
+#include <string.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <iterator>
 
 #include "sgu.h"
 #include "tensors.h"
 
 namespace fastmix {
 
-inline Activation activation_of(const std::string& name) {
-  const char* names[] = {"none", "identity", "tanh", "sigmoid", "gelu", "silu"};
-  int8_t i = 0;
-  while (name != names[i]) ++i;
-  return static_cast<Activation>(i);
+inline Activation activation_of(const char* name) {
+  for (int8_t i = 0; i < static_cast<int8_t>(std::size(kActivationNames)); ++i)
+    if (!strcmp(name, kActivationNames[i])) return static_cast<Activation>(i);
+  STD_TORCH_CHECK(false, "fastmix has no activation ", name,
+                  ": a program exported by another version must be exported again");
 }
+
+}  // namespace fastmix
+
+// An operator's string as the activation that it names. Torch's own conversion, to std::string,
+// leaves a copy behind in every call (torch 2.13: `new std::string` without a delete).
+template <>
+struct torch::stable::detail::ToImpl<fastmix::Activation> {
+  static fastmix::Activation call(StableIValue value, uint64_t, bool) {
+    const StringHandle name = torch::stable::detail::to<StringHandle>(value);
+    const char* text;
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(name, &text));
+    const fastmix::Activation activation = fastmix::activation_of(text);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(name));
+    return activation;
+  }
+};
+
+namespace fastmix {
 
 // Parameters as the kernels take them; it must outlive their calls.
 struct Parameters {
   std::vector<double> bias, norm_weight, norm_bias;
   Tensor weight;
 
-  Parameters(const Tensor& x, Tensor weight, const Tensor& bias, const Maybe& norm_weight,
-             const Maybe& norm_bias)
+  Parameters(const Tensor& x, Tensor weight, const Tensor& bias, const OptionalTensor& norm_weight,
+             const OptionalTensor& norm_bias)
       : bias(values(bias)),
         norm_weight(norm_weight ? values(*norm_weight) : std::vector<double>(x.size(2) / 2, 1.0)),
         norm_bias(norm_bias ? values(*norm_bias) : std::vector<double>(x.size(2) / 2, 0.0)),
@@ -31,30 +52,30 @@ struct Parameters {
 
 // What both take, into the arguments of either.
 template <class Arguments>
-void fill(Arguments& f, const Tensor& x, const Parameters& p, double eps, const Maybe& residual,
-          const std::string& activation) {
-  f.b = x.size(0);
-  f.n = x.size(1);
-  f.c = x.size(2) / 2;
-  f.h = p.weight.size(0);
-  f.activation = activation_of(activation);
-  f.eps = eps;
-  f.bias = p.bias.data();
-  f.norm_weight = p.norm_weight.data();
-  f.norm_bias = p.norm_bias.data();
-  f.weight = p.weight.const_data_ptr();
-  f.x = source(x);
-  if (residual) f.residual = source(*residual);
+void fill(Arguments& args, const Tensor& x, const Parameters& p, double eps,
+          const OptionalTensor& residual, Activation activation) {
+  args.b = x.size(0);
+  args.n = x.size(1);
+  args.c = x.size(2) / 2;
+  args.h = p.weight.size(0);
+  args.activation = activation;
+  args.eps = eps;
+  args.bias = p.bias.data();
+  args.norm_weight = p.norm_weight.data();
+  args.norm_bias = p.norm_bias.data();
+  args.weight = p.weight.const_data_ptr();
+  args.x = source(x);
+  if (residual) args.residual = source(*residual);
 }
 
 // In causal_sgu.cpp; windowed_sgu.cpp has a use for them. They take a window's weight as well,
 // (h, s, 2s), whose first half meets nothing.
 Tensor causal_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                  const Maybe& norm_weight, const Maybe& norm_bias, double eps,
-                  const Maybe& residual, std::string activation);
+                  const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
+                  const OptionalTensor& residual, Activation activation);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> causal_sgu_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
-    const Maybe& norm_weight, const Maybe& norm_bias, double eps, const Maybe& residual,
-    std::string activation);
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
+    const OptionalTensor& residual, Activation activation);
 
 }  // namespace fastmix

@@ -18,12 +18,19 @@ namespace {
 // Calls f(i, offset) for every element of x, in order.
 template <class F>
 void each_element(const Tensor& x, F f) {
-  std::vector<int64_t> index(x.dim());
-  for (int64_t element = 0; element < x.numel(); ++element) {
+  const int64_t count = x.numel();
+  if (x.is_contiguous()) {
+    for (int64_t element = 0; element < count; ++element) f(element, element);
+    return;
+  }
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t dim = x.dim();
+  std::vector<int64_t> index(dim);
+  for (int64_t element = 0; element < count; ++element) {
     int64_t at = 0;
-    for (int64_t i = 0; i < x.dim(); ++i) at += index[i] * x.stride(i);
+    for (int64_t i = 0; i < dim; ++i) at += index[i] * strides[i];
     f(element, at);
-    for (int64_t i = x.dim() - 1; i >= 0 && ++index[i] == x.size(i); --i) index[i] = 0;
+    for (int64_t i = dim - 1; i >= 0 && ++index[i] == sizes[i]; --i) index[i] = 0;
   }
 }
 
@@ -40,7 +47,9 @@ void scatter(const Tensor& x, const std::vector<double>& from, int64_t first) {
 }
 
 int best_instruction_set() {
-#if defined(__x86_64__)
+#if defined(FASTMIX_ONLY)
+  return FASTMIX_ONLY_INDEX;
+#elif defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
@@ -55,8 +64,8 @@ std::atomic<int> chosen{-1};
 bool threads_lost = false;
 
 #if defined(__linux__)
-// A forked child has its parent's pool of threads by name only: torch would wait for them
-// for ever. Whether there was one is seen by the parent's number of threads.
+// fork() copies torch's record of its thread pool, but none of the threads: the child would wait
+// for them for ever. The parent has a pool if it has more than one thread.
 bool lost_in_parent;
 void before_fork() {
   lost_in_parent = threads_lost;
@@ -88,14 +97,14 @@ Tensor fresh(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
 }
 
 std::vector<double> values(const Tensor& parameter) {
-  std::vector<double> found(parameter.numel());
+  std::vector<double> numbers(parameter.numel());
   switch (parameter.scalar_type()) {
-    case ScalarType::Double: gather<double>(parameter, found); break;
-    case ScalarType::Float: gather<float>(parameter, found); break;
-    case ScalarType::BFloat16: gather<torch::headeronly::BFloat16>(parameter, found); break;
-    default: gather<torch::headeronly::Half>(parameter, found);
+    case ScalarType::Double: gather<double>(parameter, numbers); break;
+    case ScalarType::Float: gather<float>(parameter, numbers); break;
+    case ScalarType::BFloat16: gather<torch::headeronly::BFloat16>(parameter, numbers); break;
+    default: gather<torch::headeronly::Half>(parameter, numbers);
   }
-  return found;
+  return numbers;
 }
 
 void assign(const Tensor& x, const std::vector<double>& results, int64_t first) {
@@ -123,9 +132,8 @@ Tensor dense(const Tensor& x) {
   const int64_t size = x.element_size();
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(copy.mutable_data_ptr());
-  each_element(x, [&](int64_t i, int64_t at) {
-    std::memcpy(to + i * size, from + at * size, size);
-  });
+  each_element(x,
+               [&](int64_t i, int64_t at) { std::memcpy(to + i * size, from + at * size, size); });
   return copy;
 }
 
@@ -151,6 +159,11 @@ int instruction_set() {
 
 // The best instruction set of this machine; and, for tests, the choice of a lesser one
 // (-1: the best again).
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-EXPORTED int fastmix_best_instruction_set() { return fastmix::best_instruction_set(); }
-EXPORTED void fastmix_choose_instruction_set(int set) { fastmix::chosen = set; }
+#define FASTMIX_EXPORTED extern "C" __attribute__((visibility("default")))
+FASTMIX_EXPORTED int fastmix_best_instruction_set() { return fastmix::best_instruction_set(); }
+#if defined(FASTMIX_ONLY)
+FASTMIX_EXPORTED int fastmix_least_instruction_set() { return FASTMIX_ONLY_INDEX; }
+#else
+FASTMIX_EXPORTED int fastmix_least_instruction_set() { return 0; }
+#endif
+FASTMIX_EXPORTED void fastmix_choose_instruction_set(int set) { fastmix::chosen = set; }

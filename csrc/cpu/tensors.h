@@ -18,7 +18,7 @@
 namespace fastmix {
 
 using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
 inline Type type_of(ScalarType type) {
@@ -34,7 +34,7 @@ inline Type type_of(ScalarType type) {
 
 inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 
-// The dtype in which sums, states and spectra of x are kept.
+// The dtype of sums, states and spectra of x.
 inline ScalarType wide(const Tensor& x) {
   return is_double(x) ? ScalarType::Double : ScalarType::Float;
 }
@@ -45,19 +45,27 @@ inline ScalarType wide_complex(const Tensor& x) {
 
 // x (b, n, h, d), or fewer trailing axes: (b, n, h) has d = 1.
 inline Source source(const Tensor& x) {
-  return {x.const_data_ptr(), type_of(x.scalar_type()), x.stride(0), x.stride(1),
-          x.dim() > 2 ? x.stride(2) : 1, x.dim() > 3 ? x.stride(3) : 1,
+  return {x.const_data_ptr(),
+          type_of(x.scalar_type()),
+          x.stride(0),
+          x.stride(1),
+          x.dim() > 2 ? x.stride(2) : 1,
+          x.dim() > 3 ? x.stride(3) : 1,
           x.dim() > 3 ? std::max<int64_t>(1, x.size(3)) : 1};
 }
 
 // x (b, h, d), as a source of one step.
 inline Source state_source(const Tensor& x) {
-  return {x.const_data_ptr(), type_of(x.scalar_type()), x.stride(0), 0,
-          x.stride(1), x.dim() > 2 ? x.stride(2) : 1,
+  return {x.const_data_ptr(),
+          type_of(x.scalar_type()),
+          x.stride(0),
+          0,
+          x.stride(1),
+          x.dim() > 2 ? x.stride(2) : 1,
           x.dim() > 2 ? std::max<int64_t>(1, x.size(2)) : 1};
 }
 
-inline Source state_source(const Maybe& x) { return x ? state_source(*x) : Source{}; }
+inline Source state_source(const OptionalTensor& x) { return x ? state_source(*x) : Source{}; }
 
 inline Sink sink(const Tensor& x, int64_t n, int64_t channels) {
   const bool streaming = x.numel() * static_cast<int64_t>(x.element_size()) >= 8 << 20;
@@ -71,7 +79,8 @@ inline Tensor fresh(const Tensor& like) {
   return fresh(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
 }
 
-// What a schema returns for no gradient: it has tensors only.
+// An empty tensor: what operators return in place of a gradient that does not exist, because
+// their schemas have no optional results.
 inline Tensor nothing(const Tensor& like) { return fresh(like, {0}, like.scalar_type()); }
 
 inline void clear(const Tensor& x) {
@@ -87,36 +96,43 @@ void assign(const Tensor& x, const std::vector<double>& results, int64_t first =
 // A parameter's gradient: the sums of `parts`, (…, elements of the parameter, d).
 Tensor totals(const std::vector<double>& parts, const Tensor& parameter, int64_t d = 1);
 
+// How many carries forward keeps: the state before every carry_every-th step, and the last one.
+inline int64_t carry_count(int64_t n, int64_t carry_every) {
+  return carry_every ? (n + carry_every - 1) / carry_every + 1 : 0;
+}
+
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, int64_t, int64_t);
 
-// 0 portable, 1 AVX2, 2 AVX-512: the best this machine runs, or the one a test asked for.
+// 0 portable, 1 AVX2, 2 AVX-512: the best that this machine runs, or a test's choice.
 int instruction_set();
 
-// Not in a child that was forked from a process with threads.
+// False after fork() from a process with several threads: the child has no thread pool.
 bool may_use_threads();
 
 // Calls the kernel of this machine for all units, in parallel.
 template <class Arguments>
 void spread(std::initializer_list<Kernel<Arguments>> kernels, const Arguments& arguments,
             int64_t units) {
-  const Kernel<Arguments> kernel = kernels.begin()[instruction_set()];
+  const Kernel<Arguments> kernel = kernels.begin()[kernels.size() > 1 ? instruction_set() : 0];
   if (!may_use_threads()) return kernel(arguments, 0, units);
-  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    kernel(arguments, begin, end);
-  });
+  torch::stable::parallel_for(0, units, 1,
+                              [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
-#if defined(__x86_64__)
+// A library compiled on first use has the kernels of one instruction set, which build.py names.
+#if defined(FASTMIX_ONLY)
+#define FASTMIX_KERNELS(name) {FASTMIX_ONLY::name}
+#elif defined(__x86_64__)
 #define FASTMIX_KERNELS(name) {portable::name, avx2::name, avx512::name}
 #else
 #define FASTMIX_KERNELS(name) {portable::name}
 #endif
 
-// x itself or a copy: without gaps; in another dtype, if x is real; in another shape. By torch,
-// but where that would wait for threads that are not there.
+// x contiguous, x (real) in another dtype, x in another shape: x itself or a copy. torch copies,
+// except where it would wait for a thread pool that does not exist.
 Tensor dense(const Tensor& x);
-inline Maybe dense(const Maybe& x) { return x ? Maybe(dense(*x)) : x; }
+inline OptionalTensor dense(const OptionalTensor& x) { return x ? OptionalTensor(dense(*x)) : x; }
 Tensor converted(const Tensor& x, ScalarType type);
 Tensor reshaped(const Tensor& x, std::vector<int64_t> shape);
 
@@ -149,7 +165,7 @@ struct ChainStorage {
     counters.resize(1 + batches * chain.blocks);
     state.resize(batches * channels);
     chain.claimed = counters.data();
-    chain.handed = counters.data() + 1;
+    chain.passed_on = counters.data() + 1;
     chain.state = state.data();
   }
 

@@ -37,62 +37,57 @@ namespace {
 // A window's gate: normalised, by head (h, w, d), and what the norm's gradient needs.
 template <class C>
 struct Gate {
-  C *rows, *turned;  // turned (h, d, w), if asked for
+  C *rows, *turned;  // turned (h, d, w), or null
   C *mean, *inverse;
 };
 
 template <class C>
 struct Sgu {
-  const WindowedSgu& f;
-  const int64_t d, d_, w_;  // channels of a head; rows as whole vectors, of d and of w
+  const WindowedSgu& args;
+  const int64_t d, d_padded, w_padded;  // channels of a head; rows as whole vectors, of d and of w
   C *scale, *shift, *wide, *row, *mixed;
   C *value, *slope, *wide_res;  // rows of c
 
-  Sgu(const WindowedSgu& f, Scratch& scratch)
-      : f(f), d(f.c / f.h), d_(padded<C>(d)), w_(padded<C>(f.w)) {
-    scale = scratch.take<C>(f.c);
-    shift = scratch.take<C>(f.c);
-    for (int64_t c = 0; c < f.c; ++c) {
-      scale[c] = static_cast<C>(f.norm_weight[c]);
-      shift[c] = static_cast<C>(f.norm_bias[c]);
+  Sgu(const WindowedSgu& args, Scratch& scratch)
+      : args(args), d(args.c / args.h), d_padded(padded<C>(d)), w_padded(padded<C>(args.w)) {
+    scale = scratch.take<C>(args.c);
+    shift = scratch.take<C>(args.c);
+    for (int64_t c = 0; c < args.c; ++c) {
+      scale[c] = static_cast<C>(args.norm_weight[c]);
+      shift[c] = static_cast<C>(args.norm_bias[c]);
     }
-    wide = scratch.take<C>(2 * f.c);
-    row = scratch.take<C>(f.c);
-    mixed = zeros(scratch, f.h * f.w * d_);
-    value = scratch.take<C>(f.c);
-    slope = scratch.take<C>(f.c);
-    wide_res = scratch.take<C>(f.c);
-  }
-
-  static C* zeros(Scratch& scratch, int64_t count) {
-    C* found = scratch.take<C>(count);
-    memset(found, 0, count * sizeof(C));
-    return found;
+    wide = scratch.take<C>(2 * args.c);
+    row = scratch.take<C>(args.c);
+    mixed = scratch.zeros<C>(args.h * args.w * d_padded);
+    value = scratch.take<C>(args.c);
+    slope = scratch.take<C>(args.c);
+    wide_res = scratch.take<C>(args.c);
   }
 
   Gate<C> gate(Scratch& scratch, bool turned) {
-    return {zeros(scratch, f.h * f.w * d_), turned ? zeros(scratch, f.h * d * w_) : nullptr,
-            scratch.take<C>(f.w), scratch.take<C>(f.w)};
+    return {scratch.zeros<C>(args.h * args.w * d_padded),
+            turned ? scratch.zeros<C>(args.h * d * w_padded) : nullptr, scratch.take<C>(args.w),
+            scratch.take<C>(args.w)};
   }
 
-  int64_t rows_of(int64_t window) const { return smaller(f.w, f.n - window * f.w); }
+  int64_t rows_of(int64_t window) const { return smaller(args.w, args.n - window * args.w); }
 
   // The row of each head: (h, w, d)
-  C* at(C* heads, int64_t head, int64_t r) const { return heads + (head * f.w + r) * d_; }
+  C* at(C* heads, int64_t head, int64_t r) const { return heads + (head * args.w + r) * d_padded; }
 
   // Channels c0 … c0+c-1 of a step that will be read soon.
   void fetch(const Source& s, int64_t b, int64_t t, int64_t c0) const {
-    if (t < f.n) prefetch(s, b, t, c0, f.c);
+    if (t < args.n) prefetch(s, b, t, c0, args.c);
   }
 
   void normalise(int64_t b, int64_t window, Gate<C>& gate) {
     const int64_t rows = rows_of(window);
     for (int64_t r = 0; r < rows; ++r) {
-      fetch(f.x, b, window * f.w + r + kAhead, f.c);
-      const C* x = read(f.x, b, window * f.w + r, f.c, f.c, wide);
-      row_statistics(x, f.c, f.eps, gate.mean + r, gate.inverse + r);
+      fetch(args.x, b, window * args.w + r + kAhead, args.c);
+      const C* x = read(args.x, b, window * args.w + r, args.c, args.c, wide);
+      row_statistics(x, args.c, args.eps, gate.mean + r, gate.inverse + r);
       const C mean = gate.mean[r], inverse = gate.inverse[r];
-      for (int64_t head = 0; head < f.h; ++head) {
+      for (int64_t head = 0; head < args.h; ++head) {
         C* to = at(gate.rows, head, r);
         const int64_t c0 = head * d;
         for (int64_t c = 0; c < d; ++c)
@@ -100,65 +95,66 @@ struct Sgu {
       }
     }
     if (gate.turned)
-      for (int64_t head = 0; head < f.h; ++head)
-        transpose(rows, d, at(gate.rows, head, 0), d_, gate.turned + head * d * w_, w_);
+      for (int64_t head = 0; head < args.h; ++head)
+        transpose(rows, d, at(gate.rows, head, 0), d_padded, gate.turned + head * d * w_padded,
+                  w_padded);
   }
 
   // The part of the weight (h, w, 2w) for the window itself, or for the one before it.
   Left<C> weight(int64_t head, bool own) const {
-    const C* data = static_cast<const C*>(f.weight) + head * f.w * 2 * f.w;
-    return {data + (own ? f.w : 0), 2 * f.w, 1};
+    const C* data = static_cast<const C*>(args.weight) + head * args.w * 2 * args.w;
+    return {data + (own ? args.w : 0), 2 * args.w, 1};
   }
 
   // mixed = bias + W_before · before + triangle(W_own) · own
   void mix(int64_t window, const Gate<C>& before, const Gate<C>& own) {
     const int64_t rows = rows_of(window);
-    for (int64_t head = 0; head < f.h; ++head) {
+    for (int64_t head = 0; head < args.h; ++head) {
       for (int64_t r = 0; r < rows; ++r) {
-        const C bias = static_cast<C>(f.bias[head * f.w + r]);
-        for (int64_t c = 0; c < d_; ++c) at(mixed, head, r)[c] = bias;
+        const C bias = static_cast<C>(args.bias[head * args.w + r]);
+        for (int64_t c = 0; c < d_padded; ++c) at(mixed, head, r)[c] = bias;
       }
       if (window > 0)
-        gemm<C>(rows, d_, f.w, weight(head, false), {at(before.rows, head, 0), d_},
-                {at(mixed, head, 0), d_}, true, kFull);
-      gemm<C>(rows, d_, rows, weight(head, true), {at(own.rows, head, 0), d_},
-              {at(mixed, head, 0), d_}, true, kLower);
+        gemm<C>(rows, d_padded, args.w, weight(head, false), {at(before.rows, head, 0), d_padded},
+                {at(mixed, head, 0), d_padded}, true, kFull);
+      gemm<C>(rows, d_padded, rows, weight(head, true), {at(own.rows, head, 0), d_padded},
+              {at(mixed, head, 0), d_padded}, true, kLower);
     }
   }
 
   // The mixture of step t with its residual, all heads in one row.
   const C* mixed_row(int64_t b, int64_t window, int64_t r) {
-    for (int64_t head = 0; head < f.h; ++head)
+    for (int64_t head = 0; head < args.h; ++head)
       memcpy(row + head * d, at(mixed, head, r), d * sizeof(C));
-    if (present(f.residual)) {
-      const C* residual = read(f.residual, b, window * f.w + r, 0, f.c, wide);
-      for (int64_t c = 0; c < f.c; ++c) row[c] += residual[c];
+    if (present(args.residual)) {
+      const C* residual = read(args.residual, b, window * args.w + r, 0, args.c, wide);
+      for (int64_t c = 0; c < args.c; ++c) row[c] += residual[c];
     }
     return row;
   }
 };
 
 template <class C>
-void forward(const WindowedSgu& f, int64_t begin, int64_t end) {
+void forward(const WindowedSgu& args, int64_t begin, int64_t end) {
   Scratch scratch;
-  Sgu<C> s(f, scratch);
+  Sgu<C> s(args, scratch);
   Gate<C> before = s.gate(scratch, false), own = s.gate(scratch, false);
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t b = index / f.windows, window = index % f.windows;
+    const int64_t b = index / args.windows, window = index % args.windows;
     if (window > 0 && index == begin) s.normalise(b, window - 1, before);
     s.normalise(b, window, own);
     s.mix(window, before, own);
     for (int64_t r = 0; r < s.rows_of(window); ++r) {
-      const int64_t t = window * f.w + r;
-      s.fetch(f.x, b, t + kAhead, 0);
+      const int64_t t = window * args.w + r;
+      s.fetch(args.x, b, t + kAhead, 0);
       const C* mixed = s.mixed_row(b, window, r);
-      if (f.activation == Activation::none) {
-        write(f.out, b, t, 0, f.c, mixed);
+      if (args.activation == Activation::outside) {
+        write(args.out, b, t, 0, args.c, mixed);
         continue;
       }
-      const C* res = read(f.x, b, t, 0, f.c, s.wide_res);
-      apply_gate(f.activation, mixed, res, s.value, f.c);
-      write(f.out, b, t, 0, f.c, s.value);
+      const C* res = read(args.x, b, t, 0, args.c, s.wide_res);
+      apply_gate(args.activation, mixed, res, s.value, args.c);
+      write(args.out, b, t, 0, args.c, s.value);
     }
     const Gate<C> gate = before;
     before = own;
@@ -171,15 +167,15 @@ void forward(const WindowedSgu& f, int64_t begin, int64_t end) {
 template <class C>
 void write_grad_gate(Sgu<C>& s, int64_t b, int64_t window, const Gate<C>& gate, C* grad_rows,
                      C* by_scale, C* by_shift) {
-  const WindowedSgu& f = s.f;
+  const WindowedSgu& args = s.args;
   for (int64_t r = 0; r < s.rows_of(window); ++r) {
-    const int64_t t = window * f.w + r;
-    const C* x = read(f.x, b, t, f.c, f.c, s.wide);
-    for (int64_t head = 0; head < f.h; ++head)
+    const int64_t t = window * args.w + r;
+    const C* x = read(args.x, b, t, args.c, args.c, s.wide);
+    for (int64_t head = 0; head < args.h; ++head)
       memcpy(s.row + head * s.d, s.at(grad_rows, head, r), s.d * sizeof(C));
-    norm_backward(x, s.row, gate.mean[r], gate.inverse[r], s.scale, by_scale, by_shift, s.slope,
-                  s.value, f.c);
-    write(f.grad_x, b, t, f.c, f.c, s.value);
+    norm_backward(x, s.row, gate.mean[r], gate.inverse[r], args.eps, s.scale, by_scale, by_shift,
+                  s.slope, s.value, args.c);
+    write(args.grad_x, b, t, args.c, args.c, s.value);
   }
 }
 
@@ -195,46 +191,48 @@ struct Sums {
 template <class C>
 void window_backward(Sgu<C>& s, int64_t b, int64_t window, const Gate<C>& before,
                      const Gate<C>& own, Sums<C>& sums, double* grad_bias, bool only_mixture) {
-  const WindowedSgu& f = s.f;
+  const WindowedSgu& args = s.args;
   const int64_t rows = s.rows_of(window);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t t = window * f.w + r;
-    s.fetch(f.x, b, t + kAhead, 0);
-    s.fetch(f.grad, b, t + kAhead, 0);
+    const int64_t t = window * args.w + r;
+    s.fetch(args.x, b, t + kAhead, 0);
+    s.fetch(args.grad, b, t + kAhead, 0);
     const C* mixed = s.mixed_row(b, window, r);
-    const C* grad = read(f.grad, b, t, 0, f.c, s.wide);
+    const C* grad = read(args.grad, b, t, 0, args.c, s.wide);
     C *grad_mixed = s.slope, *grad_res = s.value;
-    if (f.activation == Activation::none) {
-      memcpy(grad_mixed, grad, f.c * sizeof(C));
-      memset(grad_res, 0, f.c * sizeof(C));
+    if (args.activation == Activation::outside) {
+      memcpy(grad_mixed, grad, args.c * sizeof(C));
+      memset(grad_res, 0, args.c * sizeof(C));
     } else {
-      apply_gate_backward(f.activation, mixed, read(f.x, b, t, 0, f.c, s.wide_res), grad,
-                          grad_mixed, grad_res, f.c);
+      apply_gate_backward(args.activation, mixed, read(args.x, b, t, 0, args.c, s.wide_res), grad,
+                          grad_mixed, grad_res, args.c);
     }
-    for (int64_t head = 0; head < f.h; ++head)
+    for (int64_t head = 0; head < args.h; ++head)
       memcpy(s.at(s.mixed, head, r), grad_mixed + head * s.d, s.d * sizeof(C));
     if (only_mixture) continue;
-    write(f.grad_x, b, t, 0, f.c, grad_res);
-    if (f.grad_residual.data) write(f.grad_residual, b, t, 0, f.c, grad_mixed);
-    for (int64_t head = 0; head < f.h; ++head) {
+    write(args.grad_x, b, t, 0, args.c, grad_res);
+    if (args.grad_residual.data) write(args.grad_residual, b, t, 0, args.c, grad_mixed);
+    for (int64_t head = 0; head < args.h; ++head) {
       const C* of_head = grad_mixed + head * s.d;
-      grad_bias[head * f.w + r] += sum_over<C>(s.d, [&](int64_t c) LAMBDA { return of_head[c]; });
+      grad_bias[head * args.w + r] +=
+          sum_over<C>(s.d, [&](int64_t c) FASTMIX_LAMBDA { return of_head[c]; });
     }
   }
   if (only_mixture) return;
-  for (int64_t head = 0; head < f.h; ++head) {
-    const Left<C> grad{s.at(s.mixed, head, 0), s.d_, 1};
-    C *to_own = sums.weight_own + head * f.w * s.w_,
-      *to_before = sums.weight_before + head * f.w * s.w_;
+  for (int64_t head = 0; head < args.h; ++head) {
+    const Left<C> grad{s.at(s.mixed, head, 0), s.d_padded, 1};
+    C *to_own = sums.weight_own + head * args.w * s.w_padded,
+      *to_before = sums.weight_before + head * args.w * s.w_padded;
     if (window > 0)
-      gemm<C>(rows, s.w_, s.d, grad, {before.turned + head * s.d * s.w_, s.w_},
-              {to_before, s.w_}, true, kFull);
+      gemm<C>(rows, s.w_padded, s.d, grad, {before.turned + head * s.d * s.w_padded, s.w_padded},
+              {to_before, s.w_padded}, true, kFull);
     // Of the triangle, panel by panel: the rows from its diagonal on.
     constexpr int64_t panel = kVectors * Simd<C>::lanes;
     for (int64_t j = 0; j < rows; j += panel)
-      gemm<C>(rows - j, smaller(panel, s.w_ - j), s.d, {grad.data + j * s.d_, s.d_, 1},
-              {own.turned + head * s.d * s.w_ + j, s.w_}, {to_own + j * s.w_ + j, s.w_}, true,
-              kFull);
+      gemm<C>(rows - j, smaller(panel, s.w_padded - j), s.d,
+              {grad.data + j * s.d_padded, s.d_padded, 1},
+              {own.turned + head * s.d * s.w_padded + j, s.w_padded},
+              {to_own + j * s.w_padded + j, s.w_padded}, true, kFull);
   }
 }
 
@@ -246,61 +244,64 @@ struct Backward {
   Sums<C> sums;
 
   Backward(Sgu<C>& s, Scratch& scratch) {
-    const WindowedSgu& f = s.f;
+    const WindowedSgu& args = s.args;
     before = s.gate(scratch, true);
     own = s.gate(scratch, true);
-    grad_before = s.zeros(scratch, f.h * f.w * s.d_);
-    grad_own = s.zeros(scratch, f.h * f.w * s.d_);
-    sums = {scratch.take<C>(f.h * f.w * s.w_), scratch.take<C>(f.h * f.w * s.w_),
-            scratch.take<C>(f.c), scratch.take<C>(f.c)};
+    grad_before = scratch.zeros<C>(args.h * args.w * s.d_padded);
+    grad_own = scratch.zeros<C>(args.h * args.w * s.d_padded);
+    sums = {scratch.take<C>(args.h * args.w * s.w_padded),
+            scratch.take<C>(args.h * args.w * s.w_padded), scratch.take<C>(args.c),
+            scratch.take<C>(args.c)};
   }
 };
 
 template <class C>
 void backward(Sgu<C>& s, Backward<C>& kept, int64_t run) {
-  const WindowedSgu& f = s.f;
+  const WindowedSgu& args = s.args;
   auto& [before, own, grad_before, grad_own, sums] = kept;
-  double *grad_bias = f.grad_bias + run * f.h * f.w,
-         *by_scale = f.grad_norm_weight + run * f.c, *by_shift = f.grad_norm_bias + run * f.c;
-  memset(sums.weight_before, 0, f.h * f.w * s.w_ * sizeof(C));
-  memset(sums.weight_own, 0, f.h * f.w * s.w_ * sizeof(C));
-  memset(grad_bias, 0, f.h * f.w * sizeof(double));
-  memset(by_scale, 0, f.c * sizeof(double));
-  memset(by_shift, 0, f.c * sizeof(double));
+  double *grad_bias = args.grad_bias + run * args.h * args.w,
+         *by_scale = args.grad_norm_weight + run * args.c,
+         *by_shift = args.grad_norm_bias + run * args.c;
+  memset(sums.weight_before, 0, args.h * args.w * s.w_padded * sizeof(C));
+  memset(sums.weight_own, 0, args.h * args.w * s.w_padded * sizeof(C));
+  memset(grad_bias, 0, args.h * args.w * sizeof(double));
+  memset(by_scale, 0, args.c * sizeof(double));
+  memset(by_shift, 0, args.c * sizeof(double));
   const auto finish = [&](int64_t b, int64_t window, const Gate<C>& gate, C* grad) {
-    memset(kept.sums.by_scale, 0, f.c * sizeof(C));
-    memset(kept.sums.by_shift, 0, f.c * sizeof(C));
+    memset(kept.sums.by_scale, 0, args.c * sizeof(C));
+    memset(kept.sums.by_shift, 0, args.c * sizeof(C));
     write_grad_gate(s, b, window, gate, grad, kept.sums.by_scale, kept.sums.by_shift);
-    for (int64_t c = 0; c < f.c; ++c) {
+    for (int64_t c = 0; c < args.c; ++c) {
       by_scale[c] += kept.sums.by_scale[c];
       by_shift[c] += kept.sums.by_shift[c];
     }
   };
   // The windows of all batch entries in a row, `run_windows` to a run.
-  const int64_t first = run * f.run_windows, end = smaller(first + f.run_windows, f.b * f.windows);
+  const int64_t first = run * args.run_windows,
+                end = smaller(first + args.run_windows, args.b * args.windows);
   for (int64_t index = first; index < end; ++index) {
-    const int64_t b = index / f.windows;
-    int64_t window = index % f.windows;
+    const int64_t b = index / args.windows;
+    int64_t window = index % args.windows;
     const bool starts = index == first || window == 0;
     if (starts && window > 0) s.normalise(b, window - 1, before);
     // A run that ends within a sequence looks at the mixture's gradient one window on.
-    const bool ends = index + 1 == end || window + 1 == f.windows;
-    const int64_t last = ends && window + 1 < f.windows ? window + 1 : window;
+    const bool ends = index + 1 == end || window + 1 == args.windows;
+    const int64_t last = ends && window + 1 < args.windows ? window + 1 : window;
     for (bool first_here = starts; window <= last; ++window, first_here = false) {
-      const bool only_mixture = window > index % f.windows;
+      const bool only_mixture = window > index % args.windows;
       s.normalise(b, window, own);
       s.mix(window, before, own);
       window_backward(s, b, window, before, own, sums, grad_bias, only_mixture);
       const int64_t rows = s.rows_of(window);
-      for (int64_t head = 0; head < f.h; ++head) {
-        const Rows<const C> grad{s.at(s.mixed, head, 0), s.d_};
+      for (int64_t head = 0; head < args.h; ++head) {
+        const RowMajor<const C> grad{s.at(s.mixed, head, 0), s.d_padded};
         const Left<C> w_before = s.weight(head, false), w_own = s.weight(head, true);
         if (!first_here)
-          gemm<C>(f.w, s.d_, rows, {w_before.data, 1, w_before.row}, grad,
-                  {s.at(grad_before, head, 0), s.d_}, true, kFull);
+          gemm<C>(args.w, s.d_padded, rows, {w_before.data, 1, w_before.row}, grad,
+                  {s.at(grad_before, head, 0), s.d_padded}, true, kFull);
         if (!only_mixture)
-          gemm<C>(rows, s.d_, rows, {w_own.data, 1, w_own.row}, grad,
-                  {s.at(grad_own, head, 0), s.d_}, false, kUpper);
+          gemm<C>(rows, s.d_padded, rows, {w_own.data, 1, w_own.row}, grad,
+                  {s.at(grad_own, head, 0), s.d_padded}, false, kUpper);
       }
       if (!first_here) finish(b, window - 1, before, grad_before);
       const Gate<C> gate = before;
@@ -310,22 +311,23 @@ void backward(Sgu<C>& s, Backward<C>& kept, int64_t run) {
       grad_before = grad_own;
       grad_own = grad;
     }
-    if (ends && last == index % f.windows) finish(b, last, before, grad_before);
+    if (ends && last == index % args.windows) finish(b, last, before, grad_before);
   }
   // (h, w, [before, own]), nothing above the diagonal.
-  C* grad_weight = static_cast<C*>(f.grad_weight) + run * f.h * f.w * 2 * f.w;
-  for (int64_t i = 0; i < f.h * f.w; ++i) {
-    memcpy(grad_weight + i * 2 * f.w, sums.weight_before + i * s.w_, f.w * sizeof(C));
-    const int64_t below = i % f.w + 1;
-    memcpy(grad_weight + i * 2 * f.w + f.w, sums.weight_own + i * s.w_, below * sizeof(C));
-    memset(grad_weight + i * 2 * f.w + f.w + below, 0, (f.w - below) * sizeof(C));
+  C* grad_weight = static_cast<C*>(args.grad_weight) + run * args.h * args.w * 2 * args.w;
+  for (int64_t i = 0; i < args.h * args.w; ++i) {
+    memcpy(grad_weight + i * 2 * args.w, sums.weight_before + i * s.w_padded, args.w * sizeof(C));
+    const int64_t below = i % args.w + 1;
+    memcpy(grad_weight + i * 2 * args.w + args.w, sums.weight_own + i * s.w_padded,
+           below * sizeof(C));
+    memset(grad_weight + i * 2 * args.w + args.w + below, 0, (args.w - below) * sizeof(C));
   }
 }
 
 template <class C>
-void backward(const WindowedSgu& f, int64_t begin, int64_t end) {
+void backward(const WindowedSgu& args, int64_t begin, int64_t end) {
   Scratch scratch;
-  Sgu<C> s(f, scratch);
+  Sgu<C> s(args, scratch);
   Backward<C> kept(s, scratch);
   for (int64_t run = begin; run < end; ++run) backward(s, kept, run);
   streamed();
@@ -333,12 +335,12 @@ void backward(const WindowedSgu& f, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void windowed_sgu_forward(const WindowedSgu& f, int64_t begin, int64_t end) {
-  f.x.type == Type::f64 ? forward<double>(f, begin, end) : forward<float>(f, begin, end);
+void windowed_sgu_forward(const WindowedSgu& args, int64_t begin, int64_t end) {
+  args.x.type == Type::f64 ? forward<double>(args, begin, end) : forward<float>(args, begin, end);
 }
 
-void windowed_sgu_backward(const WindowedSgu& f, int64_t begin, int64_t end) {
-  f.x.type == Type::f64 ? backward<double>(f, begin, end) : backward<float>(f, begin, end);
+void windowed_sgu_backward(const WindowedSgu& args, int64_t begin, int64_t end) {
+  args.x.type == Type::f64 ? backward<double>(args, begin, end) : backward<float>(args, begin, end);
 }
 
 }  // namespace fastmix::FASTMIX_CPU
@@ -350,13 +352,13 @@ void windowed_sgu_backward(const WindowedSgu& f, int64_t begin, int64_t end) {
 namespace fastmix {
 namespace {
 
-WindowedSgu arguments(const Tensor& x, const Parameters& p, double eps, const Maybe& residual,
-                      const std::string& activation) {
-  WindowedSgu f{};
-  fill(f, x, p, eps, residual, activation);
-  f.w = p.weight.size(1);
-  f.windows = (f.n + f.w - 1) / f.w;
-  return f;
+WindowedSgu arguments(const Tensor& x, const Parameters& p, double eps,
+                      const OptionalTensor& residual, Activation activation) {
+  WindowedSgu args{};
+  fill(args, x, p, eps, residual, activation);
+  args.w = p.weight.size(1);
+  args.windows = (args.n + args.w - 1) / args.w;
+  return args;
 }
 
 // Σ over the first axis of `parts`, into the fresh tensor `sum`, row by row.
@@ -379,58 +381,60 @@ bool causal(const Tensor& x, const Tensor& weight) {
 }
 
 // The weight in the compute type: unlike causal_sgu's it is small.
-Tensor computed(const Tensor& weight, const Tensor& x) {
-  return dense(converted(weight, wide(x)));
-}
+Tensor computed(const Tensor& weight, const Tensor& x) { return dense(converted(weight, wide(x))); }
 
 Tensor windowed_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                    const Maybe& norm_weight, const Maybe& norm_bias, double eps,
-                    const Maybe& residual, std::string activation) {
+                    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
+                    const OptionalTensor& residual, Activation activation) {
   if (causal(x, weight))
     return causal_sgu(x, weight, bias, norm_weight, norm_bias, eps, residual, activation);
   const Parameters p(x, computed(weight, x), bias, norm_weight, norm_bias);
-  WindowedSgu f = arguments(x, p, eps, residual, activation);
-  Tensor out = fresh(x, {f.b, f.n, f.c}, x.scalar_type());
-  f.out = sink(out, f.n, f.c);
-  spread(FASTMIX_KERNELS(windowed_sgu_forward), f, f.c ? f.b * f.windows : 0);
+  WindowedSgu args = arguments(x, p, eps, residual, activation);
+  Tensor out = fresh(x, {args.b, args.n, args.c}, x.scalar_type());
+  args.out = sink(out, args.n, args.c);
+  spread(FASTMIX_KERNELS(windowed_sgu_forward), args, args.c ? args.b * args.windows : 0);
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
-    const Maybe& norm_weight, const Maybe& norm_bias, double eps, const Maybe& residual,
-    std::string activation) {
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
+    const OptionalTensor& residual, Activation activation) {
   if (causal(x, weight))
     return causal_sgu_backward(grad, x, weight, bias, norm_weight, norm_bias, eps, residual,
                                activation);
   const Parameters p(x, computed(weight, x), bias, norm_weight, norm_bias);
-  WindowedSgu f = arguments(x, p, eps, residual, activation);
+  WindowedSgu args = arguments(x, p, eps, residual, activation);
   Tensor grad_x = fresh(x), grad_residual = residual ? fresh(*residual) : nothing(x);
-  f.grad = source(grad);
-  f.grad_x = sink(grad_x, f.n, 2 * f.c);
-  if (residual) f.grad_residual = sink(grad_residual, f.n, f.c);
+  args.grad = source(grad);
+  args.grad_x = sink(grad_x, args.n, 2 * args.c);
+  if (residual) args.grad_residual = sink(grad_residual, args.n, args.c);
 
   // Runs are as many as keep their sums of the weight's gradient small, or small beside x, and so
   // long that the window which is computed twice at the end of each weighs little: two at least.
-  const int64_t windows = f.b * f.windows, numbers = std::max<int64_t>(1, p.weight.numel());
+  const int64_t windows = args.b * args.windows, numbers = std::max<int64_t>(1, p.weight.numel());
   const int64_t affordable = std::max<int64_t>(x.numel() / 16, 1 << 19) / numbers;
   const int64_t worthwhile = std::max<int64_t>(windows / 8, 2);
   const int64_t runs = std::max<int64_t>(1, std::min({affordable, worthwhile, int64_t(16)}));
-  f.run_windows = std::max<int64_t>(1, (windows + runs - 1) / runs);
-  f.runs = (windows + f.run_windows - 1) / f.run_windows;
-  Tensor sums = fresh(x, {f.runs, f.h, f.w, 2 * f.w}, wide(x));
-  std::vector<double> by_bias(f.runs * f.h * f.w), by_scale(f.runs * f.c), by_shift(f.runs * f.c);
-  f.grad_weight = sums.mutable_data_ptr();
-  f.grad_bias = by_bias.data();
-  f.grad_norm_weight = by_scale.data();
-  f.grad_norm_bias = by_shift.data();
-  spread(FASTMIX_KERNELS(windowed_sgu_backward), f, f.runs);
+  args.run_windows = std::max<int64_t>(1, (windows + runs - 1) / runs);
+  args.runs = (windows + args.run_windows - 1) / args.run_windows;
+  Tensor sums = fresh(x, {args.runs, args.h, args.w, 2 * args.w}, wide(x));
+  std::vector<double> by_bias(args.runs * args.h * args.w), by_scale(args.runs * args.c),
+      by_shift(args.runs * args.c);
+  args.grad_weight = sums.mutable_data_ptr();
+  args.grad_bias = by_bias.data();
+  args.grad_norm_weight = by_scale.data();
+  args.grad_norm_bias = by_shift.data();
+  spread(FASTMIX_KERNELS(windowed_sgu_backward), args, args.runs);
 
   Tensor grad_weight = fresh(weight);
   is_double(x) ? add_runs<double>(sums, grad_weight) : add_runs<float>(sums, grad_weight);
-  return {grad_x, grad_weight, totals(by_bias, bias),
+  return {grad_x,
+          grad_weight,
+          totals(by_bias, bias),
           norm_weight ? totals(by_scale, *norm_weight) : nothing(x),
-          norm_bias ? totals(by_shift, *norm_bias) : nothing(x), grad_residual};
+          norm_bias ? totals(by_shift, *norm_bias) : nothing(x),
+          grad_residual};
 }
 
 }  // namespace

@@ -15,14 +15,14 @@
 
 // Weak: torch without CUDA has none, and must load this library all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                    void** stream);
+                                                                                   void** stream);
 
 namespace fastmix::cuda {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
 Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -43,8 +43,12 @@ View view(const Tensor& x) {
 // kernel (b, m, h) or (m, h)
 View kernel_view(const Tensor& kernel) {
   const int64_t last = kernel.dim() - 1;
-  return {const_cast<void*>(kernel.const_data_ptr()), type_of(kernel),
-          last == 2 ? kernel.stride(0) : 0, kernel.stride(last - 1), 0, kernel.stride(last)};
+  return {const_cast<void*>(kernel.const_data_ptr()),
+          type_of(kernel),
+          last == 2 ? kernel.stride(0) : 0,
+          kernel.stride(last - 1),
+          0,
+          kernel.stride(last)};
 }
 
 Tensor like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes(), x.scalar_type()); }
@@ -66,9 +70,10 @@ using Guard = torch::stable::accelerator::DeviceGuard;
 
 void* stream_of(int index) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
-                      aoti_torch_get_current_cuda_stream(index, &stream) == AOTI_TORCH_SUCCESS,
-                  "fft_conv on CUDA: this torch tells no stream");
+  STD_TORCH_CHECK(
+      aoti_torch_get_current_cuda_stream != nullptr &&
+          aoti_torch_get_current_cuda_stream(index, &stream) == AOTI_TORCH_SUCCESS,
+      "fft_conv on CUDA: torch does not say which stream is current: install a torch with CUDA");
   return stream;
 }
 #endif
@@ -83,7 +88,8 @@ struct Launcher {
   explicit Launcher(const Tensor& x)
       : index(x.get_device_index()), guard(index), on(device(index)), stream(stream_of(index)) {
     STD_TORCH_CHECK(x.size(0) * x.size(2) * x.size(3) <= 1 << 30,
-                    "fft_conv: too many channels for the CUDA kernel");
+                    "fft_conv on CUDA: x must have at most 2^30 channels of all samples, got ",
+                    x.size(0) * x.size(2) * x.size(3), ": split the batch");
   }
 
   template <Kernel kernel>
@@ -94,42 +100,43 @@ struct Launcher {
 };
 
 // (h, d), float32 and dense
-const float* skip_data(const Maybe& skip) {
+const float* skip_data(const OptionalTensor& skip) {
   return skip ? static_cast<const float*>(skip->const_data_ptr()) : nullptr;
 }
 
-// What transforms and products are both told: sizes, the kernel and the skip.
-template <class F>
-void describe(F& f, const Tensor& x, const Tensor& kernel, const Maybe& skip) {
-  f.batch = x.size(0), f.heads = x.size(2), f.channels = x.size(3);
-  f.steps = x.size(1);
-  f.lags = std::min(x.size(1), kernel.size(-2));
-  f.kernels = kernel.dim() == 3 ? f.batch : 1;
-  f.kernel = kernel_view(kernel);
-  f.skip = skip_data(skip);
+// What transforms and products both need: sizes, the kernel and the skip.
+template <class Conv>
+void describe(Conv& conv, const Tensor& x, const Tensor& kernel, const OptionalTensor& skip) {
+  conv.batch = x.size(0), conv.heads = x.size(2), conv.channels = x.size(3);
+  conv.steps = x.size(1);
+  conv.lags = std::min(x.size(1), kernel.size(-2));
+  conv.kernels = kernel.dim() == 3 ? conv.batch : 1;
+  conv.kernel = kernel_view(kernel);
+  conv.skip = skip_data(skip);
 }
 
 struct Call : Launcher {
-  FftConv f{};
+  FftConv conv{};
   int length, r;
 
-  Call(const Tensor& x, const Tensor& kernel, const Maybe& skip) : Launcher(x) {
-    describe(f, x, kernel, skip);
-    f.x = view(x);
-    length = length_for(f.steps, on.shared);
+  Call(const Tensor& x, const Tensor& kernel, const OptionalTensor& skip) : Launcher(x) {
+    describe(conv, x, kernel, skip);
+    conv.x = view(x);
+    length = length_for(conv.steps, on.shared);
     r = std::max(1, length / 4096);
   }
 
   template <Kernel kernel>
   void run() {
-    Launcher::run<kernel>(length, f);
+    Launcher::run<kernel>(length, conv);
   }
 
   // The backward multiplies by u itself.
   Tensor spectra(const Tensor& x, bool wrapped) {
-    f.wrapped = wrapped ? r - 1 : 0;
-    Tensor made = scratch(x, int64_t{f.kernels} * f.heads * (f.wrapped + r) * (length / r));
-    f.spectra = data(made);
+    conv.wrapped = wrapped ? r - 1 : 0;
+    Tensor made =
+        scratch(x, int64_t{conv.kernels} * conv.heads * (conv.wrapped + r) * (length / r));
+    conv.spectra = data(made);
     run<Kernel::spectra>();
     return made;
   }
@@ -137,34 +144,35 @@ struct Call : Launcher {
 
 // Sequences that no block can hold: slabs of channels, one after another through the same scratch.
 struct LongCall : Launcher {
-  LongConv f{}, k{};  // of x; of kernels, as (b or 1, m, h, 1)
+  LongConv conv{}, k{};  // of x; of kernels, as (b or 1, m, h, 1)
   int64_t steps, lags;
   int all_kernels, kernels, units;  // of kernels all; of a slab at most
   Tensor spectra;
 
   // `buffers` of scratch are in use at once.
-  LongCall(const Tensor& x, const Tensor& kernel, const Maybe& skip, int buffers)
+  LongCall(const Tensor& x, const Tensor& kernel, const OptionalTensor& skip, int buffers)
       : Launcher(x), steps(x.size(1)), lags(std::min(steps, kernel.size(-2))) {
-    f.length = long_length_for(steps);
-    STD_TORCH_CHECK(f.length != 0, "fft_conv: ", steps, " steps are too many for the CUDA kernel");
-    f.heads = x.size(2), f.channels = x.size(3);
-    f.skip = skip_data(skip);
-    f.samples = kernel.dim() == 3 ? 1 : x.size(0);
-    with_columns(type_of(x), f.length,
-                 [&](auto shape) { f.width = std::min<int>(shape.at_once, f.channels); });
-    all_kernels = x.size(0) / f.samples * f.heads;
-    units = std::max<int64_t>(1, on.scratch / 8 / buffers / f.width / f.length);
-    kernels = std::clamp(units / f.units_of_kernel(), 1, all_kernels);
-    units = std::min(units, kernels * f.units_of_kernel());
-    spectra = scratch(x, int64_t{kernels} * f.length);
-    f.spectra = data(spectra);
-    k.length = f.length, k.heads = f.heads;
+    conv.length = long_length_for(steps);
+    STD_TORCH_CHECK(conv.length != 0, "fft_conv on CUDA: x must have at most 2^20 steps, got ",
+                    steps, ": split the sequence");
+    conv.heads = x.size(2), conv.channels = x.size(3);
+    conv.skip = skip_data(skip);
+    conv.samples = kernel.dim() == 3 ? 1 : x.size(0);
+    with_columns(type_of(x), conv.length,
+                 [&](auto shape) { conv.width = std::min<int>(shape.at_once, conv.channels); });
+    all_kernels = x.size(0) / conv.samples * conv.heads;
+    units = std::max<int64_t>(1, on.scratch / 8 / buffers / conv.width / conv.length);
+    kernels = std::clamp(units / conv.units_of_kernel(), 1, all_kernels);
+    units = std::min(units, kernels * conv.units_of_kernel());
+    spectra = scratch(x, int64_t{kernels} * conv.length);
+    conv.spectra = data(spectra);
+    k.length = conv.length, k.heads = conv.heads;
     k.channels = k.samples = k.width = 1;
   }
 
   template <Kernel kernel>
   void run() {
-    Launcher::run<kernel>(f.length, f);
+    Launcher::run<kernel>(conv.length, conv);
   }
 
   template <Kernel kernel>
@@ -176,27 +184,27 @@ struct LongCall : Launcher {
   template <Kernel kernel>
   void columns_of_kernels(View tensor) {
     tensor.h = tensor.d, tensor.d = 0;
-    columns<kernel>(k, tensor, lags, f.spectra);
+    columns<kernel>(k, tensor, lags, conv.spectra);
   }
 
   // slab() for each slab of channels, done() when those of some kernels are through.
   template <class Slab, class Done>
   void each_slab(const View& kernel, Slab slab, Done done) {
     for (int first = 0; first < all_kernels; first += kernels) {
-      f.first_kernel = k.first_kernel = first;
-      f.kernels = k.kernels = k.units = std::min(kernels, all_kernels - first);
+      conv.first_kernel = k.first_kernel = first;
+      conv.kernels = k.kernels = k.units = std::min(kernels, all_kernels - first);
       columns_of_kernels<Kernel::columns_in>(kernel);
       run<Kernel::row_spectra>();
-      const int all = f.kernels * f.units_of_kernel();
-      for (f.first_unit = 0; f.first_unit < all; f.first_unit += units) {
-        f.units = std::min(units, all - f.first_unit);
+      const int all = conv.kernels * conv.units_of_kernel();
+      for (conv.first_unit = 0; conv.first_unit < all; conv.first_unit += units) {
+        conv.units = std::min(units, all - conv.first_unit);
         slab();
       }
       done();
     }
   }
 
-  Tensor numbers(const Tensor& x) { return scratch(x, int64_t{units} * f.width * f.length); }
+  Tensor numbers(const Tensor& x) { return scratch(x, int64_t{units} * conv.width * conv.length); }
 };
 
 // The longest sequence whose products on tensor cores, n / 2 a number and what tiles waste, are
@@ -219,10 +227,10 @@ bool takes_product(int64_t steps, int64_t lags, int64_t channels, int capability
 
 // Sequences that are multiplied with a matrix.
 struct ProductCall : Launcher {
-  Toeplitz f{};
+  Toeplitz conv{};
 
-  ProductCall(const Tensor& x, const Tensor& kernel, const Maybe& skip) : Launcher(x) {
-    describe(f, x, kernel, skip);
+  ProductCall(const Tensor& x, const Tensor& kernel, const OptionalTensor& skip) : Launcher(x) {
+    describe(conv, x, kernel, skip);
   }
 
   static bool takes(const Tensor& x, const Tensor& kernel) {
@@ -233,7 +241,7 @@ struct ProductCall : Launcher {
 
   template <template <Type> class K>
   void run() {
-    const char* error = launch<K>(f, stream);
+    const char* error = launch<K>(conv, stream);
     STD_TORCH_CHECK(error == nullptr, "fft_conv on CUDA: ", error);
   }
 
@@ -241,14 +249,14 @@ struct ProductCall : Launcher {
   static Tensor with_whole_chunks(const Tensor& x) {
     if (has_whole_chunks(view(x))) return x;
     const int64_t channels = x.size(3), padded = (channels + 7) / 8 * 8;
-    Tensor copy = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), padded},
-                                           x.scalar_type());
+    Tensor copy =
+        torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), padded}, x.scalar_type());
     copy = torch::stable::narrow(copy, 3, 0, channels);
     return torch::stable::copy_(copy, x);
   }
 
   void multiply(const View& x, const View& out) {
-    f.x = x, f.out = out;
+    conv.x = x, conv.out = out;
     run<Product>();
   }
 
@@ -260,17 +268,17 @@ struct ProductCall : Launcher {
   void backward(const Tensor& grad, const Tensor& x, const Tensor& grad_x,
                 const Tensor& grad_kernel) {
     const Tensor rows_of_grad = with_whole_chunks(grad), rows_of_x = with_whole_chunks(x);
-    f.grad = view(rows_of_grad);
-    multiply(backward_in_time(f.grad), backward_in_time(view(grad_x)));
-    f.x = view(rows_of_x), f.grad_kernel = kernel_view(grad_kernel);
-    const Tensor sums = scratch(grad_kernel, Diagonals<Type::bf16>::sums(f) / 2);
-    f.sums = static_cast<float*>(sums.mutable_data_ptr());
+    conv.grad = view(rows_of_grad);
+    multiply(backward_in_time(conv.grad), backward_in_time(view(grad_x)));
+    conv.x = view(rows_of_x), conv.grad_kernel = kernel_view(grad_kernel);
+    const Tensor sums = scratch(grad_kernel, Diagonals<Type::bf16>::sums(conv) / 2);
+    conv.sums = static_cast<float*>(sums.mutable_data_ptr());
     run<Diagonals>();
     run<Totals>();
   }
 
   View backward_in_time(View view) const {
-    view.data = static_cast<char*>(view.data) + 2 * (f.steps - 1) * view.n;
+    view.data = static_cast<char*>(view.data) + 2 * (conv.steps - 1) * view.n;
     view.n = -view.n;
     return view;
   }
@@ -280,43 +288,44 @@ bool is_long(const Tensor& x) {
   return length_for(x.size(1), device(x.get_device_index()).shared) == 0;
 }
 
-void long_forward(const Tensor& x, const Tensor& kernel, const Maybe& skip, const Tensor& out) {
+void long_forward(const Tensor& x, const Tensor& kernel, const OptionalTensor& skip,
+                  const Tensor& out) {
   LongCall call(x, kernel, skip, 1);
   const Tensor numbers = call.numbers(x);
-  LongConv& f = call.f;
-  f.columns = data(numbers);
+  LongConv& conv = call.conv;
+  conv.columns = data(numbers);
   call.each_slab(
       kernel_view(kernel),
       [&] {
-        call.columns<Kernel::columns_in>(f, view(x), call.steps, f.columns);
+        call.columns<Kernel::columns_in>(conv, view(x), call.steps, conv.columns);
         call.run<Kernel::row_forward>();
-        call.columns<Kernel::columns_out>(f, view(out), call.steps, f.columns);
+        call.columns<Kernel::columns_out>(conv, view(out), call.steps, conv.columns);
       },
       [] {});
 }
 
-void long_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel, const Maybe& skip,
-                   const Tensor& grad_x, const Tensor& grad_kernel) {
+void long_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel,
+                   const OptionalTensor& skip, const Tensor& grad_x, const Tensor& grad_kernel) {
   LongCall call(x, kernel, skip, 2);
   const Tensor numbers = call.numbers(x), numbers_of_grad = call.numbers(x);
-  LongConv& f = call.f;
-  f.columns = data(numbers);
-  f.grad_columns = data(numbers_of_grad);
+  LongConv& conv = call.conv;
+  conv.columns = data(numbers);
+  conv.grad_columns = data(numbers_of_grad);
   // Parts enough for two blocks at once on every multiprocessor.
-  const int own = std::min(call.units, f.units_of_kernel()) * f.width,
-            blocks = call.kernels * (f.length / 4096),
+  const int own = std::min(call.units, conv.units_of_kernel()) * conv.width,
+            blocks = call.kernels * (conv.length / 4096),
             most = std::max(1, 2 * call.on.multiprocessors / blocks);
-  f.share = (own + most - 1) / most;
-  f.parts = (own + f.share - 1) / f.share;
-  const Tensor sums = scratch(x, int64_t{call.kernels} * f.parts * f.length);
-  f.sums = data(sums);
+  conv.share = (own + most - 1) / most;
+  conv.parts = (own + conv.share - 1) / conv.share;
+  const Tensor sums = scratch(x, int64_t{call.kernels} * conv.parts * conv.length);
+  conv.sums = data(sums);
   call.each_slab(
       kernel_view(kernel),
       [&] {
-        call.columns<Kernel::columns_in>(f, view(x), call.steps, f.columns);
-        call.columns<Kernel::columns_in>(f, view(grad), call.steps, f.grad_columns);
+        call.columns<Kernel::columns_in>(conv, view(x), call.steps, conv.columns);
+        call.columns<Kernel::columns_in>(conv, view(grad), call.steps, conv.grad_columns);
         call.run<Kernel::row_backward>();
-        call.columns<Kernel::columns_out>(f, view(grad_x), call.steps, f.grad_columns);
+        call.columns<Kernel::columns_out>(conv, view(grad_x), call.steps, conv.grad_columns);
       },
       [&] {
         call.run<Kernel::row_lags>();
@@ -324,7 +333,7 @@ void long_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel, co
       });
 }
 
-Tensor fft_conv(Tensor x, Tensor kernel, Maybe skip) {
+Tensor fft_conv(Tensor x, Tensor kernel, OptionalTensor skip) {
   Tensor out = like(x);
   if (x.numel() == 0) return out;
   if (ProductCall::takes(x, kernel)) {
@@ -336,30 +345,29 @@ Tensor fft_conv(Tensor x, Tensor kernel, Maybe skip) {
     return out;
   }
   Call call(x, kernel, skip);
-  call.f.out = view(out);
+  call.conv.out = view(out);
   const Tensor spectra = call.spectra(x, true);
   call.run<Kernel::forward>();
   return out;
 }
 
 // Parts of the skip's gradient (b · parts, h, d), to be summed: none without a skip.
-Tensor skip_sums(const Tensor& grad, const Tensor& x, const Tensor& kernel, const Maybe& skip) {
-  FftConv f{};
-  describe(f, x, kernel, skip);
-  f.x = view(x), f.grad = view(grad);
-  const int64_t parts = skip ? x.size(0) * Skips::parts(f) : 0;
-  Tensor sums =
-      torch::stable::new_empty(x, {parts, x.size(2), x.size(3)}, ScalarType::Float);
-  f.skip_sums = static_cast<float*>(sums.mutable_data_ptr());
-  if (sums.numel() > 0) Launcher(x).run<Kernel::skips>(0, f);
+Tensor skip_sums(const Tensor& grad, const Tensor& x, const Tensor& kernel,
+                 const OptionalTensor& skip) {
+  FftConv conv{};
+  describe(conv, x, kernel, skip);
+  conv.x = view(x), conv.grad = view(grad);
+  const int64_t parts = skip ? x.size(0) * Skips::parts(conv) : 0;
+  Tensor sums = torch::stable::new_empty(x, {parts, x.size(2), x.size(3)}, ScalarType::Float);
+  conv.skip_sums = static_cast<float*>(sums.mutable_data_ptr());
+  if (sums.numel() > 0) Launcher(x).run<Kernel::skips>(0, conv);
   return sums;
 }
 
 // The gradients of x and of the kernel, and parts of that of the skip.
 std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tensor kernel,
-                                                     Maybe skip) {
-  Tensor grad_x = like(x), grad_kernel = like(kernel),
-         grad_skip = skip_sums(grad, x, kernel, skip);
+                                                     OptionalTensor skip) {
+  Tensor grad_x = like(x), grad_kernel = like(kernel), grad_skip = skip_sums(grad, x, kernel, skip);
   if (x.numel() == 0 || kernel.size(-2) > x.size(1)) torch::stable::zero_(grad_kernel);
   if (x.numel() == 0) return {grad_x, grad_kernel, grad_skip};
   if (ProductCall::takes(x, kernel)) {
@@ -371,27 +379,27 @@ std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tens
     return {grad_x, grad_kernel, grad_skip};
   }
   Call call(x, kernel, skip);
-  FftConv& f = call.f;
-  f.grad = view(grad);
-  f.out = view(grad_x);
-  f.grad_kernel = kernel_view(grad_kernel);
+  FftConv& conv = call.conv;
+  conv.grad = view(grad);
+  conv.out = view(grad_x);
+  conv.grad_kernel = kernel_view(grad_kernel);
   const Tensor spectra = call.spectra(x, false);
   int64_t kept = 0;
-  with_shape<Kernel::backward>(f.x.type, call.length, call.on.shared, [&](auto shape) {
+  with_shape<Kernel::backward>(conv.x.type, call.length, call.on.shared, [&](auto shape) {
     using S = decltype(shape);
     // Parts enough for blocks everywhere at once, 512 threads to a multiprocessor.
-    const int groups = (f.channels + S::at_once - 1) / S::at_once,
-              heads = std::max(1, f.batch * f.heads / S::teams),
+    const int groups = (conv.channels + S::at_once - 1) / S::at_once,
+              heads = std::max(1, conv.batch * conv.heads / S::teams),
               blocks = call.on.multiprocessors * 512 / S::threads;
     const int share = (groups + std::max(1, blocks / heads) - 1) / std::max(1, blocks / heads);
-    f.parts = (groups + share - 1) / share;
-    f.share = groups == 1 ? std::min(f.channels, S::at_once) : share * S::at_once;
-    if (!S::keeps_shared) kept = int64_t{f.batch} * f.heads * f.parts * S::length;
+    conv.parts = (groups + share - 1) / share;
+    conv.share = groups == 1 ? std::min(conv.channels, S::at_once) : share * S::at_once;
+    if (!S::keeps_shared) kept = int64_t{conv.batch} * conv.heads * conv.parts * S::length;
   });
-  const Tensor sums = scratch(x, int64_t{f.batch} * f.heads * f.parts * call.length),
+  const Tensor sums = scratch(x, int64_t{conv.batch} * conv.heads * conv.parts * call.length),
                spectra_of_x = scratch(x, kept);
-  f.sums = data(sums);
-  f.kept = data(spectra_of_x);
+  conv.sums = data(sums);
+  conv.kept = data(spectra_of_x);
   call.run<Kernel::backward>();
   call.run<Kernel::lags>();
   return {grad_x, grad_kernel, grad_skip};
@@ -411,8 +419,9 @@ std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tens
 
 DEFINE(NAMESPACE, m) {
   m.def("fft_conv(Tensor x, Tensor kernel, Tensor? skip) -> Tensor");
-  m.def("fft_conv_backward(Tensor grad, Tensor x, Tensor kernel, Tensor? skip) "
-        "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "fft_conv_backward(Tensor grad, Tensor x, Tensor kernel, Tensor? skip) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 IMPLEMENT(NAMESPACE, KEY, m) {
@@ -429,10 +438,10 @@ extern "C" __attribute__((visibility("default"))) int fastmix_fft_conv_shape(
     int64_t n, int64_t shared, int capability, int bytes, int backward, int* found) {
   using namespace fastmix::cuda;
   if (bytes == 2 && takes_product(n, n, kTile, capability)) {
-    Toeplitz f{};
-    f.batch = f.heads = 1, f.steps = f.lags = n, f.channels = kTile;
+    Toeplitz conv{};
+    conv.batch = conv.heads = 1, conv.steps = conv.lags = n, conv.channels = kTile;
     found[0] = kThreads, found[2] = kTile;
-    found[1] = backward ? Diagonals<Type::bf16>::shared(f) : Product<Type::bf16>::shared(f);
+    found[1] = backward ? Diagonals<Type::bf16>::shared(conv) : Product<Type::bf16>::shared(conv);
     return 2;
   }
   const int length = length_for(n, shared);

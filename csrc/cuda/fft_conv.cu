@@ -41,13 +41,13 @@ struct Block {
     return index;
   }
 
-  // Without a barrier: for places that no other thread touches till the next stretch ends.
+  // Without a barrier: for places that no other thread touches till the next phase ends.
   template <class F>
   __device__ __forceinline__ void own(F f) {
     f(again(0));
   }
   template <class F>
-  __device__ __forceinline__ void stretch(F f) {
+  __device__ __forceinline__ void phase(F f) {
     f(again(0));
     __syncthreads();
   }
@@ -66,12 +66,9 @@ struct Block {
   }
   template <int words>
   __device__ __forceinline__ void store(void* to, const uint32_t* from) {
-    if constexpr (words == 4)
-      *static_cast<uint4*>(to) = {from[0], from[1], from[2], from[3]};
-    else if constexpr (words == 2)
-      *static_cast<uint2*>(to) = {from[0], from[1]};
-    else
-      *static_cast<uint32_t*>(to) = from[0];
+    if constexpr (words == 4) *static_cast<uint4*>(to) = {from[0], from[1], from[2], from[3]};
+    else if constexpr (words == 2) *static_cast<uint2*>(to) = {from[0], from[1]};
+    else *static_cast<uint32_t*>(to) = from[0];
   }
   template <int bytes>
   __device__ __forceinline__ uint32_t load_one(const void* from) {
@@ -80,10 +77,8 @@ struct Block {
   }
   template <int bytes>
   __device__ __forceinline__ void store_one(void* to, uint32_t bits) {
-    if constexpr (bytes == 4)
-      *static_cast<uint32_t*>(to) = bits;
-    else
-      *static_cast<uint16_t*>(to) = bits;
+    if constexpr (bytes == 4) *static_cast<uint32_t*>(to) = bits;
+    else *static_cast<uint16_t*>(to) = bits;
   }
 
   // Loads that come later wait, instead of taking up registers.
@@ -117,7 +112,7 @@ struct Block {
 // Two blocks of 256 threads, or one of 512, to a multiprocessor: 128 registers.
 template <class K, class S, class Args>
 __global__ void __launch_bounds__(S::threads, 512 / S::threads)
-kernel(const __grid_constant__ Args args) {
+    kernel(const __grid_constant__ Args args) {
   Block block;
   K::run(block, args);
 }
@@ -137,7 +132,7 @@ const char* launch(int length, const Args<which>& args, const Device& on, void* 
       run<<<blocks, S::threads, K::shared, static_cast<cudaStream_t>(stream)>>>(args);
       error = cudaPeekAtLastError();
     }
-    if (error != cudaSuccess) cudaGetLastError();  // it is told here, not by the next kernel
+    if (error != cudaSuccess) cudaGetLastError();  // reported here, not by the next kernel
   });
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

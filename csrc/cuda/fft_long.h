@@ -24,18 +24,18 @@ struct LongConv {
   int first_kernel, kernels;  // the heads of kernels whose spectra are at hand
   int first_unit, units;      // the slab: groups of `width` channels, counted from that kernel on
   int width;
-  View view;                  // what columns read or write …
-  int steps;                  // … of which so many matter
-  const float* skip;          // (h, channels), or null
-  Complex* columns;           // (units, width, N)
+  View view;          // what columns read or write …
+  int steps;          // … of which so many matter
+  const float* skip;  // (h, channels), or null
+  Complex* columns;   // (units, width, N)
   Complex* grad_columns;
-  Complex* spectra;           // (kernels, N)
-  Complex* sums;              // (kernels, parts, N): of the kernels' gradients
-  int parts, share;           // of a kernel's channels in a slab; channels of a part
+  Complex* spectra;  // (kernels, N)
+  Complex* sums;     // (kernels, parts, N): of the kernels' gradients
+  int parts, share;  // of a kernel's channels in a slab; channels of a part
 
-  HD int groups() const { return (channels + width - 1) / width; }
-  HD int units_of_kernel() const { return samples * groups(); }
-  HD Channels at(int unit) const {
+  FASTMIX_HD int groups() const { return (channels + width - 1) / width; }
+  FASTMIX_HD int units_of_kernel() const { return samples * groups(); }
+  FASTMIX_HD Channels at(int unit) const {
     const int own = first_unit + unit, kernel = first_kernel + own / units_of_kernel(),
               c = own % groups() * width, rest = channels - c;
     return {kernel / heads + own / groups() % samples, kernel % heads, c,
@@ -56,11 +56,13 @@ struct Columns {
   static constexpr int tables = (B > 1 ? 6 : 5) * threads;
   static constexpr int shared = 8 * (tables + (B > 1 ? 16 * threads : 0));
 
-  static HD int first_step(int thread, int) { return thread % across + T * (thread / across); }
+  static FASTMIX_HD int first_step(int thread, int) {
+    return thread % across + T * (thread / across);
+  }
 
   // The powers for a thread's sixteen points, and e^{-2πi t₂ q / (T B)} for the second radix.
   template <class Shared>
-  static HD void tabulate(Shared table, int tile, int thread) {
+  static FASTMIX_HD void tabulate(Shared table, int tile, int thread) {
     const int t = tile * across + first_step(thread, 0);
     table.put(thread, root(t, 4 * length));
     unrolled<4>([&](auto i) { table.put((i + 1) * threads + thread, root(t << i, length)); });
@@ -70,20 +72,20 @@ struct Columns {
   }
 
   template <int sign, class Shared>
-  static HD void turn(Complex* v, Shared table, int thread) {
+  static FASTMIX_HD void turn(Complex* v, Shared table, int thread) {
     const Complex first = table.get(thread);
     times_powers<sign>(v, table.get(threads + thread), table.get(2 * threads + thread),
                        table.get(3 * threads + thread), table.get(4 * threads + thread), &first);
   }
 
   template <class Shared>
-  static HD Complex turn_second(Shared table, int q, int thread) {
+  static FASTMIX_HD Complex turn_second(Shared table, int q, int thread) {
     return table.get(5 * threads + q * across + thread % across);
   }
 
   // Radix 16 of the steps of a thread, and back from there, divided by N.
   template <class Shared>
-  static HD void first(const float* x, Complex* v, Shared table, int thread) {
+  static FASTMIX_HD void first(const float* x, Complex* v, Shared table, int thread) {
     unrolled<16>([&](auto j) {
       constexpr float re = cosine(j, 64), im = -sine(j, 64);
       v[j] = {x[j] * re, x[j] * im};
@@ -93,7 +95,7 @@ struct Columns {
   }
 
   template <class Shared>
-  static HD void first_back(float* x, Complex* v, Shared table, int thread) {
+  static FASTMIX_HD void first_back(float* x, Complex* v, Shared table, int thread) {
     turn<1>(v, table, thread);
     transform<16, 1>(v);
     unrolled<16>([&](auto j) {
@@ -104,27 +106,27 @@ struct Columns {
 
   // f(p, v) for each p < 16 whose radix B is a thread's: places p B + j, or numbers k₁ = p + 16 q.
   template <class F>
-  static HD void second(int thread, F f) {
+  static FASTMIX_HD void second(int thread, F f) {
     unrolled<16 / B>([&](auto i) {
       Complex v[B];
       f(thread / across + B * i, v);
     });
   }
 
-  static HD int place(int p, int j, int thread) {
+  static FASTMIX_HD int place(int p, int j, int thread) {
     return tables + (p * B + j) * across + thread % across;
   }
 
   // A tensor from a tile's first step on.
-  static HD View from(const View& view, int tile) {
+  static FASTMIX_HD View from(const View& view, int tile) {
     View rest = view;
     rest.data = static_cast<char*>(view.data) + tile * across * (view.n * bytes);
     return rest;
   }
 
   // Where a tile of a channel's first row begins in scratch.
-  static HD int64_t column(const LongConv& f, int unit, int c, int tile) {
-    return (int64_t{unit} * f.width + c) * length + tile * across;
+  static FASTMIX_HD int64_t column(const LongConv& conv, int unit, int c, int tile) {
+    return (int64_t{unit} * conv.width + c) * length + tile * across;
   }
 };
 
@@ -132,23 +134,23 @@ template <class S>
 struct ColumnsIn {
   static constexpr int shared = S::shared;
 
-  HD static int blocks(const LongConv& f) { return f.units * S::tiles; }
+  FASTMIX_HD static int blocks(const LongConv& conv) { return conv.units * S::tiles; }
 
   template <class Block>
-  HD static void run(Block& block, const LongConv& f) {
-    const Type type = f.view.type;
+  FASTMIX_HD static void run(Block& block, const LongConv& conv) {
+    const Type type = conv.view.type;
     const int tile = block.index() % S::tiles, unit = block.index() / S::tiles;
-    const Channels at = f.at(unit);
+    const Channels at = conv.at(unit);
     const auto table = block.shared(0);
     typename Block::template Own<Queue<S>> queue(block);
-    block.stretch([&](int thread) {
+    block.phase([&](int thread) {
       S::tabulate(table, tile, thread);
-      read<Block, S>(block, S::from(f.view, tile), f.channels, f.steps - tile * S::across, at,
-                     thread, queue.of(thread));
+      read<Block, S>(block, S::from(conv.view, tile), conv.channels, conv.steps - tile * S::across,
+                     at, thread, queue.of(thread));
     });
     ROLLED for (int c = 0; c < at.count; ++c) {
-      Complex* to = f.columns + S::column(f, unit, c, tile);
-      block.stretch([&](int thread) {
+      Complex* to = conv.columns + S::column(conv, unit, c, tile);
+      block.phase([&](int thread) {
         const float nothing[16] = {};
         float x[16];
         Complex v[16];
@@ -156,14 +158,12 @@ struct ColumnsIn {
         push<Block>(queue.of(thread), 0, type, nothing);
         S::first(x, v, table, thread);
         unrolled<16>([&](auto p) {
-          if constexpr (S::B == 1)
-            block.store_complex(to + thread + p * S::T, v[p]);
-          else
-            table.put(S::tables + p * S::threads + thread, v[p]);
+          if constexpr (S::B == 1) block.store_complex(to + thread + p * S::T, v[p]);
+          else table.put(S::tables + p * S::threads + thread, v[p]);
         });
       });
       if constexpr (S::B > 1)
-        block.stretch([&](int thread) {
+        block.phase([&](int thread) {
           S::second(thread, [&](int p, Complex* v) {
             unrolled<S::B>([&](auto j) { v[j] = table.get(S::place(p, j, thread)); });
             transform<S::B, -1>(v);
@@ -181,26 +181,25 @@ template <class S>
 struct ColumnsOut {
   static constexpr int shared = S::shared;
 
-  HD static int blocks(const LongConv& f) { return f.units * S::tiles; }
+  FASTMIX_HD static int blocks(const LongConv& conv) { return conv.units * S::tiles; }
 
   template <class Block>
-  HD static void run(Block& block, const LongConv& f) {
-    const Type type = f.view.type;
+  FASTMIX_HD static void run(Block& block, const LongConv& conv) {
+    const Type type = conv.view.type;
     const int tile = block.index() % S::tiles, unit = block.index() / S::tiles;
-    const Channels at = f.at(unit);
+    const Channels at = conv.at(unit);
     const auto table = block.shared(0);
     typename Block::template Own<Queue<S>> queue(block);
-    block.stretch([&](int thread) {
+    block.phase([&](int thread) {
       S::tabulate(table, tile, thread);
-      unrolled<16>([&](auto i) {
-        unrolled<S::words>([&](auto k) { queue.of(thread).word[i][k] = 0; });
-      });
+      unrolled<16>(
+          [&](auto i) { unrolled<S::words>([&](auto k) { queue.of(thread).word[i][k] = 0; }); });
     });
     // A group of fewer channels than others fills up with whatever comes.
-    ROLLED for (int c = 0; c < f.width; ++c) {
-      const Complex* from = f.columns + S::column(f, unit, c < at.count ? c : 0, tile);
+    ROLLED for (int c = 0; c < conv.width; ++c) {
+      const Complex* from = conv.columns + S::column(conv, unit, c < at.count ? c : 0, tile);
       if constexpr (S::B > 1)
-        block.stretch([&](int thread) {
+        block.phase([&](int thread) {
           S::second(thread, [&](int p, Complex* v) {
             unrolled<S::B>([&](auto q) {
               v[q] = block.load_complex(from + thread % S::across + (p + 16 * q) * S::T) *
@@ -210,22 +209,20 @@ struct ColumnsOut {
             unrolled<S::B>([&](auto j) { table.put(S::place(p, j, thread), v[j]); });
           });
         });
-      block.stretch([&](int thread) {
+      block.phase([&](int thread) {
         float y[16];
         Complex v[16];
         unrolled<16>([&](auto p) {
-          if constexpr (S::B == 1)
-            v[p] = block.load_complex(from + thread + p * S::T);
-          else
-            v[p] = table.get(S::tables + p * S::threads + thread);
+          if constexpr (S::B == 1) v[p] = block.load_complex(from + thread + p * S::T);
+          else v[p] = table.get(S::tables + p * S::threads + thread);
         });
         S::first_back(y, v, table, thread);
         push<Block>(queue.of(thread), 0, type, y);
       });
     }
     block.own([&](int thread) {
-      write<Block, S>(block, S::from(f.view, tile), f.channels, f.steps - tile * S::across, at,
-                      thread, queue.of(thread));
+      write<Block, S>(block, S::from(conv.view, tile), conv.channels, conv.steps - tile * S::across,
+                      at, thread, queue.of(thread));
     });
   }
 };
@@ -233,8 +230,8 @@ struct ColumnsOut {
 // ---- rows: a block has `chunk` numbers of a channel, one row or more
 
 template <class S>
-HD int blocks_of(const LongConv& f, int channels) {
-  return channels * (f.length / (S::teams * S::M));
+FASTMIX_HD int blocks_of(const LongConv& conv, int channels) {
+  return channels * (conv.length / (S::teams * S::M));
 }
 
 template <class S, class Block>
@@ -243,28 +240,30 @@ struct Rows {
   using W = Work<S, Block>;
   static constexpr int chunk = S::teams * S::M;
 
-  const LongConv& f;
+  const LongConv& conv;
   Block& block;
   W work;
   const int from, item;  // the first of the numbers; the channel, or whatever has N of them
 
-  HD Rows(Block& block, const LongConv& f)
-      : f(f), block(block), work(block), from(block.index() % (f.length / chunk) * chunk),
-        item(block.index() / (f.length / chunk)) {
-    block.stretch([&](int thread) { work.tabulate(thread); });
+  FASTMIX_HD Rows(Block& block, const LongConv& conv)
+      : conv(conv), block(block), work(block), from(block.index() % (conv.length / chunk) * chunk),
+        item(block.index() / (conv.length / chunk)) {
+    block.phase([&](int thread) { work.tabulate(thread); });
   }
 
   // The numbers of the index-th of all in scratch that have N of them; an int counts them all.
-  HD Complex* of(Complex* all, int index) const { return all + (index * f.length + from); }
+  FASTMIX_HD Complex* of(Complex* all, int index) const {
+    return all + (index * conv.length + from);
+  }
 
   // A thread's row begins here; and there is the i-th of its pairs of a spectrum.
-  HD static int row(int thread) { return thread / S::slot * S::M; }
-  HD static int pair(int thread, int i) { return row(thread) + W::pair(thread, i / 2); }
+  FASTMIX_HD static int row(int thread) { return thread / S::slot * S::M; }
+  FASTMIX_HD static int pair(int thread, int i) { return row(thread) + W::pair(thread, i / 2); }
 
-  HD auto kept(int thread) const { return W::of(work.kept, thread, 0); }
+  FASTMIX_HD auto kept(int thread) const { return W::of(work.kept, thread, 0); }
 
-  HD void forward(const Complex* numbers) {
-    block.stretch([&](int thread) {
+  FASTMIX_HD void forward(const Complex* numbers) {
+    block.phase([&](int thread) {
       Complex v[16];
       const Complex* mine = numbers + row(thread) + thread % S::slot;
       unrolled<16>([&](auto j) { v[j] = block.load_complex(mine + j * S::slot); });
@@ -275,7 +274,7 @@ struct Rows {
     });
   }
 
-  HD void back(Complex* numbers) {
+  FASTMIX_HD void back(Complex* numbers) {
     work.each_subsequence([&](int thread, int i) {
       Stages::second_back(W::of(work.points, thread, i), work.table, thread % S::slot);
     });
@@ -293,14 +292,14 @@ template <class S>
 struct RowSpectra {
   static constexpr int shared = S::shared;
 
-  HD static int blocks(const LongConv& f) { return blocks_of<S>(f, f.kernels); }
+  FASTMIX_HD static int blocks(const LongConv& conv) { return blocks_of<S>(conv, conv.kernels); }
 
   template <class Block>
-  HD static void run(Block& block, const LongConv& f) {
-    Rows<S, Block> rows(block, f);
-    Complex* spectrum = rows.of(f.spectra, rows.item);
+  FASTMIX_HD static void run(Block& block, const LongConv& conv) {
+    Rows<S, Block> rows(block, conv);
+    Complex* spectrum = rows.of(conv.spectra, rows.item);
     rows.forward(spectrum);
-    block.stretch([&](int thread) {
+    block.phase([&](int thread) {
       rows.work.third_in(thread, [&](auto i, Complex* v) {
         block.store_pair(spectrum + rows.pair(thread, i), v);
       });
@@ -312,18 +311,21 @@ template <class S>
 struct RowForward {
   static constexpr int shared = S::shared;
 
-  HD static int blocks(const LongConv& f) { return blocks_of<S>(f, f.units * f.width); }
+  FASTMIX_HD static int blocks(const LongConv& conv) {
+    return blocks_of<S>(conv, conv.units * conv.width);
+  }
 
   template <class Block>
-  HD static void run(Block& block, const LongConv& f) {
-    Rows<S, Block> rows(block, f);
-    const int unit = rows.item / f.width;
-    if (rows.item % f.width >= f.at(unit).count) return;
-    Complex* numbers = rows.of(f.columns, rows.item);
-    const Complex* kernel = rows.of(f.spectra, (f.first_unit + unit) / f.units_of_kernel());
-    const float skip = skip_of(block, f, f.at(unit), rows.item % f.width);
+  FASTMIX_HD static void run(Block& block, const LongConv& conv) {
+    Rows<S, Block> rows(block, conv);
+    const int unit = rows.item / conv.width;
+    if (rows.item % conv.width >= conv.at(unit).count) return;
+    Complex* numbers = rows.of(conv.columns, rows.item);
+    const Complex* kernel =
+        rows.of(conv.spectra, (conv.first_unit + unit) / conv.units_of_kernel());
+    const float skip = skip_of(block, conv, conv.at(unit), rows.item % conv.width);
     rows.forward(numbers);
-    block.stretch([&](int thread) {
+    block.phase([&](int thread) {
       rows.work.third(thread, [&](auto i, Complex* v) {
         Complex k[2];
         block.load_pair(kernel + rows.pair(thread, i), k);
@@ -340,42 +342,44 @@ template <class S>
 struct RowBackward {
   static constexpr int shared = S::shared_backward;
 
-  HD static int blocks(const LongConv& f) { return blocks_of<S>(f, f.kernels * f.parts); }
+  FASTMIX_HD static int blocks(const LongConv& conv) {
+    return blocks_of<S>(conv, conv.kernels * conv.parts);
+  }
 
   struct Sums {
     Complex value[16];
   };
 
   template <class Block>
-  HD static void run(Block& block, const LongConv& f) {
-    Rows<S, Block> rows(block, f);
-    const int kernel_at = rows.item / f.parts, part = rows.item % f.parts;
-    const Complex* kernel = rows.of(f.spectra, kernel_at);
+  FASTMIX_HD static void run(Block& block, const LongConv& conv) {
+    Rows<S, Block> rows(block, conv);
+    const int kernel_at = rows.item / conv.parts, part = rows.item % conv.parts;
+    const Complex* kernel = rows.of(conv.spectra, kernel_at);
     // Slabs hold all channels of each of their kernels, or some of only one kernel's.
-    const int all = f.units / f.kernels * f.width, more = (part + 1) * f.share,
+    const int all = conv.units / conv.kernels * conv.width, more = (part + 1) * conv.share,
               end = kernel_at * all + (more < all ? more : all);
     typename Block::template Own<Sums> sums(block);
     block.own([&](int thread) {
       unrolled<8>([&](auto i) {
         Complex* sum = sums.of(thread).value + 2 * i;
         sum[0] = sum[1] = {0, 0};
-        if (f.first_unit > 0)
-          block.load_pair(rows.of(f.sums, rows.item) + rows.pair(thread, 2 * i), sum);
+        if (conv.first_unit > 0)
+          block.load_pair(rows.of(conv.sums, rows.item) + rows.pair(thread, 2 * i), sum);
       });
     });
-    ROLLED for (int channel = kernel_at * all + part * f.share; channel < end; ++channel) {
-      const Channels at = f.at(channel / f.width);
-      if (channel % f.width >= at.count) continue;
-      const float skip = skip_of(block, f, at, channel % f.width);
-      rows.forward(rows.of(f.columns, channel));
-      block.stretch([&](int thread) {
+    ROLLED for (int channel = kernel_at * all + part * conv.share; channel < end; ++channel) {
+      const Channels at = conv.at(channel / conv.width);
+      if (channel % conv.width >= at.count) continue;
+      const float skip = skip_of(block, conv, at, channel % conv.width);
+      rows.forward(rows.of(conv.columns, channel));
+      block.phase([&](int thread) {
         const auto kept = rows.kept(thread);
         rows.work.third_in(thread, [&](auto i, Complex* v) {
           unrolled<2>([&](auto j) { kept.put(17 * (thread % S::slot) + i + j, v[j]); });
         });
       });
-      rows.forward(rows.of(f.grad_columns, channel));
-      block.stretch([&](int thread) {
+      rows.forward(rows.of(conv.grad_columns, channel));
+      block.phase([&](int thread) {
         const auto kept = rows.kept(thread);
         Complex* sum = sums.of(thread).value;
         rows.work.third(thread, [&](auto i, Complex* v) {
@@ -390,11 +394,11 @@ struct RowBackward {
           if (S::Stages::last == 16) block.in_order();
         });
       });
-      rows.back(rows.of(f.grad_columns, channel));
+      rows.back(rows.of(conv.grad_columns, channel));
     }
     block.own([&](int thread) {
       unrolled<8>([&](auto i) {
-        block.store_pair(rows.of(f.sums, rows.item) + rows.pair(thread, 2 * i),
+        block.store_pair(rows.of(conv.sums, rows.item) + rows.pair(thread, 2 * i),
                          sums.of(thread).value + 2 * i);
       });
     });
@@ -406,24 +410,24 @@ template <class S>
 struct RowLags {
   static constexpr int shared = S::shared;
 
-  HD static int blocks(const LongConv& f) { return blocks_of<S>(f, f.kernels); }
+  FASTMIX_HD static int blocks(const LongConv& conv) { return blocks_of<S>(conv, conv.kernels); }
 
   template <class Block>
-  HD static void run(Block& block, const LongConv& f) {
-    Rows<S, Block> rows(block, f);
-    block.stretch([&](int thread) {
+  FASTMIX_HD static void run(Block& block, const LongConv& conv) {
+    Rows<S, Block> rows(block, conv);
+    block.phase([&](int thread) {
       rows.work.third_back(thread, [&](auto i, Complex* v) {
         v[0] = v[1] = {0, 0};
-        for (int part = 0; part < f.parts; ++part) {
+        for (int part = 0; part < conv.parts; ++part) {
           Complex more[2];
-          block.load_pair(rows.of(f.sums, rows.item * f.parts + part) +
-                              rows.pair(thread, i), more);
+          block.load_pair(rows.of(conv.sums, rows.item * conv.parts + part) + rows.pair(thread, i),
+                          more);
           v[0] = v[0] + more[0];
           v[1] = v[1] + more[1];
         }
       });
     });
-    rows.back(rows.of(f.spectra, rows.item));
+    rows.back(rows.of(conv.spectra, rows.item));
   }
 };
 

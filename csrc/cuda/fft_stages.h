@@ -18,10 +18,10 @@
 #include <utility>
 
 #ifdef __CUDACC__
-#define HD __host__ __device__ __forceinline__
+#define FASTMIX_HD __host__ __device__ __forceinline__
 #define ROLLED _Pragma("unroll 1")
 #else
-#define HD inline
+#define FASTMIX_HD inline
 #define ROLLED
 #endif
 
@@ -31,21 +31,21 @@ struct alignas(8) Complex {
   float re, im;
 };
 
-HD Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
-HD Complex operator+(Complex a, float b) { return {a.re + b, a.im}; }
-HD Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
-HD Complex operator*(Complex a, Complex b) {
+FASTMIX_HD Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+FASTMIX_HD Complex operator+(Complex a, float b) { return {a.re + b, a.im}; }
+FASTMIX_HD Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
+FASTMIX_HD Complex operator*(Complex a, Complex b) {
   return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
-HD Complex conj(Complex a) { return {a.re, -a.im}; }
+FASTMIX_HD Complex conj(Complex a) { return {a.re, -a.im}; }
 
 // Calls f(0), f(1), … f(count - 1) with constants.
 template <class F, int... I>
-HD void unrolled(F&& f, std::integer_sequence<int, I...>) {
+FASTMIX_HD void unrolled(F&& f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 template <int count, class F>
-HD void unrolled(F&& f) {
+FASTMIX_HD void unrolled(F&& f) {
   unrolled(f, std::make_integer_sequence<int, count>{});
 }
 
@@ -66,7 +66,7 @@ constexpr double sine(int part, int whole) {
 }
 
 // e^{-2πi part / whole} where it is known when running only.
-HD Complex root(int part, int whole) {
+FASTMIX_HD Complex root(int part, int whole) {
 #ifdef __CUDA_ARCH__
   Complex e;
   sincospif(-2.f * part / whole, &e.im, &e.re);  // exact: whole is a power of two
@@ -80,13 +80,13 @@ HD Complex root(int part, int whole) {
 // ---- transforms in registers: sign -1 forward, 1 back
 
 template <int sign>
-HD Complex times_i(Complex a) {
+FASTMIX_HD Complex times_i(Complex a) {
   return sign > 0 ? Complex{-a.im, a.re} : Complex{a.im, -a.re};
 }
 
 // a · e^{sign 2πi part / 16}
 template <int sign, int part>
-HD Complex turned(Complex a) {
+FASTMIX_HD Complex turned(Complex a) {
   if constexpr (part == 0) {
     return a;
   } else if constexpr (part == 4) {
@@ -98,14 +98,14 @@ HD Complex turned(Complex a) {
 }
 
 template <int sign>
-HD void transform2(Complex& a, Complex& b) {
+FASTMIX_HD void transform2(Complex& a, Complex& b) {
   const Complex difference = a - b;
   a = a + b;
   b = difference;
 }
 
 template <int sign>
-HD void transform4(Complex& a, Complex& b, Complex& c, Complex& d) {
+FASTMIX_HD void transform4(Complex& a, Complex& b, Complex& c, Complex& d) {
   const Complex even = a + c, odd = a - c, sum = b + d, turn = times_i<sign>(b - d);
   a = even + sum;
   b = odd + turn;
@@ -115,7 +115,7 @@ HD void transform4(Complex& a, Complex& b, Complex& c, Complex& d) {
 
 // v_0 … v_{radix-1}, in place and in order.
 template <int radix, int sign>
-HD void transform(Complex* v) {
+FASTMIX_HD void transform(Complex* v) {
   if constexpr (radix == 2) {
     transform2<sign>(v[0], v[1]);
   } else if constexpr (radix == 4) {
@@ -141,8 +141,8 @@ HD void transform(Complex* v) {
 
 // v_i times first · w^i, i < 16, or with those conjugated for sign 1.
 template <int sign>
-HD void times_powers(Complex* v, Complex w, Complex w2, Complex w4, Complex w8,
-                     const Complex* first = nullptr) {
+FASTMIX_HD void times_powers(Complex* v, Complex w, Complex w2, Complex w4, Complex w8,
+                             const Complex* first = nullptr) {
   auto turn = [](Complex a) { return sign > 0 ? conj(a) : a; };
   w = turn(w), w2 = turn(w2), w4 = turn(w4), w8 = turn(w8);
   unrolled<8>([&](auto i) { v[i + 8] = v[i + 8] * w8; });
@@ -171,7 +171,7 @@ HD void times_powers(Complex* v, Complex w, Complex w2, Complex w4, Complex w8,
 
 // ---- the stages of one transform of M points by M / 16 threads
 
-HD constexpr int padded(int place) { return place + place / 16; }
+FASTMIX_HD constexpr int padded(int place) { return place + place / 16; }
 
 template <int M>
 struct Transform {
@@ -182,7 +182,7 @@ struct Transform {
   // The powers that times_powers asks for, for each thread of the first and second stage.
   // `table` is of all transforms; entry i of `tables`.
   template <class Shared>
-  static HD void tabulate(Shared table, int i) {
+  static FASTMIX_HD void tabulate(Shared table, int i) {
     if (i < 5 * threads) {
       constexpr int all = 4 * M;
       const int row = i / threads, thread = i % threads;
@@ -194,14 +194,14 @@ struct Transform {
   }
 
   template <int sign, class Shared>
-  static HD void turn_first(Complex* v, Shared table, int thread) {
+  static FASTMIX_HD void turn_first(Complex* v, Shared table, int thread) {
     const Complex first = table.get(thread);
     times_powers<sign>(v, table.get(threads + thread), table.get(2 * threads + thread),
                        table.get(3 * threads + thread), table.get(4 * threads + thread), &first);
   }
 
   template <int sign, class Shared>
-  static HD void turn_second(Complex* v, Shared table, int column) {
+  static FASTMIX_HD void turn_second(Complex* v, Shared table, int column) {
     const int at = 5 * threads + column;
     times_powers<sign>(v, table.get(at), table.get(at + R), table.get(at + 2 * R),
                        table.get(at + 3 * R));
@@ -209,7 +209,7 @@ struct Transform {
 
   // Of `thread`: its numbers x_{thread + M/16 j}, j < 16, on their way in …
   template <class Shared>
-  static HD void first(const float* x, Shared points, Shared table, int thread) {
+  static FASTMIX_HD void first(const float* x, Shared points, Shared table, int thread) {
     Complex v[16];
     unrolled<16>([&](auto j) {
       constexpr float re = cosine(j, 64), im = -sine(j, 64);
@@ -222,7 +222,7 @@ struct Transform {
 
   // … and on their way out, divided by M.
   template <class Shared>
-  static HD void first_back(float* x, Shared points, Shared table, int thread) {
+  static FASTMIX_HD void first_back(float* x, Shared points, Shared table, int thread) {
     Complex v[16];
     unrolled<16>([&](auto k) { v[k] = points.get(padded(thread) + k * padded(threads)); });
     turn_first<1>(v, table, thread);
@@ -235,31 +235,33 @@ struct Transform {
 
   // The same without the quarter, of complex numbers.
   template <int sign, class Shared>
-  static HD void turn_plain(Complex* v, Shared table, int thread) {
+  static FASTMIX_HD void turn_plain(Complex* v, Shared table, int thread) {
     times_powers<sign>(v, table.get(threads + thread), table.get(2 * threads + thread),
                        table.get(3 * threads + thread), table.get(4 * threads + thread));
   }
 
   template <class Shared>
-  static HD void first_plain(Complex* v, Shared points, Shared table, int thread) {
+  static FASTMIX_HD void first_plain(Complex* v, Shared points, Shared table, int thread) {
     transform<16, -1>(v);
     turn_plain<-1>(v, table, thread);
     unrolled<16>([&](auto k) { points.put(padded(thread) + k * padded(threads), v[k]); });
   }
 
   template <class Shared>
-  static HD void first_plain_back(Complex* v, Shared points, Shared table, int thread) {
+  static FASTMIX_HD void first_plain_back(Complex* v, Shared points, Shared table, int thread) {
     unrolled<16>([&](auto k) { v[k] = points.get(padded(thread) + k * padded(threads)); });
     turn_plain<1>(v, table, thread);
     transform<16, 1>(v);
   }
 
-  static HD int second_place(int thread) { return thread / R * padded(16 * R) + thread % R; }
+  static FASTMIX_HD int second_place(int thread) {
+    return thread / R * padded(16 * R) + thread % R;
+  }
   // A step of the second stage crosses a gap every 16 / R of them.
-  static HD constexpr int second_step(int j) { return padded(j * R); }
+  static FASTMIX_HD constexpr int second_step(int j) { return padded(j * R); }
 
   template <class Shared>
-  static HD void second(Shared points, Shared table, int thread) {
+  static FASTMIX_HD void second(Shared points, Shared table, int thread) {
     if constexpr (R > 1) {
       Complex v[16];
       const int place = second_place(thread);
@@ -271,7 +273,7 @@ struct Transform {
   }
 
   template <class Shared>
-  static HD void second_back(Shared points, Shared table, int thread) {
+  static FASTMIX_HD void second_back(Shared points, Shared table, int thread) {
     if constexpr (R > 1) {
       Complex v[16];
       const int place = second_place(thread);
@@ -285,7 +287,7 @@ struct Transform {
   // The last stage, of places 16 thread …: f(i, v), in between, has v_0 … v_{last-1}, which are
   // those from the i-th on. Few of them are in registers at a time.
   template <class Shared, class F>
-  static HD void third(Shared points, int thread, F f) {
+  static FASTMIX_HD void third(Shared points, int thread, F f) {
     third_in(points, thread, [&](auto i, Complex* v) {
       f(i, v);
       transform<last, 1>(v);
@@ -294,7 +296,7 @@ struct Transform {
   }
 
   template <class Shared, class F>
-  static HD void third_in(Shared points, int thread, F f) {
+  static FASTMIX_HD void third_in(Shared points, int thread, F f) {
     unrolled<16 / last>([&](auto batch) {
       constexpr int i = batch * last;
       Complex v[last];
@@ -305,7 +307,7 @@ struct Transform {
   }
 
   template <class Shared, class F>
-  static HD void third_back(Shared points, int thread, F f) {
+  static FASTMIX_HD void third_back(Shared points, int thread, F f) {
     unrolled<16 / last>([&](auto batch) {
       constexpr int i = batch * last;
       Complex v[last];
@@ -316,7 +318,7 @@ struct Transform {
   }
 
   // u_k of a place.
-  static HD Complex point(int place) {
+  static FASTMIX_HD Complex point(int place) {
     const int k1 = place / (M / 16), k2 = R > 1 ? place / R % 16 : place % 16,
               k3 = R > 1 ? place % R : 0;
     return root(4 * (k1 + 16 * k2 + 256 * k3) + 1, 4 * M);

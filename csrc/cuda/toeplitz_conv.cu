@@ -56,10 +56,8 @@ struct Block {
   }
   template <int words>
   __device__ __forceinline__ void put(int place, const uint32_t* from) {
-    if constexpr (words == 2)
-      *reinterpret_cast<uint2*>(at(place)) = {from[0], from[1]};
-    else
-      *reinterpret_cast<uint32_t*>(at(place)) = *from;
+    if constexpr (words == 2) *reinterpret_cast<uint2*>(at(place)) = {from[0], from[1]};
+    else *reinterpret_cast<uint32_t*>(at(place)) = *from;
   }
   __device__ __forceinline__ void put_half(int place, uint32_t bits) {
     *reinterpret_cast<uint16_t*>(at(place)) = bits;
@@ -67,8 +65,8 @@ struct Block {
 
   // Copies 16 bytes, zeros from `bytes` on, that are there after a wait only.
   __device__ __forceinline__ void copy(int to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes)
                  : "memory");
   }
   __device__ __forceinline__ void commit(int) {
@@ -76,7 +74,7 @@ struct Block {
   }
   template <int pending>
   __device__ __forceinline__ void wait() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(pending) : "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
     __syncthreads();
   }
 
@@ -87,11 +85,13 @@ struct Block {
     if constexpr (transposed)
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(to[0].value), "=r"(to[1].value), "=r"(to[2].value), "=r"(to[3].value)
-                   : "r"(from) : "memory");
+                   : "r"(from)
+                   : "memory");
     else
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(to[0].value), "=r"(to[1].value), "=r"(to[2].value), "=r"(to[3].value)
-                   : "r"(from) : "memory");
+                   : "r"(from)
+                   : "memory");
   }
 
   // sums += a b, 16 by 16 times 16 by 8.
@@ -101,14 +101,13 @@ struct Block {
                                            Lanes<uint32_t> a3, Lanes<uint32_t> b0,
                                            Lanes<uint32_t> b1) {
 #define MULTIPLY(type)                                                                     \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                       \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                               \
+      ".f32 "                                                                              \
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                    \
       : "+f"(sums[0].value), "+f"(sums[1].value), "+f"(sums[2].value), "+f"(sums[3].value) \
       : "r"(a0.value), "r"(a1.value), "r"(a2.value), "r"(a3.value), "r"(b0.value), "r"(b1.value))
-    if constexpr (type == Type::bf16)
-      MULTIPLY("bf16");
-    else
-      MULTIPLY("f16");
+    if constexpr (type == Type::bf16) MULTIPLY("bf16");
+    else MULTIPLY("f16");
 #undef MULTIPLY
   }
 
@@ -135,17 +134,15 @@ struct Block {
   }
   template <int bytes>
   __device__ __forceinline__ void store_one(void* to, uint32_t bits) {
-    if constexpr (bytes == 4)
-      *static_cast<uint32_t*>(to) = bits;
-    else
-      *static_cast<uint16_t*>(to) = bits;
+    if constexpr (bytes == 4) *static_cast<uint32_t*>(to) = bits;
+    else *static_cast<uint16_t*>(to) = bits;
   }
   __device__ __forceinline__ float load_float(const float* from) { return *from; }
 };
 
 template <class K>
 __global__ void __launch_bounds__(K::threads, K::resident)
-toeplitz(const __grid_constant__ Toeplitz args) {
+    toeplitz(const __grid_constant__ Toeplitz args) {
   Block block;
   K::run(block, args);
 }
@@ -166,7 +163,7 @@ template <template <Type> class K>
 const char* launch(const Toeplitz& args, void* stream) {
   const cudaError_t error = args.x.type == Type::bf16 ? start<K<Type::bf16>>(args, stream)
                                                       : start<K<Type::f16>>(args, stream);
-  if (error != cudaSuccess) cudaGetLastError();  // it is told here, not by the next kernel
+  if (error != cudaSuccess) cudaGetLastError();  // reported here, not by the next kernel
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -33,29 +33,29 @@ struct Toeplitz {
   View x, grad, out;  // (b, n, h, d) of one type, which the kernel is of as well; channels lie
                       // side by side, those of x and grad in whole chunks
   View kernel, grad_kernel;  // (b or 1, m, 1, h): its heads are channels
-  const float* skip;  // (h, channels), or null
-  float* sums;        // (b, h, tiles of channels, parts, groups, 320): of the kernels' gradients
+  const float* skip;         // (h, channels), or null
+  float* sums;  // (b, h, tiles of channels, parts, groups, 320): of the kernels' gradients
 };
 
-constexpr int kWarps = 4;            // of a block: as many tiles, one below the other
+constexpr int kWarps = 4;  // of a block: as many tiles, one below the other
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTile = 64;            // steps, and channels
+constexpr int kTile = 64;  // steps, and channels
 constexpr int kTileBytes = 2 * kTile * kTile;
 
-HD int cut(int64_t whole, int by) { return (whole + by - 1) / by; }
+FASTMIX_HD int cut(int64_t whole, int by) { return (whole + by - 1) / by; }
 
-HD int tiles_of_steps(const Toeplitz& f) { return cut(f.steps, kTile); }
-HD int tiles_of_channels(const Toeplitz& f) { return cut(f.channels, kTile); }
+FASTMIX_HD int tiles_of_steps(const Toeplitz& conv) { return cut(conv.steps, kTile); }
+FASTMIX_HD int tiles_of_channels(const Toeplitz& conv) { return cut(conv.channels, kTile); }
 
 // Tiles of T below the diagonal that have any lags.
-HD int band(const Toeplitz& f) { return cut(f.lags + kTile - 1, kTile) - 1; }
+FASTMIX_HD int band(const Toeplitz& conv) { return cut(conv.lags + kTile - 1, kTile) - 1; }
 
 // Where a row of a tile, 128 bytes, has its chunk of 8 channels: eight rows of one chunk lie in
 // different banks.
-HD int place(int row, int chunk) { return row * 2 * kTile + ((chunk ^ (row & 7)) << 4); }
+FASTMIX_HD int place(int row, int chunk) { return row * 2 * kTile + ((chunk ^ (row & 7)) << 4); }
 
 // Whether chunks of 8 channels can be read and written whole.
-HD bool has_whole_chunks(const View& view) {
+FASTMIX_HD bool has_whole_chunks(const View& view) {
   return view.d == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.b % 8 == 0 &&
          view.n % 8 == 0 && view.h % 8 == 0;
 }
@@ -66,18 +66,20 @@ struct Rows16 {
   int64_t step;         // in bytes
   int steps, channels;  // that there are from here on
 
-  HD Rows16(const View& view, const Toeplitz& f, int unit) {
-    const int c = unit % tiles_of_channels(f) * kTile, head = unit / tiles_of_channels(f);
+  FASTMIX_HD Rows16(const View& view, const Toeplitz& conv, int unit) {
+    const int c = unit % tiles_of_channels(conv) * kTile, head = unit / tiles_of_channels(conv);
     data = static_cast<char*>(view.data) +
-           2 * (head / f.heads * view.b + head % f.heads * view.h + c);
+           2 * (head / conv.heads * view.b + head % conv.heads * view.h + c);
     step = 2 * view.n;
-    steps = f.steps, channels = f.channels - c;
+    steps = conv.steps, channels = conv.channels - c;
   }
 
-  HD static int units(const Toeplitz& f) { return f.batch * f.heads * tiles_of_channels(f); }
+  FASTMIX_HD static int units(const Toeplitz& conv) {
+    return conv.batch * conv.heads * tiles_of_channels(conv);
+  }
 
   // Channels of a chunk that there are.
-  HD int count(int t, int chunk) const {
+  FASTMIX_HD int count(int t, int chunk) const {
     const int left = channels - 8 * chunk;
     return t >= steps || left < 0 ? 0 : left < 8 ? left : 8;
   }
@@ -85,7 +87,7 @@ struct Rows16 {
 
 // Has a tile copied into shared memory, with zeros where there is nothing. A thread's part.
 template <class Block>
-HD void copy_tile(Block& block, const Rows16& rows, int tile, int to, int thread) {
+FASTMIX_HD void copy_tile(Block& block, const Rows16& rows, int tile, int to, int thread) {
   const int chunk = thread % 8, first = thread / 8;
   const char* from = rows.data + (tile * kTile + first) * rows.step + 16 * chunk;
   UNROLLED for (int k = 0; k < kTile * 8 / kThreads; ++k) {
@@ -100,7 +102,7 @@ template <class Block>
 struct Sums {
   typename Block::template Lanes<float> of[4][8][4];
 
-  HD void clear(Block& block) {
+  FASTMIX_HD void clear(Block& block) {
     block.lanes([&](int lane) {
       UNROLLED for (int i = 0; i < 4; ++i) {
         UNROLLED for (int j = 0; j < 8; ++j) {
@@ -116,29 +118,33 @@ struct Sums {
 template <Type type>
 struct Product {
   static constexpr int threads = kThreads, resident = 2;  // blocks on a multiprocessor
-  static constexpr int buffers = 4;  // for x; at the end for the results
+  static constexpr int buffers = 4;                       // for x; at the end for the results
   static constexpr int lags_at = buffers * kTileBytes;
 
-  HD static int row_blocks(const Toeplitz& f) { return cut(tiles_of_steps(f), kWarps); }
-  HD static int64_t blocks(const Toeplitz& f) { return int64_t{row_blocks(f)} * Rows16::units(f); }
+  FASTMIX_HD static int row_blocks(const Toeplitz& conv) {
+    return cut(tiles_of_steps(conv), kWarps);
+  }
+  FASTMIX_HD static int64_t blocks(const Toeplitz& conv) {
+    return int64_t{row_blocks(conv)} * Rows16::units(conv);
+  }
 
   // Lags lie backward, so that a pair of columns of T is a word, from `top` to -63: once with
   // odd lags first in words, then with even ones. Banks of the two are 16 apart.
-  HD static int words_of_lags(int span) { return kTile / 2 * (span + 1) + 16; }
-  HD static int shared(const Toeplitz& f) {
-    const int most = kWarps * (row_blocks(f) - 1), wide = band(f);
+  FASTMIX_HD static int words_of_lags(int span) { return kTile / 2 * (span + 1) + 16; }
+  FASTMIX_HD static int shared(const Toeplitz& conv) {
+    const int most = kWarps * (row_blocks(conv) - 1), wide = band(conv);
     return lags_at + 8 * words_of_lags(kWarps + (most < wide ? most : wide));
   }
 
   template <class Block>
-  HD static void run(Block& block, const Toeplitz& f) {
+  FASTMIX_HD static void run(Block& block, const Toeplitz& conv) {
     using Word = typename Block::template Lanes<uint32_t>;
-    const int units = Rows16::units(f), unit = block.index() % units;
-    const int above = kWarps * (row_blocks(f) - 1 - block.index() / units),  // tiles of rows
-              wide = above < band(f) ? above : band(f),
-              all = tiles_of_steps(f), below = above + kWarps;
+    const int units = Rows16::units(conv), unit = block.index() % units;
+    const int above = kWarps * (row_blocks(conv) - 1 - block.index() / units),  // tiles of rows
+        wide = above < band(conv) ? above : band(conv), all = tiles_of_steps(conv),
+              below = above + kWarps;
     const int first = above - wide, end = below < all ? below : all;  // of x
-    const Rows16 x(f.x, f, unit);
+    const Rows16 x(conv.x, conv, unit);
 
     auto queue = [&](int tile) {
       block.own([&](int thread) {
@@ -150,17 +156,18 @@ struct Product {
     ROLLED for (int i = 0; i < buffers - 1; ++i) queue(first + i);
 
     const int top = kTile * (kWarps + wide) - 1, second = 4 * words_of_lags(kWarps + wide);
-    const int head = unit / tiles_of_channels(f);
-    const char* kernel = static_cast<const char*>(f.kernel.data) +
-                         2 * (head / f.heads * f.kernel.b + head % f.heads * f.kernel.d);
+    const int head = unit / tiles_of_channels(conv);
+    const char* kernel =
+        static_cast<const char*>(conv.kernel.data) +
+        2 * (head / conv.heads * conv.kernel.b + head % conv.heads * conv.kernel.d);
     block.own([&](int thread) {
       constexpr int at_once = 8;  // loads
       ROLLED for (int first = thread; first < top + kTile; first += at_once * kThreads) {
         uint32_t k[at_once];
         UNROLLED for (int i = 0; i < at_once; ++i) {
           const int lag = top - first - i * kThreads;
-          const bool known = lag >= 0 && lag < f.lags;
-          k[i] = known ? block.template load_one<2>(kernel + 2 * lag * f.kernel.n) : 0;
+          const bool known = lag >= 0 && lag < conv.lags;
+          k[i] = known ? block.template load_one<2>(kernel + 2 * lag * conv.kernel.n) : 0;
         }
         UNROLLED for (int i = 0; i < at_once; ++i) {
           const int at = first + i * kThreads;
@@ -179,11 +186,10 @@ struct Product {
       queue(tile + buffers - 1);
       block.warps([&](int warp) {
         const int down = above + warp - tile;  // from the diagonal
-        if (down < 0 || down > band(f) || above + warp >= all) return;
+        if (down < 0 || down > band(conv) || above + warp >= all) return;
         Word t[15], b[4];  // T eight by eight, from top down the differences i - j
         block.lanes([&](int lane) {
-          const int g = lane / 4, q = lane % 4,
-                    word = (top - kTile * down - 57) / 2 - g / 2 + q;
+          const int g = lane / 4, q = lane % 4, word = (top - kTile * down - 57) / 2 - g / 2 + q;
           const int at = lags_at + (g % 2 ? 0 : second) + 4 * word;
           UNROLLED for (int u = 0; u < 15; ++u) {
             block.template get<1>(at + 16 * u, &t[u].of(lane));
@@ -204,9 +210,9 @@ struct Product {
             }
           }
         }
-        if (down > 0 || f.skip == nullptr) return;
+        if (down > 0 || conv.skip == nullptr) return;
         const float* skip =
-            f.skip + head % f.heads * f.channels + unit % tiles_of_channels(f) * kTile;
+            conv.skip + head % conv.heads * conv.channels + unit % tiles_of_channels(conv) * kTile;
         block.lanes([&](int lane) {
           const int row = lane / 4, q = lane % 4;
           UNROLLED for (int j = 0; j < 8; ++j) {
@@ -235,8 +241,7 @@ struct Product {
             auto* pair = sums.of(warp).of[i][j] + 2 * half;
             block.lanes([&](int lane) {
               const int row = kTile * warp + 16 * i + 8 * half + lane / 4;
-              const uint32_t word =
-                  Block::template pack<type>(pair[0].of(lane), pair[1].of(lane));
+              const uint32_t word = Block::template pack<type>(pair[0].of(lane), pair[1].of(lane));
               block.template put<1>(place(row, j) + lane % 4 * 4, &word);
             });
           }
@@ -244,20 +249,17 @@ struct Product {
       }
     });
     block.barrier();
-    const Rows16 out(f.out, f, unit);
-    const bool whole = has_whole_chunks(f.out);
+    const Rows16 out(conv.out, conv, unit);
+    const bool whole = has_whole_chunks(conv.out);
     block.own([&](int thread) {
       ROLLED for (int i = thread; i < kWarps * kTile * 8; i += kThreads) {
         const int row = i / 8, chunk = i % 8, t = above * kTile + row, count = out.count(t, chunk);
         char* to = out.data + t * out.step + 16 * chunk;
         uint32_t words[4];
         block.template get<4>(place(row, chunk), words);
-        if (whole && count == 8)
-          block.template store<4>(to, words);
-        else
-          UNROLLED for (int e = 0; e < 8; ++e) {
-            if (e < count)
-              block.template store_one<2>(to + 2 * e, words[e / 2] >> 16 * (e % 2));
+        if (whole && count == 8) block.template store<4>(to, words);
+        else UNROLLED for (int e = 0; e < 8; ++e) {
+            if (e < count) block.template store_one<2>(to + 2 * e, words[e / 2] >> 16 * (e % 2));
           }
       }
     });
@@ -271,33 +273,33 @@ struct Diagonals {
   static constexpr int threads = kThreads, resident = 2;
   static constexpr int ahead = 2, x_buffers = 1 + ahead, grad_buffers = kWarps + ahead;
   static constexpr int grad_at = x_buffers * kTileBytes;
-  static constexpr int share = 16;               // tiles of a part
+  static constexpr int share = 16;                   // tiles of a part
   static constexpr int lags = kTile * (kWarps + 1);  // of a group, from -63 to 256
-  static constexpr int plane = 8 * 17;              // see `diagonal`
+  static constexpr int plane = 8 * 17;               // see `diagonal`
 
-  HD static int groups(const Toeplitz& f) {
-    const int all = tiles_of_steps(f), wide = band(f) + 1;
+  FASTMIX_HD static int groups(const Toeplitz& conv) {
+    const int all = tiles_of_steps(conv), wide = band(conv) + 1;
     return cut(all < wide ? all : wide, kWarps);
   }
-  HD static int parts(const Toeplitz& f, int group) {
-    return cut(tiles_of_steps(f) - kWarps * group, share);
+  FASTMIX_HD static int parts(const Toeplitz& conv, int group) {
+    return cut(tiles_of_steps(conv) - kWarps * group, share);
   }
-  HD static int64_t sums(const Toeplitz& f) { return blocks(f) * lags; }
-  HD static int64_t blocks(const Toeplitz& f) {
-    return int64_t{groups(f)} * parts(f, 0) * Rows16::units(f);
+  FASTMIX_HD static int64_t sums(const Toeplitz& conv) { return blocks(conv) * lags; }
+  FASTMIX_HD static int64_t blocks(const Toeplitz& conv) {
+    return int64_t{groups(conv)} * parts(conv, 0) * Rows16::units(conv);
   }
-  HD static int shared(const Toeplitz&) { return (x_buffers + grad_buffers) * kTileBytes; }
+  FASTMIX_HD static int shared(const Toeplitz&) { return (x_buffers + grad_buffers) * kTileBytes; }
 
   template <class Block>
-  HD static void run(Block& block, const Toeplitz& f) {
+  FASTMIX_HD static void run(Block& block, const Toeplitz& conv) {
     using Word = typename Block::template Lanes<uint32_t>;
-    const int units = Rows16::units(f), unit = block.index() % units,
-              part = block.index() / units % parts(f, 0),
-              group = block.index() / units / parts(f, 0);
-    if (part >= parts(f, group)) return;
-    const int all = tiles_of_steps(f), down = kWarps * group, first = part * share,
+    const int units = Rows16::units(conv), unit = block.index() % units,
+              part = block.index() / units % parts(conv, 0),
+              group = block.index() / units / parts(conv, 0);
+    if (part >= parts(conv, group)) return;
+    const int all = tiles_of_steps(conv), down = kWarps * group, first = part * share,
               end = first + share < all - down ? first + share : all - down;  // tiles of x
-    const Rows16 x(f.x, f, unit), grad(f.grad, f, unit);
+    const Rows16 x(conv.x, conv, unit), grad(conv.grad, conv, unit);
 
     auto queue_grad = [&](int thread, int tile, int buffer) {
       if (tile < all) copy_tile(block, grad, tile, grad_at + buffer * kTileBytes, thread);
@@ -325,7 +327,7 @@ struct Diagonals {
       queue(tile + ahead, x_buffer == 0 ? x_buffers - 1 : x_buffer - 1,
             grad_buffer == 0 ? grad_buffers - 1 : grad_buffer - 1);
       block.warps([&](int warp) {
-        if (tile + down + warp >= all || down + warp > band(f)) return;
+        if (tile + down + warp >= all || down + warp > band(conv)) return;
         const int mine = grad_buffer + warp,
                   buffer = mine < grad_buffers ? mine : mine - grad_buffers,
                   of_grad = grad_at + buffer * kTileBytes, of_x = x_buffer * kTileBytes;
@@ -373,7 +375,7 @@ struct Diagonals {
       }
     });
     block.barrier();
-    float* to = f.sums + ((int64_t{unit} * parts(f, 0) + part) * groups(f) + group) * lags;
+    float* to = conv.sums + ((int64_t{unit} * parts(conv, 0) + part) * groups(conv) + group) * lags;
     block.own([&](int thread) {
       for (int i = thread; i < lags; i += kThreads) {
         const int warp = i / kTile, rest = i % kTile;  // of two warps' diagonals
@@ -387,13 +389,13 @@ struct Diagonals {
 
   // Where a warp's sum of the places (g, c) eight by eight is: no two of 32 neighbouring
   // diagonals that have the same g are in one bank.
-  HD static int diagonal(int warp, int u, int g, int c) {
+  FASTMIX_HD static int diagonal(int warp, int u, int g, int c) {
     return ((warp * 8 + g) * plane) + 8 * u + c;
   }
 
   // The sum of the diagonal i - j = `lag` of a warp's 64 by 64.
   template <class Block>
-  HD static float diagonal(Block& block, int warp, int lag) {
+  FASTMIX_HD static float diagonal(Block& block, int warp, int lag) {
     float sum = 0;
     UNROLLED for (int g = 0; g < 8; ++g) {
       const int c = (g - lag) & 7, u = (lag - g + c) / 8 + 8;
@@ -411,36 +413,38 @@ template <Type type>
 struct Totals {
   static constexpr int threads = kThreads, resident = 1;
 
-  HD static int64_t blocks(const Toeplitz& f) {
-    return (int64_t{f.kernels} * f.heads * f.lags + threads - 1) / threads;
+  FASTMIX_HD static int64_t blocks(const Toeplitz& conv) {
+    return (int64_t{conv.kernels} * conv.heads * conv.lags + threads - 1) / threads;
   }
-  HD static int shared(const Toeplitz&) { return 0; }
+  FASTMIX_HD static int shared(const Toeplitz&) { return 0; }
 
   template <class Block>
-  HD static void run(Block& block, const Toeplitz& f) {
+  FASTMIX_HD static void run(Block& block, const Toeplitz& conv) {
     using From = Diagonals<type>;
-    const int groups = From::groups(f), parts = From::parts(f, 0), tiles = tiles_of_channels(f);
+    const int groups = From::groups(conv), parts = From::parts(conv, 0),
+              tiles = tiles_of_channels(conv);
     block.own([&](int thread) {
       const int64_t item = int64_t{block.index()} * threads + thread;
-      if (item >= int64_t{f.kernels} * f.heads * f.lags) return;
-      const int kernel = item / f.lags, lag = item % f.lags;
+      if (item >= int64_t{conv.kernels} * conv.heads * conv.lags) return;
+      const int kernel = item / conv.lags, lag = item % conv.lags;
       constexpr int width = kTile * kWarps;
       const int group = lag / width, i = lag % width + kTile - 1;
-      const int samples = f.kernels == 1 ? f.batch : 1;
+      const int samples = conv.kernels == 1 ? conv.batch : 1;
       float sum = 0;
       for (int b = 0; b < samples; ++b) {
-        const int64_t head = int64_t{b} * f.heads + kernel;
+        const int64_t head = int64_t{b} * conv.heads + kernel;
         for (int row = 0; row < tiles * parts; ++row) {
-          const float* from = f.sums + ((head * tiles * parts + row) * groups + group) * From::lags;
+          const float* from =
+              conv.sums + ((head * tiles * parts + row) * groups + group) * From::lags;
           const int part = row % parts;
-          if (part < From::parts(f, group)) sum += block.load_float(from + i);
-          if (i >= width && group + 1 < groups && part < From::parts(f, group + 1))
+          if (part < From::parts(conv, group)) sum += block.load_float(from + i);
+          if (i >= width && group + 1 < groups && part < From::parts(conv, group + 1))
             sum += block.load_float(from + From::lags + i - width);
         }
       }
-      char* to = static_cast<char*>(f.grad_kernel.data) +
-                 2 * (kernel / f.heads * f.grad_kernel.b + lag * f.grad_kernel.n +
-                      kernel % f.heads * f.grad_kernel.d);
+      char* to = static_cast<char*>(conv.grad_kernel.data) +
+                 2 * (kernel / conv.heads * conv.grad_kernel.b + lag * conv.grad_kernel.n +
+                      kernel % conv.heads * conv.grad_kernel.d);
       block.template store_one<2>(to, Block::template pack<type>(sum, 0));
     });
   }

@@ -1,70 +1,123 @@
 """What the two spatial gating units share: layer norm, activation, product."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-ACTIVATIONS = {
-    "identity": lambda x: x,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
+from fastmix import _torch_private
+from fastmix.activations import ACTIVATIONS, OUTSIDE
+from fastmix.fallback._values import all_finite, is_anything, is_readable
+
+BLOCK = 64  # the fewest rows of a block of the triangle
 
 
-def compute_dtype(x):
-    return torch.promote_types(x.dtype, torch.float32)
+def row_blocks(n: int, factor: Tensor) -> list[tuple[int, int]]:
+    """(first row, end) of the blocks in which a lower triangle of n rows is multiplied by `factor`.
 
-
-def row_blocks(n, least):
-    """(first row, end) of the blocks in which a lower triangle of n rows is multiplied.
-
-    Up to eight, of at least `least` rows: what they save must outweigh the extra calls.
+    Up to eight, of at least BLOCK rows: what they save must outweigh the extra calls. A block
+    multiplies steps that come after its rows by zeros: NaN and infinity go row by row.
     """
-    step = max(least, -(-n // 8))
+    step = max(BLOCK, -(-n // 8)) if all_finite(factor) else 1
     return [(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def cast(tensor, dtype):
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def cast_like(gradient, parameter):
-    return None if parameter is None else gradient.to(parameter.dtype)
+def cast_like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None or gradient is None else gradient.to(parameter.dtype)
 
 
-def normalize(gate, weight, bias, eps):
+def normalize(gate: Tensor, weight: Tensor | None, bias: Tensor | None,
+              eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """gate (b, n, c), weight and bias (c,) or None → normed, mean, inverse deviation."""
+    if not _torch_private.transforms_active():
+        statistics = torch.native_layer_norm(gate, gate.shape[-1:], cast(weight, gate.dtype),
+                                             cast(bias, gate.dtype), eps)
+        if not _overflowed(statistics[2]):
+            return statistics
+    return normalize_plain(gate, weight, bias, eps)
+
+
+def normalize_plain(gate: Tensor, weight: Tensor | None, bias: Tensor | None,
+                    eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`normalize`, of squares that overflow, and to be differentiated: PyTorch's third
+    derivatives of its layer norm are wrong, and so are tangents of a bias without a weight.
+    """
     weight, bias = cast(weight, gate.dtype), cast(bias, gate.dtype)
-    if not torch._C._are_functorch_transforms_active():
-        return torch.native_layer_norm(gate, gate.shape[-1:], weight, bias, eps)
-    # To be differentiated: PyTorch's third derivatives of its layer norm are wrong, and so are
-    # tangents of a bias without a weight.
-    mean = gate.mean(dim=-1, keepdim=True)
-    normed = gate - mean
-    inverse_deviation = (normed.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    normed = normed * inverse_deviation
+    normed, mean, inverse_deviation = _normalize(gate, eps, 1)
+    if _overflowed(inverse_deviation):
+        factor = _factor(gate)
+        normed, mean, inverse_deviation = _normalize(gate * factor, eps, factor)
+        mean, inverse_deviation = mean / factor, inverse_deviation * factor
     normed = normed if weight is None else normed * weight
     return normed if bias is None else normed + bias, mean, inverse_deviation
 
 
-def normalize_backward(grad, gate, mean, inverse_deviation, weight, bias):
-    """→ gradients for gate, weight and bias, None where there is none."""
-    # PyTorch reads the statistics as if they were contiguous, whatever their strides.
-    return torch.ops.aten.native_layer_norm_backward(
-        grad, gate, gate.shape[-1:], mean.contiguous(), inverse_deviation.contiguous(),
-        cast(weight, gate.dtype), cast(bias, gate.dtype),
-        [True, weight is not None, bias is not None])
+def _normalize(gate: Tensor, eps: float, factor: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """→ normed, mean, inverse deviation of rows that were multiplied by `factor`."""
+    mean = gate.mean(dim=-1, keepdim=True)
+    centred = gate - mean
+    inverse_deviation = (centred.square().mean(dim=-1, keepdim=True) + eps * factor**2).rsqrt()
+    return centred * inverse_deviation, mean, inverse_deviation
 
 
-def finish(mixed, res, activation):
-    """What the unit returns: the mixed gate itself for activation "none"."""
-    return mixed if activation == "none" else ACTIVATIONS[activation](mixed) * res
+def _overflowed(inverse_deviation: Tensor) -> bool:
+    """Whether squares of a row's numbers did, or may have, or one of them is not finite."""
+    if not is_readable(inverse_deviation):
+        return is_anything(inverse_deviation)
+    return not bool((inverse_deviation.detach() > 0).all())
 
 
-def finish_backward(grad, mixed, res, activation, dmixed, dres):
-    """Writes the gradients for mixed and res to dmixed and dres. "none" needs no mixed."""
-    if activation == "none":
+def _factor(gate: Tensor) -> Tensor:
+    """Powers of two (b, n, 1) that bring every row's largest number below 4."""
+    largest = gate.detach().abs().amax(-1, keepdim=True)
+    return torch.where(largest > 1, 4 * torch.frexp(largest).mantissa / largest, 1)
+
+
+def normalize_backward(grad: Tensor, gate: Tensor, mean: Tensor, weight: Tensor | None,
+                       bias: Tensor | None, eps: float) -> Any:
+    """→ gradients for gate, in the memory of `grad`, for weight and bias, None where there is none.
+
+    Written out: PyTorch's own takes its sums over a gate that is not centred, which loses most
+    digits of the difference that is left where channels are few. The mean is rounded: what is
+    left of it in the centred gate is taken out once more.
+    """
+    centred = gate - mean
+    centred -= centred.mean(dim=-1, keepdim=True)
+    deviation = centred.square().mean(dim=-1, keepdim=True).add_(eps).sqrt_()
+    factor = None
+    if is_readable(deviation) and not bool((deviation < torch.inf).all()):
+        factor = _factor(gate)
+        centred = gate * factor - mean * factor
+        centred -= centred.mean(dim=-1, keepdim=True)
+        deviation = (centred.square().mean(dim=-1, keepdim=True) + eps * factor**2).sqrt()
+    over_steps = tuple(range(grad.ndim - 1))
+    grad_bias = None if bias is None else grad.sum(over_steps)
+    product = grad * centred
+    grad_weight = None
+    if weight is not None:
+        grad_weight = product.div_(deviation).sum(over_steps)
+        product.mul_(deviation).mul_(weight.to(gate.dtype))
+        grad *= weight.to(gate.dtype)
+    along = product.mean(dim=-1, keepdim=True).div_(deviation.square())
+    del product
+    grad -= grad.mean(dim=-1, keepdim=True)
+    grad.sub_(centred.mul_(along)).div_(deviation)
+    return grad if factor is None else grad.mul_(factor), grad_weight, grad_bias
+
+
+def finish(mixed: Tensor, res: Tensor, activation: str) -> Tensor:
+    """What the unit returns: the mixed gate itself for an activation outside."""
+    return mixed if activation == OUTSIDE else ACTIVATIONS[activation](mixed) * res
+
+
+def finish_backward(grad: Tensor, mixed: Any, res: Tensor, activation: str, dmixed: Tensor,
+                    dres: Tensor) -> None:
+    """Writes the gradients for mixed and res to dmixed and dres. One outside needs no mixed."""
+    if activation == OUTSIDE:
         dmixed.copy_(grad)
         dres.zero_()
         return

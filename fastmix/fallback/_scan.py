@@ -1,75 +1,36 @@
-"""The chunked linear scan that linear_scan, gate_loop and decay_conv share.
-
-Long sequences are taken one stretch of time after the other, so that the temporaries of
-a stretch stay in cache.
-"""
+"""The chunked linear scan that linear_scan, gate_loop and decay_conv share, and its transpose."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastmix.fallback._segments import output_buffer
 
 # Sequences this short are scanned step by step.
 DIRECT = 16
 
-# Real numbers in one of a stretch's temporaries: 2 MB in float32. An allocator hands blocks of
-# that size out again and again, while large ones come fresh from the system, page by page.
-STRETCH = 1 << 19
 
+def adjoint(gates: Tensor, grad_states: Tensor, g_next: Tensor, reverse: bool = False) -> Tensor:
+    """g_t = grad_states_t + conj(gates_{t+1}) g_{t+1}, from g_{n-1} = grad_states_{n-1} + g_next.
 
-def stretches(n, per_step, multiple):
-    """Slices of time that cover n, each but the last a multiple of `multiple` (or 64) long."""
-    multiple = multiple or 64
-    length = max(STRETCH // max(per_step * multiple, 1), 4) * multiple
-    return [slice(start, min(start + length, n)) for start in range(0, n, length)]
-
-
-def entering(states, initial, every, reverse=False):
-    """The states (b, ⌈n / every⌉, …) in which every `every`-th step begins; none for 0."""
-    if every == 0:
-        return initial.unsqueeze(1)[:, :0]
-    first = initial.unsqueeze(1)
-    if reverse:
-        return torch.cat([states[:, every::every], first], dim=1)
-    return torch.cat([first, states[:, every - 1 : -1 : every]], dim=1)
-
-
-def room(x, *others):
-    """Memory like x for what is made of all these, or None: memory that was there before a
-    result has no derivatives, and torch.func may be asking for some.
-    """
-    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t)
-           for t in (x, *others)):
-        return None
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def adjoint(gates, asked, g_next, reverse=False):
-    """g_t = asked_t + conj(gates_{t+1}) g_{t+1}, from g_{n-1} = asked_{n-1} + g_next.
-
-    The transpose of `scan`: g is the gradient of its inputs where `asked` is that of its
+    The transpose of `scan`: g is the gradient of its inputs where `grad_states` is that of its
     states. `reverse` is the direction of the scan that is transposed.
     """
     late, body = (slice(None, -1), slice(1, None)) if reverse else (slice(1, None), slice(None, -1))
     last = 0 if reverse else -1
-    g = torch.empty_like(asked, memory_format=torch.contiguous_format)
-    g[:, last] = asked[:, last] + g_next
-    if asked.shape[1] > 1:
+    g = torch.empty_like(grad_states, memory_format=torch.contiguous_format)
+    g[:, last] = grad_states[:, last] + g_next
+    if grad_states.shape[1] > 1:
         gates = torch.conj_physical(gates if gates.shape[1] == 1 else gates[:, late])
-        scan(gates, asked[:, body], g[:, last], not reverse, g[:, body])
+        scan(gates, grad_states[:, body], g[:, last], not reverse, g[:, body])
     return g
 
 
-def with_last(carries, state):
-    """Carries of all stretches, and the last state of all, as `fastmix.ops` asks for them."""
-    return joined([*carries, state.unsqueeze(1)[:, : 1 if carries[0].shape[1] else 0]])
-
-
-def joined(pieces):
-    """The stretches as one tensor, without a copy where there is only one."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-
-def scan(gates, inputs, initial, reverse=False, out=None):
+def scan(gates: Tensor, inputs: Tensor, initial: Tensor, reverse: bool = False,
+         out: Tensor | None = None) -> Tensor:
     """h_t = gates_t · h_{t-1} + inputs_t from h_{-1} = initial; every state (b, n, …).
 
     gates (b, n, …) broadcasts against inputs (b, n, …); one time step of gates
@@ -78,9 +39,9 @@ def scan(gates, inputs, initial, reverse=False, out=None):
     formed, never quotients, so gates of 0 are exact. `out` is where the states go, if given.
     """
     n = inputs.shape[1]
-    out = room(inputs, gates, initial) if out is None else out
+    out = output_buffer(inputs, gates, initial) if out is None else out
     if n <= DIRECT:
-        return _steps(gates, inputs, 1, initial, reverse, out)
+        return _scan_steps(gates, inputs, 1, initial, reverse, out)
     constant = gates.shape[1] == 1
     # The error of one gate's power is the same in every chunk and adds up: few chunks then.
     length = 1 << (math.isqrt(n - 1).bit_length() if constant
@@ -94,8 +55,10 @@ def scan(gates, inputs, initial, reverse=False, out=None):
     chunk_gates = gates.unsqueeze(1) if constant else gates[:, whole].unflatten(1, (chunks, length))
     chunk_inputs = inputs[:, whole].unflatten(1, (chunks, length))
 
-    product = end = None
-    for gate, step in zip(*(_in_order(t, 2, reverse, length) for t in (chunk_gates, chunk_inputs))):
+    product: Any = None
+    end: Any = None
+    for gate, step in zip(*(_steps_in_order(t, 2, reverse, length)
+                            for t in (chunk_gates, chunk_inputs))):
         end = step if end is None else torch.addcmul(step, gate, end)
         if not constant:
             product = gate if product is None else product * gate
@@ -105,11 +68,11 @@ def scan(gates, inputs, initial, reverse=False, out=None):
     first = initial.unsqueeze(1)
     entries = (torch.cat([ends[:, 1:], first], dim=1) if reverse
                else torch.cat([first, ends[:, :-1]], dim=1))
-    states = _steps(chunk_gates, chunk_inputs, 2, entries, reverse,
+    states = _scan_steps(chunk_gates, chunk_inputs, 2, entries, reverse,
                     None if out is None else out[:, whole].unflatten(1, (chunks, length)))
     if rest:
         last = ends[:, 0] if reverse else ends[:, -1]
-        tail_states = _steps(gates if constant else gates[:, tail], inputs[:, tail], 1, last,
+        tail_states = _scan_steps(gates if constant else gates[:, tail], inputs[:, tail], 1, last,
                              reverse, None if out is None else out[:, tail])
     if out is not None:
         return out
@@ -119,20 +82,21 @@ def scan(gates, inputs, initial, reverse=False, out=None):
     return torch.cat([tail_states, states] if reverse else [states, tail_states], dim=1)
 
 
-def _in_order(tensor, axis, reverse, count):
+def _steps_in_order(tensor: Tensor, axis: int, reverse: bool, count: int) -> Sequence[Tensor]:
     """The `count` steps along an axis, in the direction of the scan; a constant one repeats."""
     steps = tensor.unbind(axis)
     steps = steps if len(steps) == count else steps * count
     return steps[::-1] if reverse else steps
 
 
-def _steps(gates, inputs, axis, state, reverse, out):
+def _scan_steps(gates: Tensor, inputs: Tensor, axis: int, state: Tensor, reverse: bool,
+                out: Tensor | None) -> Tensor:
     """The states along an axis, in `out` if there is one."""
     count = inputs.shape[axis]
-    places = [None] * count if out is None else _in_order(out, axis, reverse, count)
+    outputs = [None] * count if out is None else _steps_in_order(out, axis, reverse, count)
     states = []
-    for gate, step, place in zip(_in_order(gates, axis, reverse, count),
-                                 _in_order(inputs, axis, reverse, count), places):
-        state = torch.addcmul(step, gate, state, out=place)
+    for gate, step, output in zip(_steps_in_order(gates, axis, reverse, count),
+                                 _steps_in_order(inputs, axis, reverse, count), outputs):
+        state = torch.addcmul(step, gate, state, out=output)
         states.append(state)
     return torch.stack(states[::-1] if reverse else states, axis) if out is None else out

@@ -2,19 +2,45 @@
 
 Head dimension 1 is a scan per channel. Larger heads go in chunks of matrix products:
 inside a chunk the step from r to s weighs Re Π_{r<i≤s} a_i, and whatever came before
-enters through the complex state at the chunk's start. Products of gates are formed step
-by step: a gate of 0 is exact, and nothing is ever divided by one.
+enters through the state at the chunk's start. Products of gates are formed step
+by step: a gate of 0 is exact, and nothing is ever divided by one. Real gates have a real state
+and no imaginary parts anywhere, at half the products.
+
+A chunk multiplies q and k before v comes in, and what is later by a zero. Where such a product
+would be NaN or infinite, or lose its digits, every step's state is formed, as for head dimension 1.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from fastmix.fallback._scan import adjoint, entering, joined, scan, stretches, with_last
+from fastmix.dtypes import wide
+from fastmix.fallback._carries import all_carries, segment_carries
+from fastmix.fallback._scan import adjoint, scan
+from fastmix.fallback._segments import concatenated, segments
+from fastmix.fallback._values import all_finite, products_fit
 
 
-def _chunk(dk, dv):
+def _chunk(dk: int, dv: int) -> int:
     """Steps of time per chunk: its weights cost as much as its matrix products."""
     return 16 if max(dk, dv) <= 16 else 64
+
+
+def _polar(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z (…, 2) → its direction (…, 2), its larger part, its length, and their ratio in [1, √2].
+
+    No square overflows or loses digits. An infinite z has the direction of its infinite parts,
+    and a length whose derivative is finite. At z = 0 all are 0 but the ratio.
+    """
+    larger = logits.detach().abs().amax(-1)
+    at_zero = larger == 0
+    parts = logits / torch.where(at_zero, 1, larger)[..., None]
+    parts = torch.where(larger.isinf()[..., None], logits.isinf() * logits.sign(), parts)
+    size = torch.where(at_zero, 1, parts.square().sum(-1)).sqrt()
+    length = larger.clamp(max=torch.finfo(larger.dtype).max) * size
+    return parts / size[..., None], larger, length, size
 
 
 class _Activate(torch.autograd.Function):
@@ -27,12 +53,10 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def forward(logits):
-        re, im = logits.unbind(-1)
-        at_zero = (re == 0) & (im == 0)
-        re, im = torch.where(at_zero, 1, re), torch.where(at_zero, 0, im)
-        size = torch.hypot(re, im)
-        sigmoid = torch.where(at_zero, 0.5, size.sigmoid())
-        return torch.complex(re / size * sigmoid, im / size * sigmoid)
+        direction, larger, length, _ = _polar(logits)
+        sigmoid = length.sigmoid()
+        re, im = (direction * sigmoid[..., None]).unbind(-1)
+        return torch.complex(torch.where(larger == 0, 0.5, re), im)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -45,87 +69,96 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent):  # the Jacobian is symmetric
-        moved = _activate_backward(torch.view_as_complex(tangent), *ctx.saved_tensors)
-        return torch.view_as_complex(moved)
+        moved = _activate_backward(torch.complex(*tangent.unbind(-1)), *ctx.saved_tensors)
+        return torch.complex(*moved.unbind(-1))
 
 
 activate = _Activate.apply
 
 
-def _activate_backward(grad, logits):
-    """Along z the slope is σ'(|z|), across it σ(|z|) / |z|; 0 at z = 0."""
-    re, im = logits.unbind(-1)
-    size = torch.hypot(re, im)
-    size = torch.where(size == 0, 1, size)
-    re, im = re / size, im / size
-    sigmoid = size.sigmoid()
+def _activate_backward(grad: Tensor, logits: Tensor) -> Tensor:
+    """Along z the slope is σ'(|z|), across it σ(|z|) / |z|; 0 at z = 0 and at infinity."""
+    direction, larger, length, size = _polar(logits)
+    re, im = direction.unbind(-1)
+    sigmoid = length.sigmoid()
     along = (re * grad.real + im * grad.imag) * (sigmoid * (1 - sigmoid))
-    steepest = size.clamp(min=torch.finfo(size.dtype).tiny)
-    across = (re * grad.imag - im * grad.real) * (sigmoid / steepest)
+    smallest = torch.finfo(larger.dtype).tiny
+    across = (re * grad.imag - im * grad.real) * (sigmoid / size / larger.clamp(min=smallest))
     return torch.stack([re * along - im * across, im * along + re * across], dim=-1)
 
 
-def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
-    """out (b, n, h, dv), the last state (b, h, dk, dv) and the carries, complex.
+def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: Tensor | None,
+            initial_state: Tensor | None, carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
+    """out (b, n, h, dv), the last state (b, h, dk, dv) and the carries.
 
-    q, k (b, n, h, dk), v (b, n, h, dv); gates (b, n, h) complex or gate_logits
-    (b, n, h, 2) real. The carries (b, ⌈n / carry_every⌉ + 1, h, dk, dv) are the states
+    State and carries are complex or real, as the gates are.
+
+    q, k (b, n, h, dk), v (b, n, h, dv); gates (b, n, h), complex or real, or gate_logits
+    (b, n, h, 2) of complex ones. The carries (b, ⌈n / carry_every⌉ + 1, h, dk, dv) are the states
     before every carry_every-th step, and the last one. carry_every is 0 where no gradient
     will be asked for: then there are none.
     """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide(q.dtype)
+    state_dtype = dtype if gates is not None and not gates.is_complex() else dtype.to_complex()
     state = initial_state
     if state is None:
-        state = q.new_zeros(b, h, dk, dv, dtype=wide.to_complex())
+        state = q.new_zeros(b, h, dk, dv, dtype=state_dtype)
     run, per_step = (_diagonal, 1) if dk == dv == 1 else (_chunked, _chunk(dk, dv))
+    given: Any = gate_logits if gates is None else gates
     outs, carries = [], []
-    for at in stretches(n, 2 * b * h * per_step, carry_every):
-        a = (activate(gate_logits[:, at].to(wide)) if gates is None else gates[:, at])
-        out, state, entries = run(q[:, at].to(wide), k[:, at].to(wide), v[:, at].to(wide),
+    for at in segments(n, 2 * b * h * per_step, carry_every):
+        a = (given[:, at].to(state_dtype) if gates is not None
+             else activate(given[:, at].to(dtype)))
+        out, state, entries = run(q[:, at].to(dtype), k[:, at].to(dtype), v[:, at].to(dtype),
                                   a, state, carry_every)
         outs.append(out.to(q.dtype))
         carries.append(entries)
-    return joined(outs), state.clone(), with_last(carries, state)
+    return concatenated(outs), state.clone(), all_carries(carries, state)
 
 
-def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_state, carry_every):
+def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, q: Tensor, k: Tensor, v: Tensor,
+             gates: Tensor | None, gate_logits: Tensor | None, initial_state: Tensor | None,
+             carry_every: int) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, gates, gate_logits and initial_state (None where it was None).
 
     With G_t = q_t grad_tᵀ + conj(a_{t+1}) G_{t+1}: dq = Re S · grad, dk = Re G · v,
     dv = k · Re G and da = Σ G_t conj(S_{t-1}). States are recomputed from the carries.
     """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide(q.dtype)
     run, per_step = ((_diagonal_backward, 1) if dk == dv == 1
                      else (_chunked_backward, _chunk(dk, dv)))
     grad_q, grad_k, grad_v = (torch.empty_like(t, memory_format=torch.contiguous_format)
                               for t in (q, k, v))
-    grad_gates = torch.empty_like(gate_logits if gates is None else gates,
-                                  memory_format=torch.contiguous_format)
+    given: Any = gate_logits if gates is None else gates
+    grad_given = torch.empty_like(given, memory_format=torch.contiguous_format)
     g = grad_state
-    for at in reversed(stretches(n, 2 * b * h * per_step, carry_every)):
-        logits = None if gate_logits is None else gate_logits[:, at].to(wide)
-        a = activate(logits) if gates is None else gates[:, at]
+    for at in reversed(segments(n, 2 * b * h * per_step, carry_every)):
+        logits = None if gates is not None else given[:, at].to(dtype)
+        a = given[:, at].to(carries.dtype) if logits is None else activate(logits)
         grad_q[:, at], grad_k[:, at], grad_v[:, at], grad_a, g = run(
-            grad[:, at].to(wide), g, carries[:, at.start // carry_every],
-            q[:, at].to(wide), k[:, at].to(wide), v[:, at].to(wide), a)
-        grad_gates[:, at] = grad_a if gates is not None else _activate_backward(grad_a, logits)
-    return (grad_q, grad_k, grad_v, None if gates is None else grad_gates,
-            None if gate_logits is None else grad_gates,
+            grad[:, at].to(dtype), g, carries[:, at.start // carry_every],
+            q[:, at].to(dtype), k[:, at].to(dtype), v[:, at].to(dtype), a)
+        grad_given[:, at] = grad_a if logits is None else _activate_backward(grad_a, logits)
+    return (grad_q, grad_k, grad_v, None if gates is None else grad_given,
+            None if gate_logits is None else grad_given,
             None if initial_state is None else g.clone())
 
 
 # ---- head dimension 1: a scan over a (b, n, h)
 
 
-def _diagonal(q, k, v, a, state, carry_every):
+def _diagonal(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor,
+              carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
     states = scan(a, (k * v)[..., 0].to(a.dtype), state[..., 0, 0])[..., None, None]
-    return q * states.real[..., 0], states[:, -1], entering(states, state, carry_every)
+    return q * states.real[..., 0], states[:, -1], segment_carries(states, state, carry_every)
 
 
-def _diagonal_backward(grad, g_next, entry, q, k, v, a):
-    """g_next is what later steps ask of the last state; entry, the state before the first."""
+def _diagonal_backward(grad: Tensor, g_next: Tensor, entry: Tensor, q: Tensor, k: Tensor, v: Tensor,
+                       a: Tensor) -> tuple[Tensor, ...]:
+    """g_next is the gradient of the last state from later steps; entry, the state before the
+    first."""
     entry = entry[..., 0, 0]
     states = scan(a, (k * v)[..., 0].to(a.dtype), entry)
     g = adjoint(a, (q * grad)[..., 0].to(a.dtype), g_next[..., 0, 0])
@@ -139,7 +172,7 @@ def _diagonal_backward(grad, g_next, entry, q, k, v, a):
 # ---- larger heads: matrix products over chunks of time, (b, chunks, h, steps, d)
 
 
-def _split(x, length, value=0.0):
+def _split(x: Tensor, length: int, value: float = 0.0) -> Tensor:
     """(b, n, h, …) → (b, ⌈n / length⌉, h, length, …), padded with `value`."""
     pad = -x.shape[1] % length
     if pad:
@@ -147,16 +180,30 @@ def _split(x, length, value=0.0):
     return x.unflatten(1, (-1, length)).movedim(2, 3)
 
 
-def _merge(x, n):
+def _merge(x: Tensor, n: int) -> Tensor:
     return x.movedim(3, 2).flatten(1, 2)[:, :n]
 
 
-def _parts(x):
-    """Real and imaginary part, each contiguous: a batched product of strided views is slow."""
-    return x.real.contiguous(), x.imag.contiguous()
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Real and imaginary part, or a real x alone."""
+    return (x.real, x.imag) if x.is_complex() else (x,)
 
 
-def _weights(a):
+def _dense_parts(x: Tensor) -> list[Tensor]:
+    """The same, each contiguous: a batched product of strided views is slow."""
+    return [part.contiguous() for part in _parts(x)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.complex(*parts) if len(parts) == 2 else parts[0]
+
+
+def _real_product(x: Tensor, parts: list[Tensor]) -> Tensor:
+    """Re(x y), of the parts of y."""
+    return (x.real * parts[0] - x.imag * parts[1]) if x.is_complex() else x * parts[0]
+
+
+def _weights(a: Tensor) -> Tensor:
     """P[s, 0] = Π_{i ≤ s} a_i, P[s, r + 1] = Π_{r < i ≤ s} a_i, 0 for r > s: (…, c, c + 1)."""
     c = a.shape[-1]
     unit = torch.eye(c + 1, dtype=a.dtype, device=a.device)
@@ -168,7 +215,7 @@ def _weights(a):
     return torch.stack(rows, dim=-2)
 
 
-def _weights_backward(grad, weights, a):
+def _weights_backward(grad: Tensor, weights: Tensor, a: Tensor) -> Tensor:
     """da_s = Σ_r R[s, r] conj(P[s-1, r]), where R[s] = grad[s] + conj(a_{s+1}) R[s+1]."""
     grad_a = torch.empty_like(a, memory_format=torch.contiguous_format)
     row = torch.zeros_like(grad[..., 0, :])
@@ -183,35 +230,71 @@ def _weights_backward(grad, weights, a):
     return grad_a
 
 
-def _chunk_states(k, v, weights, state):
+def _chunk_states(k: Tensor, v: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The state that enters every chunk, (b, chunks, h, dk, dv), and the last one."""
     to_end = weights[..., -1, 1:, None]
-    update = torch.complex((k * to_end.real).mT @ v, (k * to_end.imag).mT @ v)
+    update = _joined([(k * part).mT @ v for part in _parts(to_end)])
     after = scan(weights[..., -1, 0, None, None], update, state)
     return torch.cat([state[:, None], after[:, :-1]], dim=1), after[:, -1]
 
 
-def _chunked(q, k, v, a, state, carry_every):
+def _stepwise(q: Tensor, k: Tensor, v: Tensor, a: Tensor, entries: Tensor,
+              length: int) -> Tensor:
+    """out (b, n, h, dv), of the state of every step; entries as from _chunk_states."""
+    chunks = zip(*(t.split(length, 1) for t in (q, k, v, a)), entries.unbind(1))
+    return torch.cat([(q[..., None] * _states(k, v, a, entry).real).sum(-2)
+                      for q, k, v, a, entry in chunks], 1)
+
+
+def _stepwise_backward(grad: Tensor, g_next: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor,
+                       entries: Tensor, length: int) -> tuple[Tensor, ...]:
+    chunks = [*zip(*(t.split(length, 1) for t in (grad, q, k, v, a)), entries.unbind(1))]
+    grads, g_entry = [], g_next
+    for grad, q, k, v, a, entry in reversed(chunks):
+        states, a = _states(k, v, a, entry), a[..., None, None]
+        g = adjoint(a, (q[..., None] * grad[..., None, :]).to(a.dtype), g_entry)
+        before = torch.cat([entry[:, None], states[:, :-1]], 1)
+        grads.append(((states.real * grad[..., None, :]).sum(-1),
+                      (g.real * v[..., None, :]).sum(-1), (g.real * k[..., None]).sum(-2),
+                      (g * torch.conj_physical(before)).sum((-1, -2))))
+        g_entry = torch.conj_physical(a[:, 0]) * g[:, 0]
+    return (*(torch.cat(parts[::-1], 1) for parts in zip(*grads)), g_entry)
+
+
+def _states(k: Tensor, v: Tensor, a: Tensor, entry: Tensor) -> Tensor:
+    """All of them, (b, n, h, dk, dv)."""
+    return scan(a[..., None, None], (k[..., None] * v[..., None, :]).to(a.dtype), entry)
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor,
+             carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
     n = q.shape[1]
     length = min(n, _chunk(q.shape[-1], v.shape[-1]))
+    steps = q, k, v, a
     q, k, v, a = _split(q, length), _split(k, length), _split(v, length), _split(a, length, 1.0)
     weights = _weights(a)
     entries, state = _chunk_states(k, v, weights, state)
-    from_entry = weights[..., 0, None]
-    entries_re, entries_im = _parts(entries)
-    out = ((q @ k.mT) * weights.real[..., 1:]) @ v
-    out = out + from_entry.real * (q @ entries_re) - from_entry.imag * (q @ entries_im)
     carries = entries[:, :: carry_every // length] if carry_every else entries[:, :0]
+    if not (products_fit(q, k) and all_finite(v) and all_finite(a)):
+        return _stepwise(*steps, entries, length), state, carries
+    out = ((q @ k.mT) * weights.real[..., 1:]) @ v
+    for sign, from_entry, part in zip((1, -1), _parts(weights[..., 0, None]),
+                                      _dense_parts(entries)):
+        out = torch.add(out, from_entry * (q @ part), alpha=sign)
     return _merge(out, n), state, carries
 
 
-def _chunked_backward(grad, g_next, entry, q, k, v, a):
+def _chunked_backward(grad: Tensor, g_next: Tensor, entry: Tensor, q: Tensor, k: Tensor, v: Tensor,
+                      a: Tensor) -> tuple[Tensor, ...]:
     n = q.shape[1]
     length = min(n, _chunk(q.shape[-1], v.shape[-1]))
+    steps = grad, g_next, q, k, v, a
     grad, q, k, v, a = (_split(grad, length), _split(q, length), _split(k, length),
                         _split(v, length), _split(a, length, 1.0))
     weights = _weights(a)
     entries, _ = _chunk_states(k, v, weights, entry)
+    if not (products_fit(q, k) and products_fit(grad, v) and all_finite(a)):
+        return _stepwise_backward(*steps, entries, length)
     inside = weights.real[..., 1:]
 
     # Within the chunk.
@@ -222,25 +305,25 @@ def _chunked_backward(grad, g_next, entry, q, k, v, a):
     grad_weights = torch.zeros_like(weights)
     grad_weights.real[..., 1:] = grad_scores * scores
 
-    # Out of the entering state.
-    re, im = weights[..., 0, None].real, weights[..., 0, None].imag
-    by_re, by_im = (grad @ part.mT for part in _parts(entries))
-    grad_q += re * by_re - im * by_im
-    grad_weights.real[..., 0] += (q * by_re).sum(-1)
-    grad_weights.imag[..., 0] -= (q * by_im).sum(-1)
-    asked = torch.complex((q * re).mT @ grad, -((q * im).mT @ grad))
+    # Out of the entry.
+    from_entry = weights[..., 0, None]
+    by_entries = [grad @ part.mT for part in _dense_parts(entries)]
+    grad_q += _real_product(from_entry, by_entries)
+    grad_weights[..., 0] += torch.conj_physical(_joined([(q * by).sum(-1) for by in by_entries]))
+    grad_updates = torch.conj_physical(
+        _joined([(q * part).mT @ grad for part in _parts(from_entry)]))
 
-    # Into the leaving state: g is the gradient of the state after each chunk.
+    # Into the exit: g is the gradient of the state after each chunk.
     to_end = weights[..., -1, 0, None, None]
-    g_entries = scan(torch.conj_physical(to_end), asked, g_next, reverse=True)
+    g_entries = scan(torch.conj_physical(to_end), grad_updates, g_next, reverse=True)
     g = torch.cat([g_entries[:, 1:], g_next[:, None]], dim=1)
     grad_weights[..., -1, 0] += (g * torch.conj_physical(entries)).sum((-1, -2))
-    re, im = weights[..., -1, 1:, None].real, weights[..., -1, 1:, None].imag
-    g_re, g_im = _parts(g)
-    by_re, by_im = v @ g_re.mT, v @ g_im.mT
-    grad_k += re * by_re + im * by_im
-    grad_v += re * (k @ g_re) + im * (k @ g_im)
-    grad_weights[..., -1, 1:] += torch.complex((k * by_re).sum(-1), (k * by_im).sum(-1))
+    into_exit = torch.conj_physical(weights[..., -1, 1:, None])
+    g_parts = _dense_parts(g)
+    by_g = [v @ part.mT for part in g_parts]
+    grad_k += _real_product(into_exit, by_g)
+    grad_v += _real_product(into_exit, [k @ part for part in g_parts])
+    grad_weights[..., -1, 1:] += _joined([(k * by).sum(-1) for by in by_g])
 
     grad_a = _weights_backward(grad_weights, weights, a)
     return (_merge(grad_q, n), _merge(grad_k, n), _merge(grad_v, n), _merge(grad_a, n),

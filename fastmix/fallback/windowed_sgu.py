@@ -11,20 +11,24 @@ one, and matrices (h, r, count · b · d).
 """
 
 import torch
+from torch import Tensor
 
+from fastmix.activations import OUTSIDE
+from fastmix.dtypes import wide
 from fastmix.fallback import _gating
-from fastmix.fallback._scan import joined, room
+from fastmix.fallback._segments import concatenated, output_buffer
 
 SLAB = 3 << 17  # numbers in a slab of the gate, or as many as the weight has
-BLOCK = 64  # the fewest rows of a block of the triangle
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
+def forward(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
+            norm_bias: Tensor | None, eps: float, gate_residual: Tensor | None,
+            activation: str) -> Tensor:
     """x (b, n, 2c), weight (h, w, 2w), bias (h, w), gate_residual (b, n, c) → (b, n, c)."""
     c, (h, w) = x.shape[2] // 2, bias.shape
-    dtype = _gating.compute_dtype(x)
+    dtype = wide(x.dtype)
     parameters = _parameters(weight, bias, dtype)
-    out = room(x[..., :c], weight, bias, norm_weight, norm_bias, gate_residual)
+    out = output_buffer(x[..., :c], weight, bias, norm_weight, norm_bias, gate_residual)
     pieces = []
     sequences, slabs = _slabs(x, h, w)
     for batch in sequences:
@@ -36,7 +40,7 @@ def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activat
             residual = None if gate_residual is None else _windows(
                 gate_residual[batch, start:stop].to(dtype), h, r)
             blocks = []
-            for i, j in _gating.row_blocks(r, BLOCK):
+            for i, j in _gating.row_blocks(r, own):
                 mixed = _mix(parameters, previous, own, residual, i, j, res.shape[2:])
                 block = _gating.finish(mixed, res[:, i:j], activation)
                 if out is None:
@@ -44,21 +48,23 @@ def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activat
                 else:
                     _windows(out[batch, start:stop], h, r)[:, i:j] = block
             if out is None:
-                pieces.append(_rows(joined(blocks)).to(x.dtype))
+                pieces.append(_rows(concatenated(blocks)).to(x.dtype))
     if out is not None:
         return out
-    return torch.cat([joined(pieces[i : i + len(slabs)])
+    return torch.cat([concatenated(pieces[i : i + len(slabs)])
                       for i in range(0, len(pieces), len(slabs))])
 
 
-def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
+def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
+             norm_bias: Tensor | None, eps: float, gate_residual: Tensor | None,
+             activation: str) -> tuple[Tensor | None, ...]:
     """grad (b, n, c) → dx, dweight, dbias, dnorm_weight, dnorm_bias, dgate_residual.
 
     From the last slab to the first, because a gate also feeds the next window: the
     gradient of a slab's first mixture is handed on as `later`.
     """
     c, (h, w) = grad.shape[2], bias.shape
-    dtype = _gating.compute_dtype(x)
+    dtype = wide(x.dtype)
     parameters = before, within, _ = _parameters(weight, bias, dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dresidual = None if gate_residual is None else torch.empty(
@@ -73,23 +79,24 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
         later = None
         for start, stop, r in reversed(slabs):
             gate = x[batch, max(start - w, 0) : stop, c:].to(dtype).contiguous()
-            normed, *statistics = _gating.normalize(gate, norm_weight, norm_bias, eps)
+            normed, mean, _ = _gating.normalize(gate, norm_weight, norm_bias, eps)
             previous, own = _matrices(normed, h, w, start)
             del normed
-            asked = _windows(grad[batch, start:stop].to(dtype), h, r)
+            grad_windows = _windows(grad[batch, start:stop].to(dtype), h, r)
             res = _windows(x[batch, start:stop, :c].to(dtype), h, r)
             residual = None if gate_residual is None else _windows(
                 gate_residual[batch, start:stop].to(dtype), h, r)
             dres = _windows(dx[batch, start:stop, :c], h, r)
-            count, columns = asked.shape[2], asked.shape[3:]
+            count, columns = grad_windows.shape[2], grad_windows.shape[3:]
             dmixed = gate.new_empty(h, r, count + (later is not None), *columns)
-            for i, j in _gating.row_blocks(r, BLOCK):
-                mixed = None if activation == "none" else _mix(
+            blocks = _gating.row_blocks(r, own)
+            for i, j in blocks:
+                mixed = None if activation == OUTSIDE else _mix(
                     parameters, previous, own, residual, i, j, res.shape[2:])
-                _gating.finish_backward(asked[:, i:j], mixed, res[:, i:j], activation,
+                _gating.finish_backward(grad_windows[:, i:j], mixed, res[:, i:j], activation,
                                         dmixed[:, i:j, :count], dres[:, i:j])
             del mixed, residual
-            if gate_residual is not None:
+            if dresidual is not None:
                 _windows(dresidual[batch, start:stop], h, r).copy_(dmixed[:, :, :count])
             if later is not None:
                 dmixed[:, : later.shape[1], count] = later
@@ -99,19 +106,19 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
             dbias[:, :r] += dmixed.sum(dim=-1)
             if previous is not None:
                 dbefore[:, :r].baddbmm_(dmixed, previous.mT)
-            for i, j in _gating.row_blocks(r, BLOCK):
+            for i, j in blocks:
                 dwithin[:, i:j, :j].baddbmm_(dmixed[:, i:j], own[:, :j].mT)
             del previous, own
             dnormed = torch.zeros_like(dmixed)
             if following.shape[2]:
                 dnormed[..., : following.shape[2]].baddbmm_(before.mT, following)
-            for i, j in _gating.row_blocks(r, BLOCK):
+            for i, j in _gating.row_blocks(r, dmixed):
                 dnormed[:, i:j].baddbmm_(within[:, i:r, i:j].mT, dmixed[:, i:])
             del dmixed, following
             dnormed = _rows(dnormed.unflatten(2, (count, *columns)))
             dx[batch, start:stop, c:], *parts = _gating.normalize_backward(
-                dnormed, *(t[:, start - stop :] for t in (gate, *statistics)),
-                norm_weight, norm_bias)
+                dnormed, gate[:, start - stop :], mean[:, start - stop :], norm_weight, norm_bias,
+                eps)
             del gate, dnormed
             for total, part in zip(dnorm, parts):
                 if total is not None:
@@ -122,13 +129,13 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
             dresidual)
 
 
-def _parameters(weight, bias, dtype):
+def _parameters(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """→ weights (h, w, w) of the window before and, masked, of a row's own; the bias."""
     before, within = weight.to(dtype).chunk(2, dim=-1)
     return before, within.tril(), bias.to(dtype)
 
 
-def _slabs(x, h, w):
+def _slabs(x: Tensor, h: int, w: int) -> tuple[list[slice], list[tuple[int, int, int]]]:
     """→ slices of the batch; for each of them, in order, (first step, end, steps of a window)."""
     b, n, c = x.shape[0], x.shape[1], x.shape[2] // 2
     size = max(SLAB, h * w * w)
@@ -141,17 +148,17 @@ def _slabs(x, h, w):
     return [slice(i, i + few) for i in range(0, max(b, 1), few)], slabs
 
 
-def _windows(rows, h, r):
+def _windows(rows: Tensor, h: int, r: int) -> Tensor:
     """(b, count · r, c) → (h, r, count, b, d), a view."""
     return rows.unflatten(2, (h, -1)).unflatten(1, (-1, r)).permute(3, 2, 1, 0, 4)
 
 
-def _rows(windows):
+def _rows(windows: Tensor) -> Tensor:
     """(h, r, count, b, d) → (b, count · r, c)."""
     return windows.permute(3, 2, 1, 0, 4).flatten(3).flatten(1, 2)
 
 
-def _matrices(gate, h, w, start):
+def _matrices(gate: Tensor, h: int, w: int, start: int) -> tuple[Tensor | None, Tensor]:
     """gate (b, steps, c) of a slab, and of the window before it unless start is 0 → what the
     slab mixes of previous windows, None if start is 0, and of its own.
     """
@@ -164,7 +171,8 @@ def _matrices(gate, h, w, start):
     return windows[:, :, :-1].flatten(2), windows[:, :, 1:].flatten(2)
 
 
-def _mix(parameters, previous, own, residual, i, j, columns):
+def _mix(parameters: tuple[Tensor, Tensor, Tensor], previous: Tensor | None, own: Tensor,
+         residual: Tensor | None, i: int, j: int, columns: torch.Size) -> Tensor:
     """→ rows i to j of what a slab mixes and the residual adds, windows (h, j - i, *columns)."""
     before, within, bias = parameters
     mixed = torch.baddbmm(bias[:, i:j, None], within[:, i:j, :j], own[:, :j])

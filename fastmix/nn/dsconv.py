@@ -1,12 +1,21 @@
 """Twin of gated_state_spaces_pytorch.dsconv: convolutions that the input itself computes."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmix import ops
-from fastmix.checks import check_divides, check_tokens
-from fastmix.nn._checks import check_sequence, check_sizes
-from fastmix.nn.mhesa import conv1d_fft, token_loss
+from fastmix.checks import check_divides
+from fastmix.nn._cache import (
+    Cache,
+    ModelCache,
+    call,
+    call_operator,
+    refuse_reversed,
+    split_model_cache,
+)
+from fastmix.nn._checks import check_sequence, check_sizes, embed_tokens
+from fastmix.nn._conv1d_fft import conv1d_fft
+from fastmix.nn._loss import token_loss
 
 __all__ = ["conv1d_fft", "EfficientDsConv", "GatedDsConv", "GatedDsConvLM"]
 
@@ -19,21 +28,29 @@ class EfficientDsConv(nn.Module):
     (b, n, dim). ValueError unless heads divides dim.
     """
 
-    def __init__(self, *, dim, heads):
+    def __init__(self, *, dim: int, heads: int) -> None:
         super().__init__()
         check_sizes("EfficientDsConv", dim=dim)
         check_divides("EfficientDsConv", "heads", heads, "dim", dim)
+        self.dim = dim
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.to_weight = nn.Linear(dim, heads, bias=False)
         self.param_D = nn.Parameter(torch.randn(dim))
 
-    def forward(self, x):
-        check_sequence(self, x, self.norm.normalized_shape[0])
+    def forward(
+        self, x: Tensor, *, cache: Cache = None, return_cache: bool = False
+    ) -> Tensor | tuple[Tensor, Cache]:
+        check_sequence("EfficientDsConv", x, self.dim)
         u = self.norm(x)
         heads = u.unflatten(-1, (self.heads, -1))
+        kernel = self.to_weight(x)
         skip = self.param_D.unflatten(0, (self.heads, -1))
-        return ops.fft_conv(heads, self.to_weight(x), skip).flatten(-2)
+        out, cache = call_operator(
+            ops.fft_conv, heads, kernel, skip, cache=cache, return_cache=return_cache,
+            revealed=cache is not None or return_cache)
+        out = out.flatten(-2)
+        return (out, cache) if return_cache else out
 
 
 class GatedDsConv(nn.Module):
@@ -45,12 +62,14 @@ class GatedDsConv(nn.Module):
     """
 
     def __init__(
-        self, *, dim, heads=8, dim_dsconv=512, dim_expansion_factor=4, reverse_seq=False
-    ):
+        self, *, dim: int, heads: int = 8, dim_dsconv: int = 512,
+        dim_expansion_factor: float = 4, reverse_seq: bool = False
+    ) -> None:
         super().__init__()
         check_sizes("GatedDsConv", dim_dsconv=dim_dsconv)
         check_divides("GatedDsConv", "heads", heads, "dim_dsconv", dim_dsconv)
         dim_hidden = int(dim_expansion_factor * dim)
+        self.dim = dim
         self.reverse_seq = reverse_seq
         self.norm = nn.LayerNorm(dim)
         self.to_u = nn.Sequential(nn.Linear(dim, dim_hidden, bias=False), nn.GELU())
@@ -59,27 +78,33 @@ class GatedDsConv(nn.Module):
         self.to_gate = nn.Linear(dim_dsconv, dim_hidden, bias=False)
         self.to_out = nn.Linear(dim_hidden, dim)
 
-    def forward(self, x):
-        check_sequence(self, x, self.norm.normalized_shape[0])
+    def forward(
+        self, x: Tensor, *, cache: Cache = None, return_cache: bool = False
+    ) -> Tensor | tuple[Tensor, Cache]:
+        check_sequence("GatedDsConv", x, self.dim)
         if self.reverse_seq:
+            refuse_reversed("GatedDsConv", cache, return_cache)
             x = x.flip(1)
         normed = self.norm(x)
-        gate = self.to_gate(self.dsconv(self.to_v(normed)))
-        out = self.to_out(gate * self.to_u(normed)) + x
-        return out.flip(1) if self.reverse_seq else out
+        mixed, cache = call(self.dsconv, self.to_v(normed), cache, return_cache)
+        out = self.to_out(self.to_gate(mixed) * self.to_u(normed)) + x
+        if self.reverse_seq:
+            out = out.flip(1)
+        return (out, cache) if return_cache else out
 
 
 class GatedDsConvLM(nn.Module):
     """A language model of `depth` GatedDsConv blocks.
 
     x (b, n) token ids, int64 or int32, 1 ≤ n ≤ max_seq_len → logits (b, n, num_tokens),
-    or with labels (b, n), int64, their mean cross entropy.
+    or with labels (b, n), int64, their mean cross entropy. With return_cache also a cache, from
+    which a later call goes on, up to max_seq_len in all.
     """
 
     def __init__(
-        self, *, num_tokens, dim, depth, heads=8, dim_dsconv=512, max_seq_len=2048,
-        dim_expansion_factor=4
-    ):
+        self, *, num_tokens: int, dim: int, depth: int, heads: int = 8, dim_dsconv: int = 512,
+        max_seq_len: int = 2048, dim_expansion_factor: float = 4
+    ) -> None:
         super().__init__()
         self.max_seq_len = max_seq_len
         self.token_emb = nn.Embedding(num_tokens, dim)
@@ -89,11 +114,18 @@ class GatedDsConvLM(nn.Module):
             for _ in range(depth))
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
 
-    def forward(self, x, labels=None):
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, *, cache: Cache = None,
+        return_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, Cache]:
         where = "GatedDsConvLM"
-        check_tokens(where, "x", x, self.token_emb, self.max_seq_len)
-        x = self.token_emb(x)
-        for layer in self.layers:
-            x = layer(x)
-        logits = self.to_logits(x)
-        return logits if labels is None else token_loss(where, logits, labels)
+        x = embed_tokens(where, self.token_emb, x, self.max_seq_len)
+        seen, caches = split_model_cache(where, x, cache, len(self.layers), self.max_seq_len)
+        kept = []
+        for layer, cache in zip(self.layers, caches):
+            x, cache = call(layer, x, cache, return_cache)
+            kept.append(cache)
+        out = self.to_logits(x)
+        if labels is not None:
+            out = token_loss(where, out, labels)
+        return (out, ModelCache(seen + x.shape[1], tuple(kept))) if return_cache else out

@@ -1,11 +1,18 @@
 """Exponential-decay convolution, the mixer of MetaformerGPT and of multi-head EMA layers."""
 
-from fastmix.checks import check_length, check_shape, check_tensor, match_parameter, wide
+from typing import Literal, overload
+
+from torch import Tensor
+
+from fastmix.checks import check_length, check_shape, check_tensor, is_like, match_parameter
+from fastmix.dtypes import wide
 from fastmix.fallback import decay_conv as fallback
-from fastmix.ops._register import CARRY_EVERY, Operator, carry_count, needs_gradient
+from fastmix.ops._carries import CARRY_EVERY, carry_count, needs_gradient
+from fastmix.ops._register import Operator
 
 
-def _fake(x, decay, gain, initial_state, carry_every):
+def _fake(x: Tensor, decay: Tensor, gain: Tensor | None, initial_state: Tensor | None,
+          carry_every: int) -> tuple[Tensor, ...]:
     b, n, h, d = x.shape
     carries = carry_count(n, carry_every)
     dtype = wide(x.dtype)
@@ -20,26 +27,60 @@ _operator = Operator(
     fallback=fallback, fake=_fake, batched={"x": 4, "initial_state": 3})
 
 
-def decay_conv(x, decay, gain=None, *, initial_state=None, return_state=False):
-    """y_t = decay_h · y_{t-1} + gain_h · x_t
+@overload
+def decay_conv(x: Tensor, decay: Tensor, gain: Tensor | None = None, *,
+               initial_state: Tensor | None = None,
+               return_state: Literal[False] = False) -> Tensor: ...
 
-    Linear in n, no FFT. `decay` and `gain` are learnable; any real value is allowed.
+
+@overload
+def decay_conv(x: Tensor, decay: Tensor, gain: Tensor | None = None, *,
+               initial_state: Tensor | None = None,
+               return_state: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def decay_conv(x: Tensor, decay: Tensor, gain: Tensor | None = None, *,
+               initial_state: Tensor | None = None,
+               return_state: bool = False) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def decay_conv(x: Tensor, decay: Tensor, gain: Tensor | None = None, *,
+               initial_state: Tensor | None = None,
+               return_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Smooths a sequence exponentially, with a decay that each head learns.
+
+    y_t = decay_h · y_{t-1} + gain_h · x_t
+
+    Linear in n, no FFT. Any real decay and gain are allowed.
 
     Args:
-        x: (b, n, h, d), real, any strides
+        x: (b, n, h, d), float64, float32, bfloat16 or float16, any strides
         decay: (h,), the dtype of x or float32
         gain: (h,) likewise; 1 if None
         initial_state: y_{-1} (b, h, d), float32 (float64 for float64 x); 0 if None
         return_state: also return y_{n-1} (b, h, d) in the state's dtype
 
     Returns:
-        (b, n, h, d) in the dtype of x, or (that, state).
+        (b, n, h, d) in the dtype of x, or (that, state) with return_state; sums are kept in
+        float32 at least.
 
-    Differentiable in every tensor, to any order. Raises TypeError and ValueError for
-    arguments that do not fit.
+    Differentiable in every tensor, to any order. Raises TypeError and ValueError for arguments
+    that do not fit.
 
     The multi-head exponential smoothing attention of ETSformer (arXiv:2202.01381), as in
     metaformer-gpt and gated-state-spaces-pytorch.
+
+    >>> x = torch.tensor([8.0, 0.0, 4.0, 0.0]).view(1, 4, 1, 1)
+    >>> decay = torch.tensor([0.5])
+    >>> decay_conv(x, decay).flatten()
+    tensor([8., 4., 6., 3.])
+
+    A sequence in pieces, each entered from the state after the one before:
+
+    >>> first, state = decay_conv(x[:, :2], decay, return_state=True)
+    >>> decay_conv(x[:, 2:], decay, initial_state=state).flatten()
+    tensor([6., 3.])
     """
     where = "decay_conv"
     check_tensor(where, "x", x)
@@ -48,7 +89,7 @@ def decay_conv(x, decay, gain=None, *, initial_state=None, return_state=False):
     check_tensor(where, "decay", decay, like=("x", x))
     check_shape(where, "decay", decay, "h", sizes)
     decay = match_parameter(where, "decay", decay, ("x", x))
-    if gain is not None:
+    if gain is not None and not is_like(gain, decay):
         check_tensor(where, "gain", gain, like=("x", x))
         check_shape(where, "gain", gain, "h", sizes)
         gain = match_parameter(where, "gain", gain, ("x", x))

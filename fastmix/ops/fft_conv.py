@@ -1,11 +1,22 @@
 """Long causal convolution, with a kernel per sample and head if wanted."""
 
-import torch
+from typing import Literal, overload
 
-from fastmix.checks import (check_length, check_shape, check_tensor, match_dtypes,
-                            match_parameter)
+from torch import Tensor
+
+from fastmix.checks import (
+    check_flag,
+    check_length,
+    check_shape,
+    check_tensor,
+    match_dtypes,
+    match_parameter,
+)
+from fastmix.dtypes import autocast_enabled, wide
 from fastmix.fallback import fft_conv as fallback
+from fastmix.ops import _fft_conv_state
 from fastmix.ops._register import Operator
+from fastmix.states import FFTConvState
 
 _operator = Operator(
     "fft_conv", "Tensor x, Tensor kernel, Tensor? skip", outputs="out",
@@ -13,33 +24,76 @@ _operator = Operator(
     batched={"x": 4, "kernel": 3})
 
 
-def fft_conv(x, kernel, skip=None):
-    """y_t = Σ_{j ≤ t} kernel_j · x_{t-j} + skip · x_t
+@overload
+def fft_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None, *, revealed: bool = False,
+             initial_state: FFTConvState | None = None,
+             return_state: Literal[False] = False) -> Tensor: ...
 
-    One kernel per head, shared by the head's channels; one skip per channel, a weight of the
-    input itself. O(n log n) time, linear memory.
+
+@overload
+def fft_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None, *, revealed: bool = False,
+             initial_state: FFTConvState | None = None,
+             return_state: Literal[True]) -> tuple[Tensor, FFTConvState]: ...
+
+
+@overload
+def fft_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None, *, revealed: bool = False,
+             initial_state: FFTConvState | None = None,
+             return_state: bool = False) -> Tensor | tuple[Tensor, FFTConvState]: ...
+
+
+def fft_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None, *, revealed: bool = False,
+             initial_state: FFTConvState | None = None,
+             return_state: bool = False) -> Tensor | tuple[Tensor, FFTConvState]:
+    """Convolves a sequence causally with kernels of any length, even one per sample.
+
+    y_t = Σ_{j ≤ t} kernel_j · x_{t-j} + skip · x_t
+
+    There is one kernel per head, shared by the head's channels; for a kernel per channel, as in
+    Hyena, make every channel a head: h = dim, d = 1. O(n log n) time, linear memory.
 
     Args:
-        x: (b, n, h, d), real, any strides
+        x: (b, n, h, d), float64, float32, bfloat16 or float16, any strides
         kernel: (b, m, h), one per sample, or (m, h) for all; any m ≥ 1, lags from n on have
             no effect. The dtype of x or float32.
-        skip: (h, d), the dtype of x or float32; nothing is added if None
+        skip: (h, d), a weight of each channel's own input, the dtype of x or float32; nothing is
+            added if None
+        revealed: whether lag l of the kernel becomes known with step l, as in GatedDsConv: kernel
+            is then (b, n, h), the lags of the steps of x. Otherwise every call takes all of it.
+        initial_state: the FFTConvState that the steps before x left; none if None
+        return_state: also return the state after x. A step from a state takes O(log² n) time on
+            average, and O(n log n) where it begins a new epoch; the state holds the steps so far,
+            or as many as the kernel has lags.
 
     Returns:
-        (b, n, h, d) in the dtype of x; transforms run in float32 (float64 for float64).
+        (b, n, h, d) in the dtype of x, or (that, state) with return_state. Transforms run in
+        float32 (float64 for float64). They carry rounding from any step to every other. NaN,
+        infinity and magnitudes far above all before them do not reach earlier steps on CPUs; on
+        GPUs they do. Outputs that NaN or infinity reach are NaN.
 
-    Differentiable in all, to any order. Raises TypeError and ValueError for arguments
+    Differentiable in every tensor, to any order. Raises TypeError and ValueError for arguments
     that do not fit.
 
     The data-dependent long convolution of gated-state-spaces-pytorch (GatedDsConv); with a
     shared kernel, the long convolution of S4, Hyena and their kin. The skip is their D.
+
+    >>> x = torch.tensor([1.0, 0.0, 2.0, 0.0]).view(1, 4, 1, 1)
+    >>> kernel = torch.tensor([3.0, 1.0]).view(2, 1)
+    >>> fft_conv(x, kernel).flatten().round()
+    tensor([3., 1., 6., 2.])
+
+    A sequence in pieces, each entered from the state after the one before:
+
+    >>> first, state = fft_conv(x[:, :2], kernel, return_state=True)
+    >>> fft_conv(x[:, 2:], kernel, initial_state=state).flatten().round()
+    tensor([6., 2.])
     """
     where = "fft_conv"
     check_tensor(where, "x", x)
     sizes = check_shape(where, "x", x, "b n h d")
     check_length(where, "x", sizes["n"])
     check_tensor(where, "kernel", kernel, like=("x", x))
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_enabled(x.device.type):
         x, kernel = match_dtypes(where, x=x, kernel=kernel)
     kernel = match_parameter(where, "kernel", kernel, ("x", x))
     layout = "m h" if kernel.ndim == 2 else "b m h"
@@ -48,4 +102,38 @@ def fft_conv(x, kernel, skip=None):
         check_tensor(where, "skip", skip, like=("x", x))
         check_shape(where, "skip", skip, "h d", sizes)
         skip = match_parameter(where, "skip", skip, ("x", x))
-    return _operator(x, kernel, skip)
+    check_flag(where, "revealed", revealed)
+    check_flag(where, "return_state", return_state)
+    if revealed and (kernel.ndim != 3 or kernel.shape[1] != sizes["n"]):
+        raise ValueError(f"{where}: with revealed=True kernel must have shape (b, n, h) = "
+                         f"({sizes['b']}, {sizes['n']}, {sizes['h']}), the lags that come with the "
+                         f"steps of x, got {tuple(kernel.shape)}")
+    if initial_state is not None:
+        _check_state(where, initial_state, x, revealed)
+    elif not return_state:
+        return _operator(x, kernel, skip)
+    dtype = wide(x.dtype)
+    inputs, lags = x.to(dtype), kernel.to(dtype)
+    if initial_state is None:
+        out, state = _fft_conv_state.first(_convolve, inputs, lags, revealed)
+    else:
+        out, state = _fft_conv_state.advance(_convolve, inputs, lags, initial_state)
+    if skip is not None:
+        out = out + skip.to(dtype) * inputs
+    return (out.to(x.dtype), state) if return_state else out.to(x.dtype)
+
+
+def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    return _operator(x, kernel, None)
+
+
+def _check_state(where: str, state: FFTConvState, x: Tensor, revealed: bool) -> None:
+    if not isinstance(state, FFTConvState):
+        raise TypeError(f"{where}: initial_state must be an FFTConvState, as {where} returns it "
+                        f"with return_state=True, got {type(state).__name__}")
+    if revealed != (state.kernel is not None):
+        raise ValueError(f"{where}: initial_state comes from a call with revealed={not revealed}, "
+                         f"this one has revealed={revealed}: make all calls alike")
+    sizes, dtypes = dict(zip("bhd", (x.shape[0], *x.shape[2:]))), (wide(x.dtype),)
+    check_tensor(where, "initial_state.x", state.x, dtypes, like=("x", x))
+    check_shape(where, "initial_state.x", state.x, "b p h d", sizes)

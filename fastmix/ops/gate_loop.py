@@ -1,16 +1,47 @@
-"""The gate loop: linear attention whose state decays and turns by a gate of the data."""
+"""The gate loop: linear attention whose state decays, and turns, by a gate of the data.
 
-from fastmix.checks import (check_length, check_shape, check_tensor, match_dtypes,
-                            match_parameter, wide_complex)
+To implementations gates are (b, n, h), complex or real. What else the function takes becomes that
+here: decays (h,) are expanded, with strides of 0, and logits of real gates are put through torch's
+sigmoid. So kernels know one kind of logits, those of complex gates.
+"""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastmix.checks import (
+    REAL,
+    check_length,
+    check_shape,
+    check_tensor,
+    dtype_name,
+    is_like,
+    match_dtypes,
+    match_parameter,
+)
+from fastmix.dtypes import wide, wide_complex
 from fastmix.fallback import gate_loop as fallback
-from fastmix.ops._register import (CARRY_EVERY, HEADS_CARRY_EVERY, Operator, carry_count,
-                                   needs_gradient)
+from fastmix.ops._carries import (
+    CARRY_EVERY,
+    HEADS_CARRY_EVERY,
+    carry_count,
+    needs_gradient,
+)
+from fastmix.ops._register import Operator
 
 
-def _fake(q, k, v, gates, gate_logits, initial_state, carry_every):
+def _state_dtype(q: Tensor, gates: Tensor | None) -> torch.dtype:
+    """Real where gates are; logits that come this far are those of complex gates."""
+    real = gates is not None and not gates.is_complex()
+    return wide(q.dtype) if real else wide_complex(q.dtype)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: Tensor | None,
+          initial_state: Tensor | None, carry_every: int) -> tuple[Tensor, ...]:
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     carries = carry_count(n, carry_every)
-    dtype = wide_complex(q.dtype)
+    dtype = _state_dtype(q, gates)
     return (q.new_empty(b, n, h, dv), q.new_empty(b, h, dk, dv, dtype=dtype),
             q.new_empty(b, carries, h, dk, dv, dtype=dtype))
 
@@ -24,58 +55,167 @@ _operator = Operator(
     batched={"q": 4, "k": 4, "v": 4, "gates": 3, "gate_logits": 4, "initial_state": 4})
 
 
-def gate_loop(q, k, v, gates=None, *, gate_logits=None, initial_state=None, return_state=False):
-    """S_t = a_t S_{t-1} + k_t v_tᵀ, out_t = q_t · Re S_t
+@overload
+def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
+              gate_logits: Tensor | None = None, initial_state: Tensor | None = None,
+              return_state: Literal[False] = False) -> Tensor: ...
 
-    Linear in n. With dk = dv = 1 (one head per channel, the paper's setting) it is a scan
-    per channel; larger heads run in chunks of matrix products. States are never stored:
-    backward recomputes them from every 64th, those of heads on CPUs from every 512th.
+
+@overload
+def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
+              gate_logits: Tensor | None = None, initial_state: Tensor | None = None,
+              return_state: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
+              gate_logits: Tensor | None = None, initial_state: Tensor | None = None,
+              return_state: bool = False) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
+              gate_logits: Tensor | None = None, initial_state: Tensor | None = None,
+              return_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Linear attention whose state decays, and with complex gates turns, as the data choose.
+
+    S_t = a_t S_{t-1} + k_t v_tᵀ, out_t = q_t · Re S_t
+
+    Linear in n. With dk = dv = 1 (one head per channel, the paper's setting) it is a scan per
+    channel; larger heads run in chunks of matrix products. States are not stored: backward
+    recomputes them from every 64th, those of heads on CPUs from every 512th.
 
     Args:
-        q, k: (b, n, h, dk), real, any strides
+        q, k: (b, n, h, dk), float64, float32, bfloat16 or float16, any strides. Time is axis 1,
+            before the heads: (b, h, n, dk) must be transposed.
         v: (b, n, h, dv), the dtype of q
-        gates: a (b, n, h), complex64 (complex128 for float64 q). Any complex value: 0
-            forgets everything, abs a = 1 nothing.
+        gates: a (b, n, h), or (h,) if they are the same at all steps. Complex64 (complex128 for
+            float64 q), or real, in the dtype of q or float32: the state is then real, at half
+            the cost. Any value: 0 forgets everything before it, abs a = 1 nothing.
         gate_logits: z (b, n, h, 2), real and imaginary part, the dtype of q or float32;
-            a = σ(abs z) · z / abs z, and ½ at z = 0 with no gradient there. Exactly one of
+            a = σ(abs z) · z / abs z, and ½ at z = 0. An infinite z has the gate 1 times the
+            direction of its infinite parts. There is no gradient at 0 and at infinity. Logits
+            cannot give a gate of 0. Or z (b, n, h), for the real gates a = σ(z). Exactly one of
             gates and gate_logits is given.
-        initial_state: S_{-1} (b, h, dk, dv), complex64 (complex128 for float64); 0 if None
+        initial_state: S_{-1} (b, h, dk, dv); 0 if None. Complex64 (complex128 for float64) beside
+            complex gates, float32 (float64) beside real ones.
         return_state: also return S_{n-1} (b, h, dk, dv)
 
     Returns:
-        (b, n, h, dv) in the dtype of q, or (that, state).
+        (b, n, h, dv) in the dtype of q, or (that, state) with return_state.
 
-    Differentiable in every tensor, to any order. Raises TypeError and ValueError for
-    arguments that do not fit.
+    Differentiable in every tensor, to any order. Raises TypeError and ValueError for arguments
+    that do not fit.
 
     GateLoop (arXiv:2311.01927), as in gateloop-transformer.
+
+    >>> q = k = torch.ones(1, 4, 1, 1)
+    >>> v = torch.tensor([8.0, 0.0, 4.0, 0.0]).view(1, 4, 1, 1)
+    >>> gates = torch.full((1, 4, 1), 0.5 + 0j)
+    >>> gate_loop(q, k, v, gates).flatten()
+    tensor([8., 4., 6., 3.])
+    >>> gate_loop(q, k, v, torch.tensor([0.5])).flatten()  # a decay, for all steps
+    tensor([8., 4., 6., 3.])
+
+    The state comes only with return_state; without it, `out, state = …` would unpack the batch:
+
+    >>> out, state = gate_loop(q, k, v, gates, return_state=True)
+    >>> out.shape, state.shape
+    (torch.Size([1, 4, 1, 1]), torch.Size([1, 1, 1, 1]))
     """
     where = "gate_loop"
     if (gates is None) == (gate_logits is None):
         given = "neither" if gates is None else "both"
+        if isinstance(gate_logits, Tensor) and gate_logits.ndim == 3:
+            given += (": logits of three axes are real gates by themselves; where both are meant, "
+                      "give gates * gate_logits.sigmoid() as gates")
         raise ValueError(
             f"{where}: exactly one of gates and gate_logits must be given, got {given}")
     check_tensor(where, "q", q)
     sizes = check_shape(where, "q", q, "b n h dk")
     check_length(where, "q", sizes["n"])
-    check_tensor(where, "k", k, like=("q", q))
-    check_shape(where, "k", k, "b n h dk", sizes)
-    check_tensor(where, "v", v, like=("q", q))
-    sizes = check_shape(where, "v", v, "b n h dv", sizes)
-    q, k, v = match_dtypes(where, q=q, k=k, v=v)
-    complex_dtype = wide_complex(q.dtype)
-    if gates is not None:
-        check_tensor(where, "gates", gates, (complex_dtype,), like=("q", q))
-        check_shape(where, "gates", gates, "b n h", sizes)
+    if is_like(k, q) and is_like(v, q):
+        sizes["dv"] = sizes["dk"]
     else:
-        check_tensor(where, "gate_logits", gate_logits, like=("q", q))
-        check_shape(where, "gate_logits", gate_logits, "b n h 2", sizes)
-        gate_logits = match_parameter(where, "gate_logits", gate_logits, ("q", q))
+        check_tensor(where, "k", k, like=("q", q))
+        check_shape(where, "k", k, "b n h dk", sizes)
+        check_tensor(where, "v", v, like=("q", q))
+        sizes = check_shape(where, "v", v, "b n h dv", sizes)
+        q, k, v = match_dtypes(where, q=q, k=k, v=v)
+    if gates is None:
+        gates, gate_logits = _check_logits(where, gate_logits, q, sizes)
+    else:
+        gates = _check_gates(where, gates, q, sizes)
     if initial_state is not None:
-        check_tensor(where, "initial_state", initial_state, (complex_dtype,), like=("q", q))
-        check_shape(where, "initial_state", initial_state, "b h dk dv", sizes)
+        _check_state(where, initial_state, _state_dtype(q, gates), q, sizes)
     wanted = needs_gradient(q, k, v, gates, gate_logits, initial_state)
     diagonal = sizes["dk"] == sizes["dv"] == 1
     every = CARRY_EVERY if diagonal else HEADS_CARRY_EVERY.get(q.device.type, CARRY_EVERY)
     out, state, _ = _operator(q, k, v, gates, gate_logits, initial_state, every if wanted else 0)
     return (out, state) if return_state else out
+
+
+def _check_gates(where: str, gates: Any, q: Tensor, sizes: dict[str, int]) -> Tensor:
+    """As (b, n, h)."""
+    is_complex = isinstance(gates, Tensor) and gates.is_complex()
+    check_tensor(where, "gates", gates, (wide_complex(q.dtype), *(() if is_complex else REAL)),
+                 like=("q", q))
+    if not is_complex:
+        gates = match_parameter(where, "gates", gates, ("q", q))
+    b, n, h = sizes["b"], sizes["n"], sizes["h"]
+    if gates.ndim != 1:
+        _check_steps(where, "gates", gates, "b n h", q, sizes)
+        return gates
+    if gates.shape[0] != h:
+        raise ValueError(
+            f"{where}: gates must have shape (b, n, h) = {(b, n, h)}, or (h,) = ({h},) if they are "
+            f"the same at all steps, got {tuple(gates.shape)}: give one number per head")
+    # Wide, so that the gradient is rounded once, after its sum over steps.
+    return (gates if is_complex else gates.to(wide(q.dtype))).expand(b, n, h)
+
+
+def _check_logits(where: str, gate_logits: Any, q: Tensor,
+                  sizes: dict[str, int]) -> tuple[Tensor | None, Tensor | None]:
+    """Real gates or the logits of complex ones, and None in place of the other."""
+    if isinstance(gate_logits, Tensor) and gate_logits.is_complex():
+        raise TypeError(
+            f"{where}: gate_logits must be {' or '.join(map(dtype_name, REAL))}, got "
+            f"{dtype_name(gate_logits.dtype)}: give it as gates, or its torch.view_as_real as "
+            "gate_logits, which is")
+    check_tensor(where, "gate_logits", gate_logits, like=("q", q))
+    real = gate_logits.ndim == 3
+    _check_steps(where, "gate_logits", gate_logits, "b n h" if real else "b n h 2", q, sizes)
+    gate_logits = match_parameter(where, "gate_logits", gate_logits, ("q", q))
+    return (gate_logits.to(wide(q.dtype)).sigmoid(), None) if real else (None, gate_logits)
+
+
+def _check_steps(where: str, name: str, given: Tensor, layout: str, q: Tensor,
+                 sizes: dict[str, int]) -> None:
+    """The shape of gates or logits, which the callers know to be of each step."""
+    b, n, h = sizes["b"], sizes["n"], sizes["h"]
+    # What fits is asked first: a traced program may hold for n = h, too.
+    if given.shape[:3] != (b, n, h) and given.shape[:3] == (b, h, n):
+        raise ValueError(
+            f"{where}: q, k and v must have shape (b, n, h, d), {name} ({layout}), got q "
+            f"{tuple(q.shape)} and {name} {tuple(given.shape)}: transpose(1, 2) q, k and v, or "
+            f"{name}, whichever has heads before time")
+    if name == "gate_logits" and given.shape != (b, n, h) and given.shape == (b, n, 2 * h):
+        raise ValueError(
+            f"{where}: gate_logits must have shape (b, n, h, 2) = {(b, n, h, 2)}, or (b, n, h) for "
+            f"real gates, got {tuple(given.shape)}: gate_logits.unflatten(-1, (h, 2)) has pairs")
+    check_shape(where, name, given, layout, sizes)
+
+
+def _check_state(where: str, state: Any, dtype: torch.dtype, q: Tensor,
+                 sizes: dict[str, int]) -> None:
+    """An initial state of the dtype that the gates ask for."""
+    if isinstance(state, Tensor) and state.is_complex() != dtype.is_complex:
+        kind, advice = (
+            ("complex", "torch.complex(initial_state, torch.zeros_like(initial_state)) is")
+            if dtype.is_complex else
+            ("real", "a complex state goes on with complex gates, "
+                     "torch.complex(gates, torch.zeros_like(gates))"))
+        raise TypeError(
+            f"{where}: initial_state must be {dtype_name(dtype)} beside {kind} gates, got "
+            f"{dtype_name(state.dtype)}: {advice}")
+    check_tensor(where, "initial_state", state, (dtype,), like=("q", q))
+    check_shape(where, "initial_state", state, "b h dk dv", sizes)

@@ -1,14 +1,19 @@
 """The first-order linear recurrence, all states returned."""
 
+from typing import Literal, overload
+
 import torch
+from torch import Tensor
 
-from fastmix.checks import (COMPLEX, REAL, check_length, check_tensor, match_dtypes, wide,
-                            wide_complex)
+from fastmix.checks import COMPLEX, REAL, check_flag, check_length, check_tensor, match_dtypes
+from fastmix.dtypes import autocast_enabled, wide, wide_complex
 from fastmix.fallback import linear_scan as fallback
-from fastmix.ops._register import CARRY_EVERY, Operator, carry_count, needs_gradient
+from fastmix.ops._carries import CARRY_EVERY, carry_count, needs_gradient
+from fastmix.ops._register import Operator
 
 
-def _fake(gates, inputs, initial_state, reverse, carry_every):
+def _fake(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse: bool,
+          carry_every: int) -> tuple[Tensor, Tensor]:
     b, n, *rest = inputs.shape
     carries = carry_count(n, carry_every)
     dtype = torch.promote_types(gates.dtype, inputs.dtype)
@@ -24,61 +29,125 @@ _operator = Operator(
     batched={"gates": None, "inputs": None, "initial_state": None})
 
 
-def linear_scan(gates, inputs, initial_state=None, *, reverse=False):
-    """h_t = gates_t · h_{t-1} + inputs_t
+@overload
+def linear_scan(gates: Tensor, inputs: Tensor, initial_state: Tensor | None = None, *,
+                reverse: bool = False,
+                return_state: Literal[False] = False) -> Tensor: ...
 
-    Time is axis 1. Linear in n. Only products of gates are formed: a gate of 0 resets
-    exactly, and gates of absolute value 1 stay accurate over long sequences.
+
+@overload
+def linear_scan(gates: Tensor, inputs: Tensor, initial_state: Tensor | None = None, *,
+                reverse: bool = False,
+                return_state: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_scan(gates: Tensor, inputs: Tensor, initial_state: Tensor | None = None, *,
+                reverse: bool = False,
+                return_state: bool = False) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def linear_scan(gates: Tensor, inputs: Tensor, initial_state: Tensor | None = None, *,
+                reverse: bool = False,
+                return_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Runs a first-order linear recurrence and returns every state.
+
+    h_t = gates_t · h_{t-1} + inputs_t
+
+    Linear in n. Only products of gates are formed: a gate of 0 resets exactly, and gates of
+    absolute value 1 stay accurate over long sequences.
 
     Args:
         gates: (b, n, …), real or complex. Its axes are the leading ones of inputs, each of
             the same size or, after n, 1: (b, n), (b, n, h) and (b, n, h, 1) all do for
-            inputs (b, n, h, d).
-        inputs: (b, n, …), real or complex
+            inputs (b, n, h, d). Gates that are the same at all steps: `gates.expand(b, n, …)`.
+        inputs: (b, n, …), real or complex; time is axis 1
         initial_state: h_{-1} (b, …), shaped like one step of inputs; 0 if None
         reverse: run from t = n-1 down to 0
+        return_state: also return the last state in the direction of the scan, h_{n-1}, or h_0
+            with reverse, (b, …) in float32 or complex64 at least
 
     Returns:
-        All states (b, n, …), complex if any argument is.
+        All states (b, n, …), complex if any argument is, or (those, state) with return_state.
 
     Real parts share one dtype: float64, float32, bfloat16 or float16 (states are summed in
-    float32 at least). initial_state has the dtype of the states. Differentiable in every
-    tensor, to any order. Raises TypeError and ValueError for arguments that do not fit.
+    float32 at least; complex numbers beside half precision are complex64). initial_state has the
+    dtype of the states, or of the state that is returned. Differentiable in every tensor, to any
+    order. Raises TypeError and ValueError for arguments that do not fit.
+
+    The scan of S5, Mamba, HGRN and other linear recurrent layers; the associative_scan of
+    gateloop-transformer.
+
+    >>> gates = torch.tensor([[0.5, 0.5, 0.0, 0.5]])
+    >>> inputs = torch.tensor([[8.0, 0.0, 4.0, 0.0]])
+    >>> linear_scan(gates, inputs)
+    tensor([[8., 4., 4., 2.]])
+
+    A sequence in pieces, each entered from the last state of the one before:
+
+    >>> states, state = linear_scan(gates[:, :2], inputs[:, :2], return_state=True)
+    >>> linear_scan(gates[:, 2:], inputs[:, 2:], state)
+    tensor([[4., 2.]])
     """
     where = "linear_scan"
     check_tensor(where, "gates", gates, REAL + COMPLEX)
     check_tensor(where, "inputs", inputs, REAL + COMPLEX, like=("gates", gates))
     if inputs.ndim < 2:
         raise ValueError(f"{where}: inputs must have shape (b, n, …), got {tuple(inputs.shape)}")
-    fits = 2 <= gates.ndim <= inputs.ndim and gates.shape[:2] == inputs.shape[:2] and all(
-        g == i or g == 1 for g, i in zip(gates.shape[2:], inputs.shape[2:]))
-    if not fits:
-        raise ValueError(f"{where}: gates must have leading axes of inputs {tuple(inputs.shape)}, "
-                         f"of size 1 where broadcast after n, got {tuple(gates.shape)}")
-    check_length(where, "inputs", inputs.shape[1])
-    gates, inputs = _match(where, gates, inputs)
-    dtype = torch.promote_types(gates.dtype, inputs.dtype)
+    shape = inputs.shape
+    if gates.shape != shape:
+        _check_broadcast(where, gates, inputs)
+    check_length(where, "inputs", shape[1])
+    check_flag(where, "reverse", reverse)
+    check_flag(where, "return_state", return_state)
+    if gates.dtype != inputs.dtype:
+        gates, inputs = _match(where, gates, inputs)
+    dtype = inputs.dtype if gates.dtype == inputs.dtype else torch.promote_types(
+        gates.dtype, inputs.dtype)
     if initial_state is not None:
         check_tensor(where, "initial_state", initial_state, REAL + COMPLEX, like=("gates", gates))
-        if gates.dtype == inputs.dtype:
+        if initial_state.dtype == wide(dtype) and not autocast_enabled(gates.device.type):
+            pass  # a state that was returned
+        elif gates.dtype == inputs.dtype:
             gates, inputs, initial_state = match_dtypes(
                 where, gates=gates, inputs=inputs, initial_state=initial_state)
         else:
             check_tensor(where, "initial_state", initial_state, (dtype,))
-        expected = (inputs.shape[0], *inputs.shape[2:])
+        expected = (shape[0], *shape[2:])
         if initial_state.shape != expected:
             raise ValueError(f"{where}: initial_state must have shape {tuple(expected)}, "
                              f"got {tuple(initial_state.shape)}")
-    gates = gates.reshape(*gates.shape, *(1,) * (inputs.ndim - gates.ndim))
-    broadcast = [axis for axis, (g, i) in enumerate(zip(gates.shape, inputs.shape)) if g != i]
-    if broadcast and any(size != 1 for size in gates.shape[broadcast[0]:]):
-        gates = gates.expand(inputs.shape)  # kernels know gates that hold for whole heads only
-    carry_every = CARRY_EVERY if needs_gradient(gates, inputs, initial_state) else 0
-    states, _ = _operator(gates, inputs, initial_state, reverse, carry_every)
-    return states
+    if gates.shape != shape:
+        gates = gates.reshape(*gates.shape, *(1,) * (inputs.ndim - gates.ndim))
+        broadcast = [axis for axis, (g, i) in enumerate(zip(gates.shape, shape)) if g != i]
+        if broadcast and any(size != 1 for size in gates.shape[broadcast[0]:]):
+            gates = gates.expand(shape)  # kernels know gates that hold for whole heads only
+    wanted = needs_gradient(gates, inputs, initial_state)
+    rounded = return_state and dtype != wide(dtype)
+    if rounded and wanted:
+        # The operator returns rounded states, and the last is not to be; its carries, which are
+        # not rounded, have no gradient.
+        gates, inputs = gates.to(wide(dtype)), inputs.to(wide(dtype))
+    states, carries = _operator(gates, inputs, initial_state, reverse,
+                                CARRY_EVERY if wanted or rounded else 0)
+    if not return_state:
+        return states
+    # Copied: a view would hold the memory of all.
+    if rounded and not wanted:
+        return states, carries[:, -1].clone()
+    return states.to(dtype), states[:, 0 if reverse else -1].clone()
 
 
-def _match(where, gates, inputs):
+def _check_broadcast(where: str, gates: Tensor, inputs: Tensor) -> None:
+    fits = 2 <= gates.ndim <= inputs.ndim and gates.shape[:2] == inputs.shape[:2] and all(
+        g == i or g == 1 for g, i in zip(gates.shape[2:], inputs.shape[2:]))
+    if not fits:
+        raise ValueError(f"{where}: gates must have leading axes of inputs {tuple(inputs.shape)}, "
+                         f"of size 1 where broadcast after n, got {tuple(gates.shape)}: expand "
+                         "those that are the same at all steps, gates.expand(b, n, …)")
+
+
+def _match(where: str, gates: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
     """Equal real dtypes; complex with half precision is complex64 with float32 sums."""
     if gates.is_complex() == inputs.is_complex():
         return match_dtypes(where, gates=gates, inputs=inputs)

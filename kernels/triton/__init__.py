@@ -1,7 +1,7 @@
 """Triton kernels for GPUs, one file per operator, imported when an operator is first called.
 
 Installed as fastmix._triton. A file has `forward` and `backward` with the arguments and
-results of the fallback's, and may have `refuses(*args)`: why its kernels cannot take these
+results of the fallback's, and may have `why_not(*args)`: why its kernels cannot take these
 arguments, or None. With TRITON_INTERPRET=1 the kernels run on CPU tensors, for tests.
 """
 
@@ -10,7 +10,9 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,11 +26,11 @@ KERNELS = tuple(sorted(
 DEVICES = {"cuda": "CUDA", "xpu": "XPU"}
 
 
-def interpreted():
+def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unavailable(operator, device_type):
+def unavailable(operator: str, device_type: str) -> str | None:
     """None if the kernels of `operator` run on such tensors here, else the reason."""
     if operator not in KERNELS:
         return f"{operator} has no Triton kernel"
@@ -44,24 +46,24 @@ def unavailable(operator, device_type):
 
 
 @functools.cache
-def _no_device(device_type):
-    """Why no device of that type can run the kernels here, or None."""
+def _no_device(device_type: str, index: int | None = None) -> str | None:
+    """Why the device of that type and index, or the current one, cannot run the kernels here."""
     if device_type not in DEVICES:
         return f"the Triton kernels are for {' and '.join(DEVICES)}, not for {device_type}"
     if not getattr(torch, device_type).is_available():
         return f"torch finds no {device_type} device here"
     if device_type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
             return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
     return None
 
 
-def library():
-    """Nothing to get ready: Triton compiles each kernel at its first launch."""
+def prepare() -> None:
+    """Nothing to prepare: Triton compiles each kernel at its first launch."""
 
 
-def forced(operator, device_type):
+def forced(operator: str, device_type: str) -> tuple[Callable[..., Any], ...]:
     """(forward, backward) to lay over what is registered for `device_type`."""
     return tuple(functools.partial(_run, operator, direction, True)
                  for direction in ("forward", "backward"))
@@ -69,18 +71,19 @@ def forced(operator, device_type):
 
 def _run(operator, direction, forced, *args):
     kernels = importlib.import_module(f"{__name__}.{operator}")
-    given = args[len(args) - len(OPERATORS[operator].forward._schema.arguments):]
+    forward_args = args[len(args) - len(OPERATORS[operator].forward._schema.arguments):]
     kind = args[0].device.type
     with _current(args[0].device):
-        reason = _no_device(kind) if kind in DEVICES else None
-        if reason is None and hasattr(kernels, "refuses"):
-            reason = kernels.refuses(*given)
+        reason = _no_device(kind, args[0].device.index) if kind in DEVICES else None
+        if reason is None and hasattr(kernels, "why_not"):
+            reason = kernels.why_not(*forward_args)
         if reason is None:
-            reason = trial.failure(operator, direction, kernels, *given)
+            reason = trial.why_not(operator, direction, kernels, *forward_args)
         if reason is not None:
             return OPERATORS[operator].run_instead("triton", reason, forced,
                                                    direction == "backward", args)
-        out = getattr(kernels, direction)(*args)
+        with trial.no_compilation_in_capture(operator, args[0].device):
+            out = getattr(kernels, direction)(*args)
     if not isinstance(out, tuple):
         return out
     # A schema returns tensors only: nothing stands for no gradient.
@@ -94,7 +97,7 @@ def _current(device):
     return getattr(torch, device.type).device(device)
 
 
-def register():
+def register() -> None:
     """For the devices that there may be: looking for them would initialise CUDA at import."""
     if importlib.util.find_spec("triton") is None:
         return

@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from fastmix import activations
+
+OUTSIDE = tl.constexpr(activations.OUTSIDE)
+
 
 @triton.jit
 def _tanh(x):

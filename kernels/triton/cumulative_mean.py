@@ -10,9 +10,11 @@ bytes in bfloat16. With fewer, time is cut into segments that `_ends` sums first
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastmix._triton.scan import (
-    entering, even, evens, flat, load_rows, offset, place, segments, tile)
+from fastmix._triton.layout import ceil_div, even, evens, flat, offset
+from fastmix._triton.scan import entering, load_rows, program_place, segments, tile
+from fastmix._triton.target import ANY, Row, Table
 
 RUNTIME = ["n", "blocks", "count", "length", "x_b"]
 
@@ -30,7 +32,7 @@ def _ends(x, ends, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, EVEN:
           ROWS: tl.constexpr):
     """The sum of each segment but the last: ends (b, count, channels)."""
     dtype: tl.constexpr = ends.dtype.element_ty
-    batch, segment, block = place(blocks, count)
+    batch, segment, block = program_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     if BACKWARD:
@@ -58,7 +60,7 @@ def _sums(x, ends, out, n, blocks, count, length, channels, x_b, x_n, x_h, x_d,
           COLS: tl.constexpr, ROWS: tl.constexpr):
     """Step 0 is the last in time if BACKWARD."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    batch, segment, block = place(blocks, count)
+    batch, segment, block = program_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     out_n = tl.cast(channels, tl.int64)
@@ -102,15 +104,22 @@ def _sums(x, ends, out, n, blocks, count, length, channels, x_b, x_n, x_h, x_d,
         step += ROWS * RUNS
 
 
+LAUNCH = Table(
+    Row("_sums _ends", ANY, ANY, ANY, dict(tile_bytes=128),
+        "16 rows of 16 bits to a thread, 8 of float32: registers hold them beside the next tile's"),
+)
+
+
 def _run(x, dtype, backward):
+    """Sums over time of x (b, n, …), from the end if `backward`, → means or their gradient."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return out
     b, n = x.shape[:2]
     x = x.reshape(b, n, -1, x.shape[-1] if x.ndim > 2 else 1)
     channels, d = x[0, 0].numel(), x.shape[-1]
-    sizes = tile(channels, b, x.element_size(), 128)
-    blocks = triton.cdiv(channels, sizes["COLS"])
+    sizes = tile(channels, b, x.element_size(), **LAUNCH.choose("_sums", x.dtype))
+    blocks = ceil_div(channels, sizes["COLS"])
     count, length = segments(n, b * blocks, sizes["RUNS"] * sizes["ROWS"])
     sizes |= dict(EVEN=evens(x), D=0 if flat(x) else d, BACKWARD=backward)
     grid, common = (b * blocks * count,), (n, blocks, count, length, channels, *x.stride())
@@ -122,9 +131,11 @@ def _run(x, dtype, backward):
     return out
 
 
-def forward(x):
+def forward(x: Tensor) -> Tensor:
+    """x (b, n, …) → the mean of its steps so far, in the same shape and dtype."""
     return _run(x, x.dtype, False)
 
 
-def backward(grad, x):
+def backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the means → that of x."""
     return _run(grad, x.dtype, True)

@@ -4,7 +4,7 @@ Where there are enough channels to fill the GPU a program walks along all of tim
 once and y written once, 4 bytes an element in bfloat16. With fewer, time is cut into
 segments, `_ends` finds what each does to the state, and x is read twice: 6 bytes.
 
-The gradient runs the other way. With p_t = decay · g_t, what step t hands to step t - 1,
+The gradient runs the other way. With p_t = decay · g_t, the part of g_{t-1} that comes from step t,
 
     g_t = grad_t + p_{t+1},   dx_t = gain · g_t,   dgain = Σ g_t x_t,
 
@@ -19,10 +19,11 @@ dx, 6 bytes an element; with segments it reads grad twice, 8 bytes.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastmix._triton.scan import (
-    entering, even, evens, flat, load_rows, offset, place, power, segments, tile)
-from fastmix._triton.target import arch, registers
+from fastmix._triton.layout import ceil_div, even, evens, flat, offset, strides
+from fastmix._triton.scan import entering, load_rows, power, program_place, segments, tile
+from fastmix._triton.target import ANY, CUDA, Row, Table
 
 RUNTIME = ["n", "blocks", "count", "length", "x_b", "grad_b"]
 
@@ -41,15 +42,16 @@ def _pointers(x, batch, step, channel, x_b, x_n, x_h, x_d, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_n, x_h, x_d,
+def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_strides,
           EVEN: tl.constexpr, D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr,
           COLS: tl.constexpr, ROWS: tl.constexpr):
-    """What each segment hands on if it is handed 0: ends (b, count, 1, h·d), without the gain.
-    BACKWARD starts at the last step and finds p and q: ends (b, count, 2, h·d). Nothing is read
-    of the last segment, whose ends nobody needs.
+    """The state after each segment if that before it is 0, without the gain: ends
+    (b, count, 1, h·d). BACKWARD starts at the last step and computes p and q: ends
+    (b, count, 2, h·d). The last segment, whose end is not needed, is not read.
     """
     dtype: tl.constexpr = ends.dtype.element_ty
-    batch, segment, block = place(blocks, count)
+    x_n, x_h, x_d = x_strides
+    batch, segment, block = program_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     decay = _parameter(decay, channel, d, channels, dtype)
@@ -83,10 +85,11 @@ def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_n, x_h, 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward(x, decay, gain, initial, ends, out, state_out, carries, n, blocks, count, length,
-             d, channels, x_b, x_n, x_h, x_d, EVEN: tl.constexpr, EVERY: tl.constexpr,
+             d, channels, x_b, x_strides, EVEN: tl.constexpr, EVERY: tl.constexpr,
              D: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    x_n, x_h, x_d = x_strides
     dtype: tl.constexpr = state_out.dtype.element_ty
-    batch, segment, block = place(blocks, count)
+    batch, segment, block = program_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     decay = _parameter(decay, channel, d, channels, dtype)
@@ -157,17 +160,74 @@ def _forward(x, decay, gain, initial, ends, out, state_out, carries, n, blocks, 
                      + 0 * step[:, None], entered, mask=last)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def _backward(grad, x, decay, gain, grad_state, ends, grad_x, sums, grad_initial, n, blocks,
-              count, length, d, channels, grad_b, grad_n, grad_h, grad_d, x_b, x_n, x_h, x_d,
-              EVEN: tl.constexpr, D: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
-              ROWS: tl.constexpr):
-    """Step 0 is the last in time. sums (2, b, count, h·d): of x q and g x over the segment.
+@triton.jit
+def _enter_segment(p, q, ends, decay, batch, segment, count, length, channel, channels, inside):
+    """p and q where a segment begins, from what those before it do."""
+    factor = power(decay, length, 31)
+    mixed = length * power(decay, length - 1, 31)
+    ends += batch * count * 2 * channels + channel[None, :]
+    for at in range(0, segment, 8):
+        end_p = load_rows(ends + 2 * at * channels, 2 * channels, segment - at, inside, 8)
+        end_q = load_rows(ends + (2 * at + 1) * channels, 2 * channels, segment - at, inside, 8)
+        for r in tl.static_range(8):
+            ours = at + r < segment
+            q = tl.where(ours, factor * q + mixed * p + end_q[r], q)
+            p = tl.where(ours, factor * p + end_p[r], p)
+    return p, q
 
-    grad_initial (2, b, h·d), where there is an initial state: the last p and q.
+
+@triton.jit
+def _run_adjoints(grad_rows, decay, zero, dtype: tl.constexpr, ROWS: tl.constexpr):
+    """p and q behind a run if those before it are 0, `zero`."""
+    p, q = zero, zero
+    for r in tl.static_range(ROWS):
+        g = grad_rows[r].to(dtype) + p
+        p, q = decay * g, decay * q + g
+    return p, q
+
+
+@triton.jit
+def _write_gradients(grad_x, grad_rows, rows, decay, gain, p, q, by_decay, by_gain, left, inside,
+                     channels, ROWS: tl.constexpr):
+    """Walks a run from the p and q before it; → by_decay and by_gain, the sums of x q and g x."""
+    for r in tl.static_range(ROWS):
+        u = rows[r].to(p.dtype)
+        g = grad_rows[r].to(p.dtype) + p
+        by_decay += u * q
+        if gain is not None:
+            by_gain += u * g
+        tl.store(grad_x, (g if gain is None else gain * g).to(grad_x.dtype.element_ty),
+                 mask=(r < left)[:, None] & inside)
+        grad_x -= channels
+        p, q = decay * g, decay * q + g
+    return by_decay, by_gain
+
+
+@triton.jit
+def _store_initial_gradients(grad_initial, grad_rows, decay, p, q, batch, batches, step, n, channel,
+                             channels, inside, ROWS: tl.constexpr):
+    """p and q after the step n - 1, which is in one of the runs that begin at `step`."""
+    grad_initial += batch * channels + channel[None, :] + 0 * step[:, None]
+    for r in tl.static_range(ROWS):
+        g = grad_rows[r].to(p.dtype) + p
+        p, q = decay * g, decay * q + g
+        last = (step + r == n - 1)[:, None] & inside
+        tl.store(grad_initial, p, mask=last)
+        tl.store(grad_initial + batches * tl.cast(channels, tl.int64), q, mask=last)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _backward(grad, x, decay, gain, grad_state, ends, outputs, n, blocks, count, length, d,
+              channels, grad_b, grad_strides, x_b, x_strides, EVEN: tl.constexpr,
+              D: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """Step 0 is the last in time. outputs: the gradient of x; sums (2, b, count, h·d), of x q and
+    g x over the segment; and, where there is an initial state, the last p and q (2, b, h·d).
     """
+    grad_x, sums, grad_initial = outputs
+    grad_n, grad_h, grad_d = grad_strides
+    x_n, x_h, x_d = x_strides
     dtype: tl.constexpr = sums.dtype.element_ty
-    batch, segment, block = place(blocks, count)
+    batch, segment, block = program_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     decay = _parameter(decay, channel, d, channels, dtype)
@@ -177,16 +237,8 @@ def _backward(grad, x, decay, gain, grad_state, ends, grad_x, sums, grad_initial
     p = tl.load(grad_state + batch * channels + channel[None, :], mask=inside, other=0)
     q = tl.zeros((1, COLS), dtype)
     if ends is not None:
-        factor = power(decay, length, 31)
-        mixed = length * power(decay, length - 1, 31)
-        ends += batch * count * 2 * channels + channel[None, :]
-        for at in range(0, segment, 8):
-            end_p = load_rows(ends + 2 * at * channels, 2 * channels, segment - at, inside, 8)
-            end_q = load_rows(ends + (2 * at + 1) * channels, 2 * channels, segment - at, inside, 8)
-            for r in tl.static_range(8):
-                ours = at + r < segment
-                q = tl.where(ours, factor * q + mixed * p + end_q[r], q)
-                p = tl.where(ours, factor * p + end_p[r], p)
+        p, q = _enter_segment(p, q, ends, decay, batch, segment, count, length, channel, channels,
+                              inside)
 
     backwards = (n - 1).to(tl.int64)
     grad += backwards * grad_n
@@ -218,41 +270,23 @@ def _backward(grad, x, decay, gain, grad_state, ends, grad_x, sums, grad_initial
         inputs -= ROWS * RUNS * tl.cast(x_n, tl.int64)
         left = (n - step - ROWS * RUNS)[:, None]
         next_grads = load_rows(grads, -grad_n, left, inside, ROWS)
-        run_p, run_q = tiled, tiled
-        for r in tl.static_range(ROWS):
-            g = grad_rows[r].to(dtype) + run_p
-            run_p, run_q = decay * g, decay * run_q + g
+        run_p, run_q = _run_adjoints(grad_rows, decay, tiled, dtype, ROWS)
         entered_p, end_p = entering(by_run, run_p, none)
         entered_q, end_q = entering(by_run, run_q + by_run_mixed * entered_p, none)
         entered_p += since * p
         entered_q += since * q + since_mixed * p
         q = end_q + by_tile * q + by_tile_mixed * p
         p = end_p + by_tile * p
-        run_p, run_q = entered_p, entered_q
-        row = writing
-        for r in tl.static_range(ROWS):
-            u = rows[r].to(dtype)
-            g = grad_rows[r].to(dtype) + run_p
-            by_decay += u * run_q
-            if gain is not None:
-                by_gain += u * g
-            tl.store(row, (g if gain is None else gain * g).to(grad_x.dtype.element_ty),
-                     mask=(r < n - step)[:, None] & inside)
-            row -= channels
-            run_p, run_q = decay * g, decay * run_q + g
+        by_decay, by_gain = _write_gradients(
+            writing, grad_rows, rows, decay, gain, entered_p, entered_q, by_decay, by_gain,
+            n - step, inside, channels, ROWS)
         writing -= ROWS * RUNS * tl.cast(channels, tl.int64)
         step += ROWS * RUNS
 
     batches = tl.num_programs(0) // (blocks * count)
     if grad_initial is not None:  # the first step in time is somewhere in the last tile
-        step -= ROWS * RUNS
-        grad_initial += batch * channels + channel[None, :] + 0 * step[:, None]
-        for r in tl.static_range(ROWS):
-            g = grad_rows[r].to(dtype) + entered_p
-            entered_p, entered_q = decay * g, decay * entered_q + g
-            last = (step + r == n - 1)[:, None] & inside
-            tl.store(grad_initial, entered_p, mask=last)
-            tl.store(grad_initial + batches * tl.cast(channels, tl.int64), entered_q, mask=last)
+        _store_initial_gradients(grad_initial, grad_rows, decay, entered_p, entered_q, batch,
+                                 batches, step - ROWS * RUNS, n, channel, channels, inside, ROWS)
     sums += (batch * count + segment) * channels + channel
     by_decay = tl.sum(by_decay, 0)[None, :]
     tl.store(sums[None, :], by_decay if gain is None else gain * by_decay, mask=inside)
@@ -261,45 +295,68 @@ def _backward(grad, x, decay, gain, grad_state, ends, grad_x, sums, grad_initial
                  tl.sum(by_gain, 0)[None, :], mask=inside)
 
 
-def _plan(x, held):
-    """How x (b, n, h, d) is cut: grid, arguments of every kernel, block sizes."""
+LAUNCH = Table(
+    # tile_bytes: what a thread holds of a tensor's tile.
+    Row("_forward", ANY, ANY, ANY, dict(tile_bytes=128),
+        "as many rows as registers hold beside the next tile's"),
+    Row("_forward", "sm100 sm120", "float16", ANY, dict(tile_bytes=64),
+        "counted: spills with 16 rows to a thread"),
+    Row("_backward", ANY, ANY, ANY, dict(tile_bytes=80), "grad and x, and the next tile's grad"),
+    Row("_forward _backward", CUDA, "float32", "four-warps", dict(maxnreg=168),
+        "about what three programs leave each other; counted: left to itself ptxas spills"),
+    Row("_forward", "sm80", "float32", "four-warps", dict(maxnreg=176), "counted: spills in 168"),
+    Row("_ends", CUDA, ANY, "backward", dict(maxnreg=64),
+        "counted: ptxas aims at fewer and spills"),
+    Row("_ends", CUDA, "float64", "backward", dict(maxnreg=96), "counted: spills in 64"),
+)
+
+
+def _plan(kernel, x):
+    """How x (b, n, h, d) is cut: grid, arguments of every kernel, block sizes; and the limit of
+    the kernel's registers.
+    """
     b, n, h, d = x.shape
-    sizes = tile(h * d, b, x.element_size(), held)
-    blocks = triton.cdiv(h * d, sizes["COLS"])
+    tile_bytes = LAUNCH.choose(kernel, x.dtype)["tile_bytes"]
+    sizes = tile(h * d, b, x.element_size(), tile_bytes)
+    blocks = ceil_div(h * d, sizes["COLS"])
     count, length = segments(n, b * blocks, sizes["RUNS"] * sizes["ROWS"])
-    return (b * blocks * count,), (n, blocks, count, length, d, h * d), sizes
+    limit = LAUNCH.choose(kernel, x.dtype, *(("four-warps",) if sizes["num_warps"] == 4 else ()))
+    del limit["tile_bytes"]
+    return (b * blocks * count,), (n, blocks, count, length, d, h * d), sizes, limit
 
 
-def _bound(x, sizes, most):
-    """Wide tiles of float32 take about as many registers as three programs leave each other."""
-    return registers(most) if x.dtype == torch.float32 and sizes["num_warps"] == 4 else {}
-
-
-def forward(x, decay, gain, initial_state, carry_every):
+def forward(x: Tensor, decay: Tensor, gain: Tensor | None, initial_state: Tensor | None,
+            carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
+    """→ y (b, n, h, d), the last state (b, h, d), carries (b, count, h, d): the states before
+    every `carry_every`-th step and the last; none if it is 0.
+    """
     b, n, h, d = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    carried = triton.cdiv(n, carry_every) + 1 if carry_every else 0
+    carry_count = ceil_div(n, carry_every) + 1 if carry_every else 0
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    state, carries = x.new_empty(b, h, d, dtype=wide), x.new_empty(b, carried, h, d, dtype=wide)
+    state = x.new_empty(b, h, d, dtype=wide)
+    carries = x.new_empty(b, carry_count, h, d, dtype=wide)
     if x.numel() == 0:
         return out, state.zero_(), carries.zero_()
-    spills = x.dtype == torch.float16 and arch() >= 100  # with 16 rows to a thread
-    grid, common, sizes = _plan(x, 64 if spills else 128)
+    grid, common, sizes, limit = _plan("_forward", x)
     sizes |= dict(EVEN=evens(x), D=0 if flat(x) else d)
     decay = decay.contiguous()
     ends = None
     count = common[2]
     if count > 1:
         ends = x.new_empty(b, count, 1, h * d, dtype=wide)
-        _ends[grid](x, decay, ends, *common, *x.stride(), BACKWARD=False, **sizes)
+        _ends[grid](x, decay, ends, *common, *strides(x), BACKWARD=False, **sizes)
     _forward[grid](x, decay, None if gain is None else gain.contiguous(),
                    None if initial_state is None else initial_state.contiguous(), ends, out,
-                   state, carries if carry_every else None, *common, *x.stride(),
-                   EVERY=carry_every, **sizes, **_bound(x, sizes, 176 if arch() < 90 else 168))
+                   state, carries if carry_every else None, *common, *strides(x),
+                   EVERY=carry_every, **sizes, **limit)
     return out, state, carries
 
 
-def backward(grad, grad_state, carries, x, decay, gain, initial_state, carry_every):
+def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, x: Tensor, decay: Tensor,
+             gain: Tensor | None, initial_state: Tensor | None,
+             carry_every: int) -> tuple[Tensor | None, ...]:
+    """The gradients of y and the last state → those of x, decay, gain and initial_state."""
     b, n, h, d = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -308,20 +365,19 @@ def backward(grad, grad_state, carries, x, decay, gain, initial_state, carry_eve
     if x.numel() == 0:
         return (grad_x, torch.zeros_like(decay), None if gain is None else torch.zeros_like(gain),
                 None if initial_state is None else grad_initial[0])
-    grid, common, sizes = _plan(x, 80)
+    grid, common, sizes, limit = _plan("_backward", x)
     sizes |= dict(EVEN=evens(grad, x), D=0 if flat(grad, x) else d)
     decays = decay.contiguous()
     ends = None
     count = common[2]
     if count > 1:
         ends = x.new_empty(b, count, 2, h * d, dtype=wide)
-        _ends[grid](grad, decays, ends, *common, *grad.stride(), BACKWARD=True,
-                    **sizes | dict(EVEN=evens(grad)),
-                    **registers(96 if x.dtype == torch.float64 else 64))
+        _ends[grid](grad, decays, ends, *common, *strides(grad), BACKWARD=True,
+                    **sizes | dict(EVEN=evens(grad)), **LAUNCH.choose("_ends", x.dtype, "backward"))
     sums = x.new_empty(1 if gain is None else 2, b * count, h, d, dtype=wide)
     _backward[grid](grad, x, decays, None if gain is None else gain.contiguous(),
-                    grad_state.contiguous(), ends, grad_x, sums, grad_initial, *common,
-                    *grad.stride(), *x.stride(), **sizes, **_bound(x, sizes, 168))
+                    grad_state.contiguous(), ends, (grad_x, sums, grad_initial), *common,
+                    *strides(grad, x), **sizes, **limit)
     sums = sums.sum((1, 3))
     grad_decay = sums[0]
     if initial_state is not None:

@@ -5,6 +5,8 @@ With a chunk's entering state S, P_s = Π_{i ≤ s} a_i and W[s, r] = Π_{r < i 
     out = ((q kᵀ) ∘ Re W) v + Re P ∘ (q Re S) - Im P ∘ (q Im S)
     leaving state = P_last S + kᵀ (W[last] ∘ v)
 
+Where gates are real, so are states and W, and every imaginary part is left out.
+
 A first kernel walks through time for the states between chunks; whatever else there is to do is
 parallel over chunks. Gradients are the same the other way round: the adjoint states
 G_t = q_t grad_tᵀ + conj(a_{t+1}) G_{t+1} are walked from the end, then every chunk is on its own.
@@ -12,18 +14,41 @@ G_t = q_t grad_tᵀ + conj(a_{t+1}) G_{t+1} are walked from the end, then every 
 W is a tree of products, in gate_tree.py; rows, states and products of matrices are in matrices.py.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastmix._triton import target
 from fastmix._triton.gate import activate_backward
 from fastmix._triton.gate_tree import (
-    block_sums, double, load_gates, load_logits, part_of, spread, times, tree)
+    block_sums,
+    double,
+    gather,
+    load_gates,
+    load_logits,
+    part_of,
+    spread,
+    tree,
+)
+from fastmix._triton.layout import as_parts, ceil_div, even, evens, power_of_two, strided
 from fastmix._triton.matrices import (
-    dot, dot_sums, load_rows, load_state, load_strided_state, rounded, store_rows, store_state,
-    sums_dot)
-from fastmix._triton.scan import even, evens, strided
-from fastmix._triton.target import arch, float32_precision, registers
+    add_dots,
+    dot,
+    dot_sums,
+    load_rows,
+    load_state,
+    load_strided_state,
+    rounded,
+    store_rows,
+    store_state,
+    sums_dot,
+)
+from fastmix._triton.number import filled, plus, select, times
+from fastmix._triton.target import ANY, CUDA, Row, Table, arch, float32_precision
+from fastmix.dtypes import wide, wide_complex
 
 # Gates are read one by one: to know what their strides are multiples of, which with few heads
 # depends on n, would only make Triton compile twice.
@@ -33,7 +58,7 @@ RUNTIME = ["n", "heads", "chunks", "q_b", "k_b", "v_b", "grad_b", "g_b", "g_n", 
 @triton.jit(do_not_specialize=RUNTIME)
 def _walk_states(k, k_b, k_strides, v, v_b, v_strides, gates, g_b, g_n, g_h, g_part,
                  initial, initial_strides, states, last, n, heads, chunks,
-                 EVEN: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr,
+                 EVEN: tl.constexpr, LOGITS: tl.constexpr, REAL: tl.constexpr, SUMS: tl.constexpr,
                  DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                  C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """states (b, chunks + 1, h, DK, DV): the state before every chunk and the last one."""
@@ -44,59 +69,73 @@ def _walk_states(k, k_b, k_strides, v, v_b, v_strides, gates, g_b, g_n, g_h, g_p
     column, row = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
     row, head = row % tl.cdiv(DK, BK) * BK, row // tl.cdiv(DK, BK)
     b, h = head // heads, head % heads
-    size: tl.constexpr = DK * DV * 2
+    size: tl.constexpr = DK * DV * (1 if REAL else 2)
     states += (b * (chunks + 1) * heads + h) * size
     if initial is not None:
-        re, im = load_strided_state(initial, initial_strides, b, h, row, column, BK, BV, DK, DV)
+        state = load_strided_state(initial, initial_strides, b, h, row, column, BK, BV, DK, DV,
+                                   REAL)
     else:
-        re, im = tl.zeros((BK, BV), SUMS), tl.zeros((BK, BV), SUMS)
+        state = filled(0, (BK, BV), SUMS, not REAL)
     first = tl.full((), 0, tl.int64)
-    store_state(states, re, im, row, column, BK, BV, DK, DV)
+    store_state(states, state, row, column, BK, BV, DK, DV)
     for _ in range(chunks):
         keys = load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
         values = load_rows(v, v_strides, b, first, h, C, column, BV, n, DV).to(SUMS)
-        a_re, a_im = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
-        _, _, _, _, after_re, after_im, all_re, all_im = tree(a_re, a_im, a_re, a_im, C, LEVELS)
-        re, im = times(re, im, all_re, all_im)
+        a = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, REAL, SUMS)
+        _, _, after, all = tree(a, C, LEVELS)
+        state = times(state, all)
         keys = tl.trans(keys)
-        re += dot_sums(keys, values * after_re[:, None], PRECISION, False)
-        im += dot_sums(keys, values * after_im[:, None], PRECISION, False)
+        re = state[0] + dot_sums(keys, values * after[0][:, None], PRECISION, False)
+        if REAL:
+            state = (re,)
+        else:
+            im = dot_sums(keys, values * after[1][:, None], PRECISION, False)
+            state = re, state[1] + im
         first += C
         states += heads.to(tl.int64) * size
-        store_state(states, re, im, row, column, BK, BV, DK, DV)
-    store_state(last + head * size, re, im, row, column, BK, BV, DK, DV)
+        store_state(states, state, row, column, BK, BV, DK, DV)
+    store_state(last + head * size, state, row, column, BK, BV, DK, DV)
+
+
+@triton.jit
+def _real_of_product(a, x):
+    """Re (a · x) of numbers a (C,) and x (C, BLOCK)."""
+    if len(a) == 1:
+        return a[0][:, None] * x[0]
+    else:
+        return a[0][:, None] * x[0] - a[1][:, None] * x[1]
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _outputs(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, gates, g_b, g_n, g_h, g_part,
              states, out, n, heads, chunks, EVEN: tl.constexpr, LOGITS: tl.constexpr,
-             SUMS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
-             BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+             REAL: tl.constexpr, SUMS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+             BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+             PRECISION: tl.constexpr):
     q_strides = (even(q_b, EVEN[0]),) + q_strides
     k_strides = (even(k_b, EVEN[1]),) + k_strides
     v_strides = (even(v_b, EVEN[2]),) + v_strides
     gate_strides = g_b, g_n, g_h, g_part
     program = tl.program_id(0).to(tl.int64)
-    column, place = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
-    h, place = place % heads, place // heads
-    chunk, b = place % chunks, place // chunks
+    column, index = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
+    h, index = index % heads, index // heads
+    chunk, b = index % chunks, index // chunks
     first = chunk * C
-    states += ((b * (chunks + 1) + chunk) * heads + h) * (DK * DV * 2)
+    states += ((b * (chunks + 1) + chunk) * heads + h) * (DK * DV * (1 if REAL else 2))
     scores = tl.zeros((C, C), SUMS)
-    by_re, by_im = tl.zeros((C, BV), SUMS), tl.zeros((C, BV), SUMS)
+    from_state = filled(0, (C, BV), SUMS, not REAL)
     for row in range(0, DK, BK):
         queries = load_rows(q, q_strides, b, first, h, C, row, BK, n, DK)
         keys = load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
-        re, im = load_state(states, row, column, BK, BV, DK, DV)
+        state = load_state(states, row, column, BK, BV, DK, DV, REAL)
         scores += dot(queries, tl.trans(keys), PRECISION)
-        by_re += dot_sums(queries, re, PRECISION, True)
-        by_im += dot_sums(queries, im, PRECISION, True)
-    a_re, a_im = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
-    w_re, _, p_re, p_im, _, _, _, _ = tree(a_re, a_im, a_re, a_im, C, LEVELS)
+        from_state = add_dots(from_state, queries, state, PRECISION, True)
+    a = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, REAL, SUMS)
+    w, p, _, _ = tree(a, C, LEVELS)
     steps = tl.arange(0, C)
-    scores *= tl.where(steps[:, None] == steps[None, :], 1.0, w_re)
+    scores *= tl.where(steps[:, None] == steps[None, :], 1.0, w)
     values = load_rows(v, v_strides, b, first, h, C, column, BV, n, DV)
-    sums = p_re[:, None] * by_re - p_im[:, None] * by_im
+    sums = _real_of_product(p, from_state)
     sums += sums_dot(rounded(scores, v), values, PRECISION)
     store_rows(out, sums, b, first, h, heads, C, column, BV, n, DV)
 
@@ -104,12 +143,12 @@ def _outputs(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, gates, g_b
 @triton.jit(do_not_specialize=RUNTIME)
 def _walk_adjoints(q, q_b, q_strides, grad, grad_b, grad_strides, gates, g_b, g_n, g_h, g_part,
                    final, final_strides, adjoints, entry, n, heads, chunks,
-                   EVEN: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr,
+                   EVEN: tl.constexpr, LOGITS: tl.constexpr, REAL: tl.constexpr, SUMS: tl.constexpr,
                    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                    C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """adjoints (b, chunks, h, DK, DV): the gradient of the state after every chunk.
 
-    entry, where it is asked for, is that of the initial state. Steps are taken from a chunk's
+    entry, where it is not None, takes that of the initial state. Steps are taken from a chunk's
     last one on: what has faded most is added up first.
     """
     q_strides = (even(q_b, EVEN[0]),) + q_strides
@@ -119,25 +158,31 @@ def _walk_adjoints(q, q_b, q_strides, grad, grad_b, grad_strides, gates, g_b, g_
     column, row = program % tl.cdiv(DV, BV) * BV, program // tl.cdiv(DV, BV)
     row, head = row % tl.cdiv(DK, BK) * BK, row // tl.cdiv(DK, BK)
     b, h = head // heads, head % heads
-    size: tl.constexpr = DK * DV * 2
+    size: tl.constexpr = DK * DV * (1 if REAL else 2)
     adjoints += ((b + 1) * chunks * heads + h) * size
-    re, im = load_strided_state(final, final_strides, b, h, row, column, BK, BV, DK, DV)
+    adjoint = load_strided_state(final, final_strides, b, h, row, column, BK, BV, DK, DV, REAL)
     first = chunks.to(tl.int64) * C
     for _ in range(chunks):
         first -= C
         adjoints -= heads.to(tl.int64) * size
-        store_state(adjoints, re, im, row, column, BK, BV, DK, DV)
+        store_state(adjoints, adjoint, row, column, BK, BV, DK, DV)
         queries = load_rows(q, q_strides, b, first, h, C, row, BK, n, DK, True)
         grads = load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV, True).to(SUMS)
-        a_re, a_im = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS, True)
-        _, _, _, _, p_re, p_im, all_re, all_im = tree(a_re, a_im, a_re, a_im, C, LEVELS)
-        p_re, p_im = times(p_re, p_im, a_re, a_im)
-        re, im = times(re, im, all_re, -all_im)
+        a = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, REAL, SUMS, True)
+        _, _, p, all = tree(a, C, LEVELS)
+        p = times(p, a)
+        if not REAL:
+            all = all[0], -all[1]
+        adjoint = times(adjoint, all)
         queries = tl.trans(queries)
-        re += dot_sums(queries, grads * p_re[:, None], PRECISION, False)
-        im -= dot_sums(queries, grads * p_im[:, None], PRECISION, False)
+        re = adjoint[0] + dot_sums(queries, grads * p[0][:, None], PRECISION, False)
+        if REAL:
+            adjoint = (re,)
+        else:
+            im = dot_sums(queries, grads * p[1][:, None], PRECISION, False)
+            adjoint = re, adjoint[1] - im
     if entry is not None:
-        store_state(entry + head * size, re, im, row, column, BK, BV, DK, DV)
+        store_state(entry + head * size, adjoint, row, column, BK, BV, DK, DV)
 
 
 @triton.jit
@@ -153,16 +198,27 @@ def _scores(x, x_strides, y, y_strides, b, at, first, h, ROWS: tl.constexpr, C: 
     return scores
 
 
+@triton.jit
+def _add_products(sums, x, y):
+    """sums + the rows' sums of x · conj(y)."""
+    if len(x) == 1:
+        return (sums[0] + tl.sum(x[0] * y[0], 1),)
+    else:
+        return (sums[0] + tl.sum(x[0] * y[0] + x[1] * y[1], 1),
+                sums[1] + tl.sum(x[1] * y[0] - x[0] * y[1], 1))
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, grad_b, grad_strides,
-               gates, g_b, g_n, g_h, g_part, states, adjoints, grad_q, grad_k, grad_v, asked,
-               n, heads, chunks, EVEN: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr,
-               ROUNDED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
-               BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+               gates, g_b, g_n, g_h, g_part, states, adjoints, grad_q, grad_k, grad_v, tree_grads,
+               n, heads, chunks, EVEN: tl.constexpr, LOGITS: tl.constexpr, REAL: tl.constexpr,
+               SUMS: tl.constexpr, ROUNDED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+               BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+               PRECISION: tl.constexpr):
     """Gradients of q, k and v over a chunk.
 
-    asked (b, chunks, h, 4, C): what its states ask of P and of W's last row. ROUNDED where
-    bfloat16 is all the gates' gradients are good for.
+    tree_grads (b, chunks, h, 2 parts, C): the gradients of P and of W's last row, as far as they
+    come from states. ROUNDED where the gates' gradients are rounded to bfloat16 anyway.
     """
     q_strides = (even(q_b, EVEN[0]),) + q_strides
     k_strides = (even(k_b, EVEN[1]),) + k_strides
@@ -170,79 +226,97 @@ def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, gr
     grad_strides = (even(grad_b, EVEN[3]),) + grad_strides
     gate_strides = g_b, g_n, g_h, g_part
     program = tl.program_id(0).to(tl.int64)
-    h, place = program % heads, program // heads
-    chunk, b = place % chunks, place // chunks
+    h, index = program % heads, program // heads
+    chunk, b = index % chunks, index // chunks
     first = chunk * C
-    states += ((b * (chunks + 1) + chunk) * heads + h) * (DK * DV * 2)
-    adjoints += program * (DK * DV * 2)
+    states += ((b * (chunks + 1) + chunk) * heads + h) * (DK * DV * (1 if REAL else 2))
+    adjoints += program * (DK * DV * (1 if REAL else 2))
     steps = tl.arange(0, C)
-    a_re, a_im = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
-    w_re, _, p_re, p_im, after_re, after_im, _, _ = tree(a_re, a_im, a_re, a_im, C, LEVELS)
-    w_re = tl.where(steps[:, None] == steps[None, :], 1.0, w_re)
+    a = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, REAL, SUMS)
+    w, p, after, _ = tree(a, C, LEVELS)
+    w = tl.where(steps[:, None] == steps[None, :], 1.0, w)
 
     weights = _scores(q, q_strides, k, k_strides, b, first, first, h, C, C, BK, n, DK, SUMS,
                       PRECISION)
-    weights = rounded(tl.trans(weights * w_re), grad)
+    weights = rounded(tl.trans(weights * w), grad)
     for column in range(0, DV, BV):
         grads = load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV)
         dv = sums_dot(weights, grads, PRECISION)
         for row in range(0, DK, BK):
             keys = load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
-            re, im = load_state(adjoints, row, column, BK, BV, DK, DV)
-            dv += after_re[:, None] * dot_sums(keys, re, PRECISION, True)
-            dv += after_im[:, None] * dot_sums(keys, im, PRECISION, True)
+            adjoint = load_state(adjoints, row, column, BK, BV, DK, DV, REAL)
+            for part in tl.static_range(len(after)):
+                dv += after[part][:, None] * dot_sums(keys, adjoint[part], PRECISION, True)
         store_rows(grad_v, dv, b, first, h, heads, C, column, BV, n, DV)
 
     weights = _scores(grad, grad_strides, v, v_strides, b, first, first, h, C, C, BV, n, DV, SUMS,
                       PRECISION)
-    weights = rounded(weights * w_re, grad)
-    dp_re, dp_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
-    dw_re, dw_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
-    all_re, all_im = tl.zeros((BK,), SUMS), tl.zeros((BK,), SUMS)
+    weights = rounded(weights * w, grad)
+    dp = filled(0, (C,), SUMS, not REAL)
+    dw = filled(0, (C,), SUMS, not REAL)
+    all = filled(0, (BK,), SUMS, not REAL)
     for row in range(0, DK, BK):
-        by_re, by_im = tl.zeros((C, BK), SUMS), tl.zeros((C, BK), SUMS)
-        on_re, on_im = tl.zeros((C, BK), SUMS), tl.zeros((C, BK), SUMS)
+        from_state = filled(0, (C, BK), SUMS, not REAL)
+        from_adjoint = filled(0, (C, BK), SUMS, not REAL)
         for column in range(0, DV, BV):
             values = load_rows(v, v_strides, b, first, h, C, column, BV, n, DV)
             grads = load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV)
-            re, im = load_state(states, row, column, BK, BV, DK, DV)
-            g_re, g_im = load_state(adjoints, row, column, BK, BV, DK, DV)
-            all_re += tl.sum(g_re * re + g_im * im, 1)
-            all_im += tl.sum(g_im * re - g_re * im, 1)
-            by_re += dot_sums(grads, tl.trans(re), PRECISION, ROUNDED)
-            by_im += dot_sums(grads, tl.trans(im), PRECISION, ROUNDED)
-            on_re += dot_sums(values, tl.trans(g_re), PRECISION, ROUNDED)
-            on_im += dot_sums(values, tl.trans(g_im), PRECISION, ROUNDED)
+            state = load_state(states, row, column, BK, BV, DK, DV, REAL)
+            adjoint = load_state(adjoints, row, column, BK, BV, DK, DV, REAL)
+            all = _add_products(all, adjoint, state)
+            from_state = add_dots(from_state, grads, state, PRECISION, ROUNDED, True)
+            from_adjoint = add_dots(from_adjoint, values, adjoint, PRECISION, ROUNDED, True)
         queries = load_rows(q, q_strides, b, first, h, C, row, BK, n, DK)
         keys = load_rows(k, k_strides, b, first, h, C, row, BK, n, DK)
-        dq = p_re[:, None] * by_re - p_im[:, None] * by_im + sums_dot(weights, keys, PRECISION)
+        dq = _real_of_product(p, from_state) + sums_dot(weights, keys, PRECISION)
         store_rows(grad_q, dq, b, first, h, heads, C, row, BK, n, DK)
-        dk = after_re[:, None] * on_re + after_im[:, None] * on_im
+        dk = after[0][:, None] * from_adjoint[0]
+        if not REAL:
+            dk += after[1][:, None] * from_adjoint[1]
         dk += sums_dot(tl.trans(weights), queries, PRECISION)
         store_rows(grad_k, dk, b, first, h, heads, C, row, BK, n, DK)
-        dp_re += tl.sum(queries.to(SUMS) * by_re, 1)
-        dp_im -= tl.sum(queries.to(SUMS) * by_im, 1)
-        dw_re += tl.sum(keys.to(SUMS) * on_re, 1)
-        dw_im += tl.sum(keys.to(SUMS) * on_im, 1)
-    # The leaving state asks for all gates' product, which is P at the last step.
-    dp_re += tl.where(steps == C - 1, tl.sum(all_re, 0), 0.0)
-    dp_im += tl.where(steps == C - 1, tl.sum(all_im, 0), 0.0)
-    asked += program * (4 * C) + steps
-    tl.store(asked, dp_re)
-    tl.store(asked + C, dp_im)
-    tl.store(asked + 2 * C, dw_re)
-    tl.store(asked + 3 * C, dw_im)
+        dp_re = dp[0] + tl.sum(queries.to(SUMS) * from_state[0], 1)
+        if REAL:
+            dp = (dp_re,)
+        else:
+            dp = dp_re, dp[1] - tl.sum(queries.to(SUMS) * from_state[1], 1)
+        dw_re = dw[0] + tl.sum(keys.to(SUMS) * from_adjoint[0], 1)
+        if REAL:
+            dw = (dw_re,)
+        else:
+            dw = dw_re, dw[1] + tl.sum(keys.to(SUMS) * from_adjoint[1], 1)
+    # The state after the chunk has the factor of all gates, which is P at the last step.
+    dp_re = dp[0] + tl.where(steps == C - 1, tl.sum(all[0], 0), 0.0)
+    if REAL:
+        sums = dp_re, dw[0]
+    else:
+        dp_im = dp[1] + tl.where(steps == C - 1, tl.sum(all[1], 0), 0.0)
+        sums = dp_re, dp_im, dw[0], dw[1]
+    tree_grads += program * (len(sums) * C) + steps
+    for i in tl.static_range(len(sums)):
+        tl.store(tree_grads + i * C, sums[i])
+
+
+@triton.jit
+def _add_block_sums(all, x, at, C: tl.constexpr, SIZE: tl.constexpr):
+    """all + the sums of x over blocks of SIZE, those that hold the steps `at`."""
+    re = all[0] + tl.gather(block_sums(x[0], C, SIZE), at, 0)
+    if len(all) == 1:
+        return (re,)
+    else:
+        return re, all[1] + tl.gather(block_sums(x[1], C, SIZE), at, 0)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _gate_gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, grad_b,
-                    grad_strides, gates, g_b, g_n, g_h, g_part, asked, grad_gates, n, heads, chunks,
-                    EVEN: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr, DK: tl.constexpr,
-                    DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                    ROWS: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+                    grad_strides, gates, g_b, g_n, g_h, g_part, tree_grads, grad_gates,
+                    n, heads, chunks, EVEN: tl.constexpr, LOGITS: tl.constexpr,
+                    REAL: tl.constexpr, SUMS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+                    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+                    LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of the gates over a chunk: of its tree of products, whose gradients are known.
 
-    W's is the product of both scores. At every level of the tree it splits into what is asked
+    W's is the product of both scores. At every level of the tree it splits into the gradients
     of the products after each step of a left half and of those up to each step of a right half.
     """
     q_strides = (even(q_b, EVEN[0]),) + q_strides
@@ -251,8 +325,8 @@ def _gate_gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, gra
     grad_strides = (even(grad_b, EVEN[3]),) + grad_strides
     gate_strides = g_b, g_n, g_h, g_part
     program = tl.program_id(0).to(tl.int64)
-    h, place = program % heads, program // heads
-    chunk, b = place % chunks, place // chunks
+    h, index = program % heads, program // heads
+    chunk, b = index % chunks, index // chunks
     first = chunk * C
     steps = tl.arange(0, C)
     # The weights are in parts of 32 rows: whole, their layout has vectors of most of a row's
@@ -268,52 +342,122 @@ def _gate_gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, gra
         parts = parts + (tl.where(rows[:, None] > steps[None, :], weights, 0.0),)
 
     # The tree, from the leaves up: products up to each step, after it, and of its whole block.
-    a_re, a_im = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, SUMS)
-    before_re, before_im, all_re, all_im = a_re, a_im, a_re, a_im
-    after_re, after_im = tl.full((C,), 1.0, SUMS), tl.zeros((C,), SUMS)
+    a = load_gates(gates, gate_strides, b, first, h, C, n, LOGITS, REAL, SUMS)
+    before, all = a, a
+    if REAL:
+        after = (tl.full((C,), 1.0, SUMS),)
+    else:
+        after = tl.full((C,), 1.0, SUMS), tl.zeros((C,), SUMS)
     nodes = ()
     for level in tl.static_range(LEVELS):
-        nodes = nodes + ((before_re, before_im, after_re, after_im, all_re, all_im),)
-        before_re, before_im, after_re, after_im, all_re, all_im = double(
-            before_re, before_im, after_re, after_im, all_re, all_im, steps, 1 << level)
+        nodes = nodes + ((before, after, all),)
+        before, after, all = double(before, after, all, steps, 1 << level)
 
     # Its gradient, from the root down.
-    asked += program * (4 * C) + steps
-    before_re, before_im = tl.load(asked), tl.load(asked + C)
-    after_re, after_im = tl.load(asked + 2 * C), tl.load(asked + 3 * C)
-    all_re, all_im = tl.zeros((C,), SUMS), tl.zeros((C,), SUMS)
+    tree_grads += program * ((2 if REAL else 4) * C) + steps
+    if REAL:
+        before, after = (tl.load(tree_grads),), (tl.load(tree_grads + C),)
+    else:
+        before = tl.load(tree_grads), tl.load(tree_grads + C)
+        after = tl.load(tree_grads + 2 * C), tl.load(tree_grads + 3 * C)
+    all = filled(0, (C,), SUMS, not REAL)
     for level in tl.static_range(LEVELS - 1, -1, -1):
-        p_re, p_im, e_re, e_im, t_re, t_im = nodes[level]
+        # Products up to each step, after it, and of its whole block.
+        p, e, t = nodes[level]
         right = (steps & (1 << level)) != 0
         sibling = steps ^ (1 << level)
-        t_re, t_im = tl.gather(t_re, sibling, 0), tl.gather(t_im, sibling, 0)
-        re, im = times(tl.where(right, before_re, after_re), tl.where(right, before_im, after_im),
-                       tl.where(right, p_re, e_re), -tl.where(right, p_im, e_im))
-        all_re, all_im = times(all_re, all_im, t_re, -t_im)
-        all_re += tl.gather(block_sums(re, C, 1 << level), sibling, 0)
-        all_im += tl.gather(block_sums(im, C, 1 << level), sibling, 0)
-        re, im = times(before_re, before_im, t_re, -t_im)
-        before_re, before_im = tl.where(right, re, before_re), tl.where(right, im, before_im)
-        re, im = times(after_re, after_im, t_re, -t_im)
-        after_re, after_im = tl.where(right, after_re, re), tl.where(right, after_im, im)
+        t = gather(t, sibling)
+        outer, inner = select(right, before, after), select(right, p, e)
+        if not REAL:
+            inner = inner[0], -inner[1]
+        outer = times(outer, inner)
+        if not REAL:
+            t = t[0], -t[1]
+        all = _add_block_sums(times(all, t), outer, sibling, C, 1 << level)
+        before = select(right, times(before, t), before)
+        after = select(right, after, times(after, t))
         for part in tl.static_range(C // ROWS):
             rows = part * ROWS + tl.arange(0, ROWS)
             between = tl.where(((rows[:, None] ^ steps[None, :]) >> level) == 1, parts[part], 0.0)
-            before_re += spread(tl.sum(between * e_re[None, :], 1), part, C)
-            before_im -= spread(tl.sum(between * e_im[None, :], 1), part, C)
-            after_re += tl.sum(between * part_of(p_re, part, ROWS)[:, None], 0)
-            after_im -= tl.sum(between * part_of(p_im, part, ROWS)[:, None], 0)
-    re, im = before_re + all_re, before_im + all_im
+            before_re = before[0] + spread(tl.sum(between * e[0][None, :], 1), part, C)
+            if REAL:
+                before = (before_re,)
+            else:
+                before = before_re, before[1] - spread(
+                    tl.sum(between * e[1][None, :], 1), part, C)
+            after_re = after[0] + tl.sum(between * part_of(p[0], part, ROWS)[:, None], 0)
+            if REAL:
+                after = (after_re,)
+            else:
+                after = after_re, after[1] - tl.sum(
+                    between * part_of(p[1], part, ROWS)[:, None], 0)
+    grads = plus(before, all)
     if LOGITS:
-        z_re, z_im, _ = load_logits(gates, gate_strides, b, first, h, C, n, SUMS)
-        re, im = activate_backward(re, im, z_re, z_im)
-    kind = grad_gates.dtype.element_ty
-    grad_gates += ((b * n + first + steps) * heads + h) * 2
-    tl.store(grad_gates, re.to(kind), mask=first + steps < n)
-    tl.store(grad_gates + 1, im.to(kind), mask=first + steps < n)
+        z, _ = load_logits(gates, gate_strides, b, first, h, C, n, REAL, SUMS)
+        grads = activate_backward(grads[0], grads[1], z[0], z[1])
+    grad_gates += ((b * n + first + steps) * heads + h) * len(grads)
+    for part in tl.static_range(len(grads)):
+        tl.store(grad_gates + part, grads[part].to(grad_gates.dtype.element_ty),
+                 mask=first + steps < n)
 
 
 # ---- launchers
+
+LAUNCH = Table(
+    # C steps to a chunk; states in blocks of at most BK by BV.
+    Row(ANY, ANY, ANY, ANY, dict(C=32, BK=32, BV=32, num_warps=8),
+        "64 steps of products that are not all bfloat16's take too many registers"),
+    Row(ANY, "sm90 sm100 amd interpreter", "bfloat16", "small even", dict(C=64, BK=64),
+        "64 steps fill the tensor cores' tiles"),
+    Row(ANY, "sm90 amd interpreter", ANY, ANY, dict(num_warps=4),
+        "a warpgroup, which wgmma multiplies with; a wave on AMD has the registers of two warps"),
+    Row(ANY, ANY, "float64", ANY, dict(C=16, BK=16, BV=16), "twice the registers to a number"),
+    Row(ANY, ANY, "float16", "lopsided", dict(C=16),
+        "states are out of float16's range, so products are float32's; counted: 32 steps spill"),
+    Row("_walk_states", CUDA, "float64", ANY, dict(maxnreg=255), "counted: spills with fewer"),
+    Row("_walk_states", "sm80", "bfloat16 float16 float32", "even", dict(maxnreg=255),
+        "counted: spills with fewer, but for blocks of 16 by 16"),
+    Row("_outputs", ANY, ANY, ANY, dict(num_stages=2), "more do not fit into shared memory"),
+    Row("_outputs", "sm90 sm100 amd interpreter", "bfloat16", "even", dict(BV=64),
+        "scores are computed again for every block of v: half as often"),
+    Row("_outputs _gradients", "sm90", "bfloat16", "small even", dict(BK=32),
+        "counted: 64 rows of a state spill"),
+    Row("_gradients", "sm80", "bfloat16", "small even", dict(BK=16),
+        "counted: 32 rows of a state spill"),
+    # One of dk and dv takes many more blocks than the other: such loops spill sooner.
+    Row(ANY, ANY, "bfloat16 float16 float32", "lopsided", dict(BK=16, BV=16, num_warps=8),
+        "counted: larger blocks spill"),
+    Row(ANY, CUDA, "bfloat16 float16 float32", "lopsided", dict(maxnreg=255),
+        "counted: spills with fewer"),
+    Row("_walk_adjoints", CUDA, "float16 float32", ANY, dict(num_warps=8),
+        "counted: spills in four on sm90"),
+    Row("_gradients _gate_gradients", ANY, ANY, ANY, dict(num_stages=1, num_warps=4),
+        "a wave on AMD has as many registers in a program of four as there are in eight"),
+    Row("_gradients _gate_gradients", CUDA, ANY, ANY, dict(num_warps=8),
+        "counted: most spill in four"),
+    Row("_gate_gradients", "sm90", "bfloat16", "even", dict(num_warps=4),
+        "counted: heads of 64 do not spill in four, and two programs fit on a multiprocessor"),
+    Row("_gate_gradients", "sm90", "bfloat16", "wide", dict(num_warps=8),
+        "as above; four were not counted"),
+    Row("_walk_states", "sm100", "bfloat16", "real", dict(maxnreg=128),
+        "counted: ptxas aims at 64 and spills, with Triton 3.6"),
+    Row("_gradients", "sm100", "bfloat16", "real", dict(BK=32),
+        "counted: 64 rows of a state spill, with Triton 3.6"),
+    # In 128 registers _gradients of bfloat16 would fit twice on an sm90 too, but spills: 29 to 40
+    # words where logits are float32 (Triton 3.6, 3.7), 20 where they are bfloat16 (3.9).
+    Row("_gradients", "sm90", "float32", "wide", dict(maxnreg=168),
+        "counted: ptxas aims at fewer and spills"),
+    Row("_gradients", ANY, "float16", ANY, dict(BK=16), "counted: 32 rows of a state spill"),
+    Row("_gradients", CUDA, "float64", ANY, dict(num_stages=2),
+        "loaded to shared memory, past registers"),
+    Row("_gate_gradients", ANY, "float64", ANY, dict(num_warps=4, num_stages=2),
+        "loaded to shared memory, past registers"),
+    Row("_gate_gradients", "sm80", "float64", ANY, dict(num_warps=1, num_stages=1),
+        "counted: spills in more"),
+    Row("_gate_gradients", ANY, ANY, ANY, dict(ROWS=64), "all of a chunk's rows at once"),
+    Row("_gate_gradients", CUDA, ANY, ANY, dict(ROWS=32),
+        "of 64, a thread holds most of a row's columns, and spills"),
+)
 
 
 def _precision(dtype):
@@ -325,138 +469,130 @@ def _precision(dtype):
     return "tf32x3"  # exact for the 16-bit side, as good as float32 for the other
 
 
-def _lopsided(q, v):
-    """Whether one of dk and dv takes many more blocks than the other: such loops spill sooner."""
-    small, large = sorted((q.shape[-1], v.shape[-1]))
-    return large > 2 * max(16, small)
+def _shapes(dk, dv, real):
+    """LAUNCH's classes of head dims: one of small, even and lopsided; wide too. And real, of gates.
+    """
+    small, large = sorted((dk, dv))
+    kind = "lopsided" if large > 2 * max(16, small) else "small" if large <= 16 else "even"
+    return kind, *(("wide",) if large > 64 else ()), *(("real",) if real else ())
+
+
+def _options(kernel, q, v, logits, real):
+    """What a kernel is compiled for, and its number of warps, stages and registers."""
+    return _options_for(LAUNCH, target.family(), kernel, q.dtype, q.shape[-1], v.shape[-1], logits,
+                        real, _precision(q.dtype))
+
+
+@functools.cache
+def _options_for(table, family, kernel, dtype, dk, dv, logits, real, precision):
+    options = table.choose(kernel, dtype, *_shapes(dk, dv, real))
+
+    def block(size, largest):
+        return min(max(16, power_of_two(size)), largest)
+
+    options |= dict(BK=block(dk, options["BK"]), BV=block(dv, options["BV"]))
+    if "ROWS" in options:
+        options["ROWS"] = min(options["ROWS"], options["C"])
+    return options | dict(
+        LOGITS=logits, REAL=real, SUMS=tl.float64 if dtype == torch.float64 else tl.float32,
+        DK=dk, DV=dv, LEVELS=options["C"].bit_length() - 1, PRECISION=precision)
 
 
 def _chunk(q, v):
-    """Steps per chunk: 64, fewer where products are not all for tensor cores of bfloat16, or
-    those spread 64 steps over too few registers. States are out of float16's range."""
-    if q.dtype == torch.float64 or q.dtype == torch.float16 and _lopsided(q, v):
-        return 16
-    roomy = arch() in (0, 90, 100, 101, 103) and not _lopsided(q, v)
-    return 64 if q.dtype == torch.bfloat16 and roomy else 32
+    """Steps per chunk, of all kernels alike."""
+    return _options("_walk_states", q, v, False, False)["C"]
 
 
-def _options(q, v, logits, width=32, **others):
-    """What every kernel is compiled for; blocks of v are at most `width` wide."""
-    dk, dv, c = q.shape[-1], v.shape[-1], _chunk(q, v)
-    most, warps = c, 4 if arch() in (0, 90) else 8
-    if _lopsided(q, v) and q.dtype != torch.float64:
-        most, warps, others = 16, 8, registers(255) | others
-
-    def block(size, largest):
-        return min(max(16, triton.next_power_of_2(size)), largest)
-
-    return dict(LOGITS=logits, SUMS=tl.float64 if q.dtype == torch.float64 else tl.float32,
-                DK=dk, DV=dv, BK=block(dk, most), BV=block(dv, min(most, width)), C=c,
-                LEVELS=c.bit_length() - 1, PRECISION=_precision(q.dtype),
-                num_warps=warps, **others)
+def _gate_parts(x):
+    """Gates (b, n, h) or logits of complex ones → (b, n, h, parts), a view."""
+    return as_parts(x) if x.ndim == 3 else x
 
 
-def _narrow(options, dtype, oldest):
-    """With fewer rows of a state at once, where bfloat16 and all of them would spill."""
-    narrow = dtype == torch.bfloat16 and oldest <= arch() < 100
-    return dict(options, BK=min(options["BK"], options["C"] // 2 if narrow else 64))
-
-
-def _real(x):
-    """Complex x → (…, 2), a view."""
-    return None if x is None else torch.view_as_real(x.resolve_conj())
-
-
-def _state(x):
-    """A complex state and its strides."""
-    return (None, None) if x is None else (_real(x), _real(x).stride())
+def _state_parts(x):
+    """The parts of a state or None, and their strides."""
+    return (None, None) if x is None else (as_parts(x), as_parts(x).stride())
 
 
 def _walk_grid(b, h, options):
-    return (b * h * triton.cdiv(options["DK"], options["BK"])
-            * triton.cdiv(options["DV"], options["BV"]),)
+    """A program for each block of each head's state."""
+    return (b * h * ceil_div(options["DK"], options["BK"])
+            * ceil_div(options["DV"], options["BV"]),)
 
 
 def _states(q, k, v, gates, logits, initial_state):
     """The state before every chunk and the last one, which also comes as a copy."""
     (b, n, h, dk), dv = q.shape, v.shape[-1]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    chunks = triton.cdiv(n, _chunk(q, v))
-    states = q.new_empty(b, chunks + 1, h, dk, dv, 2, dtype=wide)
-    last = q.new_empty(b, h, dk, dv, 2, dtype=wide)
+    real = gates.shape[-1] == 1
+    dtype = (wide if real else wide_complex)(q.dtype)
+    chunks = ceil_div(n, _chunk(q, v))
+    states = q.new_empty(b, chunks + 1, h, dk, dv, dtype=dtype)
+    last = q.new_empty(b, h, dk, dv, dtype=dtype)
     if b:
-        options = _options(q, v, logits)
-        small = options["BK"] * options["BV"] == 256
-        if q.dtype == torch.float64 or arch() < 90 and not small:
-            options |= registers(255)
+        options = _options("_walk_states", q, v, logits, real)
         _walk_states[_walk_grid(b, h, options)](
-            *strided(k, v), gates, *gates.stride(), *_state(initial_state), states, last,
-            n, h, chunks, EVEN=evens(k, v), **options)
+            *strided(k, v), gates, *gates.stride(), *_state_parts(initial_state), as_parts(states),
+            as_parts(last), n, h, chunks, EVEN=evens(k, v), **options)
     return states, last
 
 
-def forward(q, k, v, gates, gate_logits, initial_state, carry_every):
+def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: Tensor | None,
+            initial_state: Tensor | None, carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
+    """→ out (b, n, h, dv), the last state (b, h, dk, dv), carries (b, count, h, dk, dv): the
+    states before every `carry_every`-th step and the last; none if it is 0.
+    """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     logits = gates is None
-    gates = gate_logits if logits else _real(gates)
+    gates = _gate_parts(gate_logits if logits else gates)
     states, last = _states(q, k, v, gates, logits, initial_state)
     chunks = states.shape[1] - 1
     out = q.new_empty(b, n, h, dv)
     if b:
-        options = _options(q, v, logits, width=64)
-        grid = (b * h * chunks * triton.cdiv(dv, options["BV"]),)
-        _outputs[grid](*strided(q, k, v), gates, *gates.stride(), states, out, n, h, chunks,
-                       EVEN=evens(q, k, v), num_stages=2, **_narrow(options, q.dtype, 90))
+        options = _options("_outputs", q, v, logits, gates.shape[-1] == 1)
+        grid = (b * h * chunks * ceil_div(dv, options["BV"]),)
+        _outputs[grid](
+            *strided(q, k, v), gates, *gates.stride(), as_parts(states), out, n, h, chunks,
+            EVEN=evens(q, k, v), **options)
     apart = carry_every // _chunk(q, v)
     if not carry_every:
-        states = states.new_empty(b, 0, h, dk, dv, 2)
+        states = states.new_empty(b, 0, h, dk, dv)
     elif apart > 1:
         states = torch.cat([states[:, :chunks:apart], states[:, chunks:]], dim=1)
-    return out, torch.view_as_complex(last), torch.view_as_complex(states)
+    return out, last, states
 
 
-def backward(grad, grad_state, carries, q, k, v, gates, gate_logits, initial_state, carry_every):
+def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, q: Tensor, k: Tensor, v: Tensor,
+             gates: Tensor | None, gate_logits: Tensor | None, initial_state: Tensor | None,
+             carry_every: int) -> tuple[Tensor | None, ...]:
+    """The gradients of forward's first two results and its carries → those of its tensors."""
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     logits = gates is None
-    given = gate_logits if logits else gates
+    gate_tensor = gate_logits if logits else gates
     grad_q, grad_k, grad_v = (q.new_empty(t.shape) for t in (q, k, v))
-    grad_gates = given.new_empty(given.shape)
+    grad_gates = gate_tensor.new_empty(gate_tensor.shape)
     grad_initial = None if initial_state is None else carries.new_empty(b, h, dk, dv)
     if b:
-        gates = given if logits else _real(gates)
+        x = _gate_parts(gate_tensor)
+        real = x.shape[-1] == 1
         if _chunk(q, v) == carry_every:
-            states = _real(carries.contiguous())
+            states = carries.contiguous()
         else:
-            states, _ = _states(q, k, v, gates, logits, initial_state)
+            states, _ = _states(q, k, v, x, logits, initial_state)
         chunks = states.shape[1] - 1
-        adjoints = states.new_empty(b, chunks, h, dk, dv, 2)
-        options = _options(q, v, logits)
-        if q.dtype in (torch.float32, torch.float16) and arch():
-            options["num_warps"] = 8  # in four it spills on CUDA 9
+        adjoints = states.new_empty(b, chunks, h, dk, dv)
+        options = _options("_walk_adjoints", q, v, logits, real)
         _walk_adjoints[_walk_grid(b, h, options)](
-            *strided(q, grad), gates, *gates.stride(), *_state(grad_state), adjoints,
-            _real(grad_initial), n, h, chunks, EVEN=evens(q, grad), **options)
-        asked = states.new_empty(b, chunks, h, 4, options["C"])
-        rows, alike = strided(q, k, v, grad), evens(q, k, v, grad)
-        options = _options(q, v, logits, num_stages=1)
-        # A wave on AMD has as many registers in a program of four as there are in eight.
-        options["num_warps"] = 8 if arch() else 4
-        narrow = _narrow(options, q.dtype, 80)
-        if q.dtype == torch.float32 and arch() == 90 and max(dk, dv) > 64:
-            narrow |= registers(168)
-        if q.dtype == torch.float16:
-            narrow["BK"] = 16
-        if q.dtype == torch.float64 and arch():
-            narrow["num_stages"] = 2  # loaded to shared memory, past registers
-        _gradients[(b * h * chunks,)](
-            *rows, gates, *gates.stride(), states, adjoints, grad_q, grad_k, grad_v, asked,
-            n, h, chunks, EVEN=alike, ROUNDED=logits and given.dtype == torch.bfloat16, **narrow)
-        if q.dtype == torch.float64:
-            older = 0 < arch() < 90
-            options |= dict(num_warps=1) if older else dict(num_warps=4, num_stages=2)
-        options["ROWS"] = min(options["C"], 32) if arch() else options["C"]
-        _gate_gradients[(b * h * chunks,)](
-            *rows, gates, *gates.stride(), asked, grad_gates if logits else _real(grad_gates),
-            n, h, chunks, EVEN=alike, **options)
+            *strided(q, grad), x, *x.stride(), *_state_parts(grad_state), as_parts(adjoints),
+            None if grad_initial is None else as_parts(grad_initial), n, h, chunks,
+            EVEN=evens(q, grad), **options)
+        # The gradients of P and of W's last row, as far as they come from states.
+        tree_grads = as_parts(states).new_empty(b, chunks, h, 2 * x.shape[-1], options["C"])
+        grid, rows, evenness = (b * h * chunks,), strided(q, k, v, grad), evens(q, k, v, grad)
+        _gradients[grid](
+            *rows, x, *x.stride(), as_parts(states), as_parts(adjoints), grad_q, grad_k, grad_v,
+            tree_grads, n, h, chunks, EVEN=evenness, ROUNDED=gate_tensor.dtype == torch.bfloat16,
+            **_options("_gradients", q, v, logits, real))
+        _gate_gradients[grid](
+            *rows, x, *x.stride(), tree_grads, _gate_parts(grad_gates), n, h, chunks,
+            EVEN=evenness, **_options("_gate_gradients", q, v, logits, real))
     return (grad_q, grad_k, grad_v, None if logits else grad_gates,
             grad_gates if logits else None, grad_initial)

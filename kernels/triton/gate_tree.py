@@ -10,45 +10,51 @@ import triton.language as tl
 
 from fastmix._triton.gate import activate
 from fastmix._triton.matrices import chunk_steps
+from fastmix._triton.number import filled, select, times
 
 
 @triton.jit
-def times(a_re, a_im, b_re, b_im):
-    return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
-
-
-@triton.jit
-def load_logits(gates, strides, b, first, h, C: tl.constexpr, n, SUMS: tl.constexpr,
-                BACK: tl.constexpr = False):
-    """What stands in (b, n, h, 2) for the steps of a chunk, and which steps there are."""
+def load_logits(gates, strides, b, first, h, C: tl.constexpr, n, REAL: tl.constexpr,
+                SUMS: tl.constexpr, BACK: tl.constexpr = False):
+    """Loads a chunk's gates or logits from (b, n, h, parts), and the mask of steps below n."""
     steps = chunk_steps(first, C, BACK)
     gates += b * strides[0] + h * strides[2] + steps * strides[1]
-    return (tl.load(gates, mask=steps < n, other=0.0).to(SUMS),
-            tl.load(gates + strides[3], mask=steps < n, other=0.0).to(SUMS), steps < n)
+    re = tl.load(gates, mask=steps < n, other=0.0).to(SUMS)
+    if REAL:
+        return (re,), steps < n
+    else:
+        return (re, tl.load(gates + strides[3], mask=steps < n, other=0.0).to(SUMS)), steps < n
 
 
 @triton.jit
 def load_gates(gates, strides, b, first, h, C: tl.constexpr, n, LOGITS: tl.constexpr,
-               SUMS: tl.constexpr, BACK: tl.constexpr = False):
-    """a for the steps of a chunk, 1 after the last."""
-    re, im, inside = load_logits(gates, strides, b, first, h, C, n, SUMS, BACK)
+               REAL: tl.constexpr, SUMS: tl.constexpr, BACK: tl.constexpr = False):
+    """The gates of a chunk's steps; 1 beyond the last step."""
+    a, inside = load_logits(gates, strides, b, first, h, C, n, REAL, SUMS, BACK)
     if LOGITS:
-        re, im = activate(re, im)
-    return tl.where(inside, re, 1.0), tl.where(inside, im, 0.0)
+        a = activate(a[0], a[1])
+    if REAL:
+        return (tl.where(inside, a[0], 1.0),)
+    else:
+        return tl.where(inside, a[0], 1.0), tl.where(inside, a[1], 0.0)
 
 
 @triton.jit
-def double(before_re, before_im, after_re, after_im, all_re, all_im, steps, SIZE: tl.constexpr):
+def gather(a, at):
+    if len(a) == 1:
+        return (tl.gather(a[0], at, 0),)
+    else:
+        return tl.gather(a[0], at, 0), tl.gather(a[1], at, 0)
+
+
+@triton.jit
+def double(before, after, all, steps, SIZE: tl.constexpr):
     """Products before and after each step within its block of SIZE, and of all of it: of 2 SIZE."""
-    other_re = tl.gather(all_re, steps ^ SIZE, 0)
-    other_im = tl.gather(all_im, steps ^ SIZE, 0)
+    other = gather(all, steps ^ SIZE)
     right = (steps & SIZE) != 0
-    re, im = times(before_re, before_im, other_re, other_im)
-    before_re, before_im = tl.where(right, re, before_re), tl.where(right, im, before_im)
-    re, im = times(after_re, after_im, other_re, other_im)
-    after_re, after_im = tl.where(right, after_re, re), tl.where(right, after_im, im)
-    all_re, all_im = times(all_re, all_im, other_re, other_im)
-    return before_re, before_im, after_re, after_im, all_re, all_im
+    before = select(right, times(before, other), before)
+    after = select(right, after, times(after, other))
+    return before, after, times(all, other)
 
 
 @triton.jit
@@ -79,24 +85,38 @@ def spread(x, part: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def tree(start_re, start_im, a_re, a_im, C: tl.constexpr, LEVELS: tl.constexpr):
-    """W[s, r] = start_s Π_{r < i < s} a_i for r < s, else 0; start_s Π_{i < s} a_i;
-    Π_{i > r} a_i; and Π a_i."""
+def _column(a):
+    if len(a) == 1:
+        return (a[0][:, None],)
+    else:
+        return a[0][:, None], a[1][:, None]
+
+
+@triton.jit
+def _row(a):
+    if len(a) == 1:
+        return (a[0][None, :],)
+    else:
+        return a[0][None, :], a[1][None, :]
+
+
+@triton.jit
+def tree(a, C: tl.constexpr, LEVELS: tl.constexpr):
+    """Re W[s, r] for r < s, else 0; Π_{i ≤ s} a_i; Π_{i > r} a_i; and Π a_i."""
+    dtype: tl.constexpr = a[0].dtype
     steps = tl.arange(0, C)
     apart = steps[:, None] ^ steps[None, :]
-    before_re, before_im = start_re, start_im
-    after_re, after_im = tl.full((C,), 1.0, a_re.dtype), tl.zeros((C,), a_re.dtype)
-    all_re, all_im = a_re, a_im
-    w_re, w_im = tl.zeros((C, C), a_re.dtype), tl.zeros((C, C), a_re.dtype)
+    before, all = a, a
+    after = filled(1.0, (C,), dtype, len(a) == 2)
+    weights = tl.zeros((C, C), dtype)
     for level in tl.static_range(LEVELS):
-        re, im = times(before_re[:, None], before_im[:, None],
-                       after_re[None, :], after_im[None, :])
-        w_re = tl.where(apart >= 1 << level, re, w_re)
-        w_im = tl.where(apart >= 1 << level, im, w_im)
-        before_re, before_im, after_re, after_im, all_re, all_im = double(
-            before_re, before_im, after_re, after_im, all_re, all_im, steps, 1 << level)
+        product = times(_column(before), _row(after))
+        weights = tl.where(apart >= 1 << level, product[0], weights)
+        before, after, all = double(before, after, all, steps, 1 << level)
     lower = steps[:, None] > steps[None, :]
     first = steps == 0
-    return (tl.where(lower, w_re, 0.0), tl.where(lower, w_im, 0.0),
-            before_re, before_im, after_re, after_im,
-            tl.sum(tl.where(first, all_re, 0.0), 0), tl.sum(tl.where(first, all_im, 0.0), 0))
+    weights = tl.where(lower, weights, 0.0)
+    total = (tl.sum(tl.where(first, all[0], 0.0), 0),)
+    if len(a) == 2:
+        total = total[0], tl.sum(tl.where(first, all[1], 0.0), 0)
+    return weights, before, after, total

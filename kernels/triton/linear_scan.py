@@ -12,59 +12,23 @@ Backward hands p_t = conj(gates_t) · g_t from step t to the one before it:
 It walks from the last step to the first; the states of a tile are recomputed from the carry
 it begins with. It reads gates, inputs and grad and writes two: 10 bytes; 14 with segments.
 
-A number is a tuple in registers, (re,) or (re, im). Steps beyond n have the gate 1 and the
+Numbers in registers are as in number.py. Steps beyond n have the gate 1 and the
 input 0, and hand states on as they are.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastmix._triton.scan import (
-    ends_of, entering, evens, flat, offset, place, segments)
-from fastmix._triton.target import arch, registers
+from fastmix._triton.layout import ceil_div, evens, flat, offset, power_of_two, two_axes
+from fastmix._triton.number import conj, filled, plus, times
+from fastmix._triton.scan import ends_of, entering, program_place, segments
+from fastmix._triton.target import ANY, CUDA, Row, Table
 
 RUNTIME = ["n", "blocks", "count", "length", "carried", "g_b", "x_b", "grad_b"]
-
-
-@triton.jit
-def _plus(a, b):
-    if len(a) == 1 and len(b) == 1:
-        return (a[0] + b[0],)
-    elif len(a) == 1:
-        return a[0] + b[0], b[1]
-    elif len(b) == 1:
-        return a[0] + b[0], a[1]
-    else:
-        return a[0] + b[0], a[1] + b[1]
-
-
-@triton.jit
-def _times(a, b):
-    if len(a) == 1 and len(b) == 1:
-        return (a[0] * b[0],)
-    elif len(a) == 1:
-        return a[0] * b[0], a[0] * b[1]
-    elif len(b) == 1:
-        return a[0] * b[0], a[1] * b[0]
-    else:
-        return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
-
-
-@triton.jit
-def _conj(a):
-    if len(a) == 1:
-        return a
-    else:
-        return a[0], -a[1]
-
-
-@triton.jit
-def _filled(value, shape: tl.constexpr, dtype: tl.constexpr, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        return tl.full(shape, value, dtype), tl.zeros(shape, dtype)
-    else:
-        return (tl.full(shape, value, dtype),)
 
 
 @triton.jit
@@ -106,7 +70,7 @@ def _entering(a, x, state, REVERSE: tl.constexpr):
         return (before,), (end,)
     else:
         run, first, last = ends_of(shape[0], REVERSE)
-        entered = _plus(_times(a, state), x)
+        entered = plus(times(a, state), x)
         none = tl.zeros(shape, x[0].dtype)
         factor_im = none
         if len(a) == 2:
@@ -128,8 +92,8 @@ def _time(step, total, FLIPPED: tl.constexpr):
 
 @triton.jit
 def _pointers(x, batch, time, x_b, x_n, channels, COMPLEX: tl.constexpr, EVEN: tl.constexpr):
-    """(RUNS, COLS) from times (RUNS, 1) and what `offset` found for the channels (1, COLS); EVEN
-    as in scan.even, at the price of fewer registers."""
+    """(RUNS, COLS) from times (RUNS, 1) and the `offset` of the channels (1, COLS); EVEN
+    as in layout.even, at the price of fewer registers."""
     at = tl.multiple_of(batch * x_b, 16) if EVEN else batch * x_b
     return x + (at + time.to(tl.int64) * x_n + channels) * (2 if COMPLEX else 1)
 
@@ -168,16 +132,16 @@ def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d
     last segment, whose ends nobody needs.
     """
     dtype: tl.constexpr = ends.dtype.element_ty
-    batch, segment, block = place(blocks, count)
+    batch, segment, block = program_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
     x_channel = offset(channel, x_h, x_d, D)[None, :]
     run = length // RUNS
     step = segment * length + tl.arange(0, RUNS)[:, None] * run
-    factor = _filled(1, gate_channel.shape, dtype, GATES)
-    factor = _plus(factor, _filled(0, (RUNS, 1), dtype, GATES))
-    total = _filled(0, (RUNS, COLS), dtype, STATES)
+    factor = filled(1, gate_channel.shape, dtype, GATES)
+    factor = plus(factor, filled(0, (RUNS, 1), dtype, GATES))
+    total = filled(0, (RUNS, COLS), dtype, STATES)
     for _ in range(0, tl.where(segment < count - 1, run, 0), ROWS):
         time = _time(step, count * length, FLIPPED)
         a_rows = _load_rows(
@@ -188,16 +152,16 @@ def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d
             x_n, time, n, inside, 0, dtype, FLIPPED, INPUTS, ROWS)
         for r in tl.static_range(ROWS):
             if BACKWARD:
-                a = _conj(a_rows[r])
-                total = _times(a, _plus(total, x_rows[r]))
+                a = conj(a_rows[r])
+                total = times(a, plus(total, x_rows[r]))
             else:
                 a = a_rows[r]
-                total = _plus(_times(a, total), x_rows[r])
-            factor = _times(a, factor)
+                total = plus(times(a, total), x_rows[r])
+            factor = times(a, factor)
         step += ROWS
-    _, total = _entering(factor, total, _filled(0, (1, COLS), dtype, STATES), False)
-    _, factor = _entering(factor, _filled(0, (RUNS, COLS), dtype, STATES),
-                          _filled(1, (1, COLS), dtype, STATES), False)
+    _, total = _entering(factor, total, filled(0, (1, COLS), dtype, STATES), False)
+    _, factor = _entering(factor, filled(0, (RUNS, COLS), dtype, STATES),
+                          filled(1, (1, COLS), dtype, STATES), False)
     size: tl.constexpr = 2 if STATES else 1
     ends += ((batch * count + segment) * 2 * channels + channel[None, :]) * size
     _store(ends, factor, inside, STATES)
@@ -215,7 +179,7 @@ def _enter_segment(ends, state, batch, segment, count, channels, channel, inside
         for r in tl.static_range(4):
             ours = (at + r < segment) & inside
             here = ends + (at + r) * 2 * channels * size
-            state = _plus(_times(_load(here, ours, 1.0, dtype, STATES), state),
+            state = plus(times(_load(here, ours, 1.0, dtype, STATES), state),
                           _load(here + channels * size, ours, 0, dtype, STATES))
     return state
 
@@ -228,7 +192,7 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
              RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     size: tl.constexpr = 2 if STATES else 1
-    batch, segment, block = place(blocks, count)
+    batch, segment, block = program_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
@@ -236,7 +200,7 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
     wide = tl.cast(channels, tl.int64) * size
     carries += batch * carried * wide + channel[None, :] * size
 
-    state = _filled(0, (1, COLS), dtype, STATES)
+    state = filled(0, (1, COLS), dtype, STATES)
     if initial is not None:
         state = _load(initial + (batch * channels + channel[None, :]) * size, inside, 0, dtype,
                       STATES)
@@ -265,8 +229,8 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
             x_n, time, n, more & inside, 0, dtype, FLIPPED, INPUTS, ROWS)
         factor, h = a_rows[0], x_rows[0]
         for r in tl.static_range(1, ROWS):
-            factor, h = _times(a_rows[r], factor), _plus(_times(a_rows[r], h), x_rows[r])
-        h = _plus(h, _filled(0, (RUNS, COLS), dtype, STATES))
+            factor, h = times(a_rows[r], factor), plus(times(a_rows[r], h), x_rows[r])
+        h = plus(h, filled(0, (RUNS, COLS), dtype, STATES))
         h, state = _entering(factor, h, state, False)
         if EVERY > 0:
             chunk = now // EVERY
@@ -275,7 +239,7 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
                    first & (chunk < carried - 1) & inside, STATES)
         row = out + (batch * n + now) * wide + channel[None, :] * size
         for r in tl.static_range(ROWS):
-            h = _plus(_times(a_rows[r], h), x_rows[r])
+            h = plus(times(a_rows[r], h), x_rows[r])
             at = now - r if FLIPPED else now + r
             _store(row, h, (at < n) & inside, STATES)
             row += -wide if FLIPPED else wide
@@ -296,7 +260,7 @@ def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n
     """
     dtype: tl.constexpr = carries.dtype.element_ty
     size: tl.constexpr = 2 if STATES else 1
-    batch, segment, block = place(blocks, count)
+    batch, segment, block = program_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
@@ -304,7 +268,7 @@ def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n
     grad_channel = offset(channel, grad_h, grad_d, D)[None, :]
     carries += (batch * carried * channels + channel[None, :]) * size
 
-    p = _filled(0, (1, COLS), dtype, STATES)
+    p = filled(0, (1, COLS), dtype, STATES)
     if ends is not None:
         p = _enter_segment(ends, p, batch, segment, count, channels, channel, inside, STATES)
 
@@ -332,28 +296,28 @@ def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n
         chunk = tl.minimum(enters // EVERY, carried - 2).to(tl.int64)
         h = _load(carries + chunk * channels * size, inside, 0, dtype, STATES)
 
-        none = _filled(0, (RUNS, COLS), dtype, STATES)
-        factor, run_h, run_p = a_rows[ROWS - 1], _plus(x_rows[ROWS - 1], none), none
+        none = filled(0, (RUNS, COLS), dtype, STATES)
+        factor, run_h, run_p = a_rows[ROWS - 1], plus(x_rows[ROWS - 1], none), none
         for r in tl.static_range(1, ROWS):
             a = a_rows[ROWS - 1 - r]
-            factor, run_h = _times(a, factor), _plus(_times(a, run_h), x_rows[ROWS - 1 - r])
+            factor, run_h = times(a, factor), plus(times(a, run_h), x_rows[ROWS - 1 - r])
         for r in tl.static_range(ROWS):
-            run_p = _times(_conj(a_rows[r]), _plus(grads[r], run_p))
+            run_p = times(conj(a_rows[r]), plus(grads[r], run_p))
         h, _ = _entering(factor, run_h, h, True)
-        run_p, p = _entering(_conj(factor), run_p, p, False)
+        run_p, p = _entering(conj(factor), run_p, p, False)
 
         before = (h,)  # the states before every step, those of the last row first
         for r in tl.static_range(1, ROWS):
-            h = _plus(_times(a_rows[ROWS - r], h), x_rows[ROWS - r])
+            h = plus(times(a_rows[ROWS - r], h), x_rows[ROWS - r])
             before += (h,)
         at_x = (batch * n + now) * channels + channel[None, :]
         at_gate = (batch * n + now) * blocks + block if SHARED else at_x
         for r in tl.static_range(ROWS):
             at = now - r if FLIPPED else now + r
-            g = _plus(grads[r], run_p)
-            run_p = _times(_conj(a_rows[r]), g)
+            g = plus(grads[r], run_p)
+            run_p = times(conj(a_rows[r]), g)
             _store(grad_x + at_x * (2 if INPUTS else 1), g, (at < n) & inside, INPUTS)
-            g = _times(g, _conj(before[ROWS - 1 - r]))
+            g = times(g, conj(before[ROWS - 1 - r]))
             if SHARED:
                 g = _summed(g)
             _store(grad_gates + at_gate * (2 if GATES else 1), g, (at < n) & gate_inside, GATES)
@@ -378,51 +342,86 @@ def _parts(t):
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
-def _plan(gates, inputs, rows):
-    """Gates and inputs as (b, n, heads, d), the channels of a head having one gate or d.
+LAUNCH = Table(
+    # warp_channels: channels to a warp, each of which a thread has RUNS · warp_channels / 32 of.
+    Row(ANY, ANY, ANY, ANY, dict(RUNS=32, ROWS=8, warp_channels=4),
+        "4 numbers a step to a thread: tiles of gates and inputs, and of the next, in registers"),
+    Row(ANY, ANY, "complex64 complex128", ANY, dict(RUNS=16), "a number takes two registers"),
+    Row("_backward", ANY, "complex64", ANY, dict(ROWS=4), "counted: 8 rows of states spill"),
+    Row(ANY, ANY, "float64 complex128", ANY, dict(ROWS=4),
+        "half as many numbers; 64 steps to a tile still, as far as carries lie apart"),
+    Row(ANY, CUDA, "complex128", ANY, dict(warp_channels=2), "counted: 4 spill"),
+    Row("_forward", CUDA, "float64", ANY, dict(maxnreg=255), "counted: spills with fewer"),
+    Row("_backward", "sm80", "complex64", ANY, dict(maxnreg=168),
+        "counted: ptxas aims at fewer and spills"),
+)
 
-    And how they are cut: grid, arguments of every kernel, block sizes and flags.
+
+def why_not(gates: Tensor, inputs: Tensor, *others: Any) -> str | None:
+    """Why there are no kernels for these arguments, or None: they know two axes after n."""
+    if two_axes([inputs], apart=0) is None:
+        return (f"inputs (b, n, …) of {inputs.ndim} axes lie in memory as more than two axes "
+                f"after n, with strides {tuple(inputs.stride())}; pass inputs.contiguous()")
+    return None
+
+
+def _heads_and_channels(gates, inputs, grad=None):
+    """Gates, inputs and grad as views (b, n, heads, d), and whether all channels of a head share
+    one gate. Inputs come as they are, or `why_not` refuses them; grad is copied where it lies in
+    memory as other axes than inputs, then gates are, a gate for each channel.
     """
-    b, n, *rest = inputs.shape
-    kept = gates.ndim - 2
-    while kept and gates.shape[1 + kept] == 1:
-        kept -= 1
+    grads = () if grad is None else (grad,)
+    whole = gates.reshape(*gates.shape, *(1,) * (inputs.ndim - gates.ndim)).expand(inputs.shape)
     one_gate = gates.shape[2:].numel() != inputs.shape[2:].numel()
-    if not one_gate:
-        kept = max(len(rest) - 1, 0)
-    d = inputs.shape[2 + kept:].numel()
-    inputs = inputs.reshape(b, n, -1, d)
-    heads = inputs.shape[2]
-    gates = gates.reshape(b, n, heads, -1).expand(b, n, heads, d)
+    heads_end = 2 + max((axis for axis, size in enumerate(gates.shape[2:], 1) if size > 1),
+                        default=0)
+    apart = heads_end if one_gate else 0
+    views = two_axes([whole, inputs, *grads], apart)
+    if views is None:
+        grads = [g.contiguous() for g in grads]
+        views = two_axes([whole, inputs, *grads], apart)
+    if views is None:
+        return *two_axes([whole.contiguous(), inputs, *grads], apart=0), False
+    return *views, one_gate
+
+
+def _plan(kernel, gates, inputs, one_gate):
+    """How gates and inputs (b, n, heads, d) are cut: grid, arguments of every kernel, block sizes
+    and flags; and the limit of the kernel's registers.
+    """
+    b, n, heads, d = inputs.shape
     complexes = gates.is_complex(), inputs.is_complex()
-    runs = 16 if any(complexes) else 32
-    warp = 4  # channels
-    if torch.promote_types(gates.dtype, inputs.dtype) in (torch.float64, torch.complex128):
-        rows = max(rows // 2, 64 // runs)
-        warp = 2 if any(complexes) and arch() else 4
-    cols = min(32, triton.next_power_of_2(heads * d))
+    sizes = LAUNCH.choose(kernel, torch.promote_types(gates.dtype, inputs.dtype))
+    limit = {name: sizes.pop(name) for name in ("maxnreg",) if name in sizes}
+    cols = min(32, power_of_two(heads * d))
+    warps = max(cols // sizes.pop("warp_channels"), 1)
     shared = one_gate and d % cols == 0
-    blocks = triton.cdiv(heads * d, cols)
-    count, length = segments(n, b * blocks, max(runs * rows, 64))
-    return gates, inputs, (b * blocks * count,), (n, blocks, count, length), dict(
+    blocks = ceil_div(heads * d, cols)
+    count, length = segments(n, b * blocks, max(sizes["RUNS"] * sizes["ROWS"], 64))
+    return (b * blocks * count,), (n, blocks, count, length), sizes | dict(
         SHARED=shared, GATES=complexes[0], INPUTS=complexes[1], STATES=any(complexes),
-        RUNS=runs, COLS=cols, ROWS=rows, num_warps=max(cols // warp, 1))
+        COLS=cols, num_warps=warps), limit
 
 
 def _empty(shape, dtype, like):
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def forward(gates, inputs, initial_state, reverse, carry_every):
+def forward(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse: bool,
+            carry_every: int) -> tuple[Tensor, Tensor]:
+    """→ all states (b, n, …), carries (b, count, …): the states before every `carry_every`-th
+    step, in the order of time, and the last; none if it is 0.
+    """
     b, n, *rest = inputs.shape
     dtype = torch.promote_types(gates.dtype, inputs.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    carried = triton.cdiv(n, carry_every) + 1 if carry_every else 0
+    carry_count = ceil_div(n, carry_every) + 1 if carry_every else 0
     out = _empty((b, n, *rest), dtype, inputs)
-    carries = _empty((b, carried, *rest), wide, inputs)
+    carries = _empty((b, carry_count, *rest), wide, inputs)
     if inputs.numel() == 0:
         return out, carries
-    gates, inputs, grid, cut, sizes = _plan(gates, inputs, 8)
+    gates, inputs, one_gate = _heads_and_channels(gates, inputs)
+    grid, cut, sizes, limit = _plan("_forward", gates, inputs, one_gate)
     channels, d = inputs[0, 0].numel(), inputs.shape[-1]
     sizes |= dict(EVEN=evens(gates, inputs), D=0 if flat(gates, inputs) else d, FLIPPED=reverse)
     strides = *gates.stride(), *inputs.stride()
@@ -433,12 +432,15 @@ def forward(gates, inputs, initial_state, reverse, carry_every):
                     BACKWARD=False, **sizes)
     initial_state = None if initial_state is None else _parts(initial_state.contiguous())
     _forward[grid](_parts(gates), _parts(inputs), initial_state, ends, _parts(out),
-                   _parts(carries), *cut, carried, channels, *strides, EVERY=carry_every, **sizes,
-                   **(registers(255) if dtype == torch.float64 else {}))
+                   _parts(carries), *cut, carry_count, channels, *strides, EVERY=carry_every,
+                   **sizes, **limit)
     return out, carries
 
 
-def backward(grad, carries, gates, inputs, initial_state, reverse, carry_every):
+def backward(grad: Tensor, carries: Tensor, gates: Tensor, inputs: Tensor,
+             initial_state: Tensor | None, reverse: bool,
+             carry_every: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradient of the states → those of gates, inputs and initial_state."""
     shapes, dtypes = (gates.shape, inputs.shape), (gates.dtype, inputs.dtype)
     b, n, *rest = inputs.shape
     grad_inputs = _empty(inputs.shape, inputs.dtype, inputs)
@@ -446,9 +448,8 @@ def backward(grad, carries, gates, inputs, initial_state, reverse, carry_every):
     if inputs.numel() == 0:
         return (torch.zeros_like(gates, memory_format=torch.contiguous_format), grad_inputs,
                 None if initial_state is None else grad_initial.to(initial_state.dtype))
-    complexes = gates.is_complex() or inputs.is_complex()
-    gates, inputs, grid, cut, sizes = _plan(gates, inputs, 4 if complexes else 8)
-    grad = grad.reshape(inputs.shape)
+    gates, inputs, grad, one_gate = _heads_and_channels(gates, inputs, grad)
+    grid, cut, sizes, limit = _plan("_backward", gates, inputs, one_gate)
     channels, d = inputs[0, 0].numel(), inputs.shape[-1]
     sizes |= dict(D=0 if flat(grad, gates, inputs) else d, FLIPPED=not reverse)
     ends = None
@@ -465,8 +466,8 @@ def backward(grad, carries, gates, inputs, initial_state, reverse, carry_every):
                     _parts(grad_gates), _parts(grad_inputs),
                     None if grad_initial is None else _parts(grad_initial), *cut,
                     carries.shape[1], channels, *grad.stride(), *gates.stride(),
-                    *inputs.stride(), EVEN=evens(gates, inputs, grad), EVERY=carry_every, **sizes,
-                    **(registers(168) if carries.dtype == torch.complex64 and arch() < 90 else {}))
+                    *inputs.stride(), EVEN=evens(gates, inputs, grad), EVERY=carry_every,
+                    **sizes, **limit)
     if not direct:
         grad_gates = grad_gates.view(b, n, shapes[0][2:].numel(), -1).sum(-1).to(dtypes[0])
     return (grad_gates.view(shapes[0]), grad_inputs,

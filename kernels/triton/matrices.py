@@ -1,7 +1,7 @@
 """What gate_loop's kernels for heads multiply: rows of data, states, and their products.
 
-A chunk's rows are (C, BLOCK) of a tensor (b, n, h, width); a state is a complex (BK, BV). Data
-are in the dtype of q, k and v, sums in float32 or float64.
+A chunk's rows are (C, BLOCK) of a tensor (b, n, h, width); a state is (BK, BV) numbers, as in
+number.py. Data are in the dtype of q, k and v, sums in float32 or float64.
 """
 
 import os
@@ -43,6 +43,19 @@ def dot_sums(x, y, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
         high, middle, low = _thirds(y)
         return dot(x, low, PRECISION) + dot(x, middle, PRECISION) + dot(x, high, PRECISION)
     return dot(x.to(y.dtype), y, PRECISION)
+
+
+@triton.jit
+def add_dots(sums, x, y, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
+             TRANSPOSED: tl.constexpr = False):
+    """sums + x (data) @ y, or yᵀ if TRANSPOSED, of numbers y."""
+    re = tl.trans(y[0]) if TRANSPOSED else y[0]
+    re = sums[0] + dot_sums(x, re, PRECISION, ROUNDED)
+    if len(sums) == 1:
+        return (re,)
+    else:
+        im = tl.trans(y[1]) if TRANSPOSED else y[1]
+        return re, sums[1] + dot_sums(x, im, PRECISION, ROUNDED)
 
 
 @triton.jit
@@ -96,35 +109,45 @@ def store_rows(x, values, b, first, h, heads, C: tl.constexpr, at, BLOCK: tl.con
 
 @triton.jit
 def _block(state, row, column, BK: tl.constexpr, BV: tl.constexpr, DK: tl.constexpr,
-           DV: tl.constexpr):
-    """Pointers (BK, 2 BV) into a contiguous complex state (DK, DV), and which exist."""
-    rows, columns = row + tl.arange(0, BK), 2 * column + tl.arange(0, 2 * BV)
-    return (state + rows[:, None] * (2 * DV) + columns[None, :],
-            (rows < DK)[:, None] & (columns < 2 * DV)[None, :])
+           DV: tl.constexpr, PARTS: tl.constexpr):
+    """Pointers (BK, PARTS BV) into a contiguous state (DK, DV), and which exist."""
+    rows, columns = row + tl.arange(0, BK), PARTS * column + tl.arange(0, PARTS * BV)
+    return (state + rows[:, None] * (PARTS * DV) + columns[None, :],
+            (rows < DK)[:, None] & (columns < PARTS * DV)[None, :])
 
 
 @triton.jit
 def load_state(state, row, column, BK: tl.constexpr, BV: tl.constexpr, DK: tl.constexpr,
-               DV: tl.constexpr):
-    pointers, inside = _block(state, row, column, BK, BV, DK, DV)
-    return tl.split(tl.reshape(tl.load(pointers, mask=inside, other=0.0), (BK, BV, 2)))
+               DV: tl.constexpr, REAL: tl.constexpr):
+    pointers, inside = _block(state, row, column, BK, BV, DK, DV, 1 if REAL else 2)
+    numbers = tl.load(pointers, mask=inside, other=0.0)
+    if REAL:
+        return (numbers,)
+    else:
+        return tl.split(tl.reshape(numbers, (BK, BV, 2)))
 
 
 @triton.jit
-def store_state(state, re, im, row, column, BK: tl.constexpr, BV: tl.constexpr,
+def store_state(state, numbers, row, column, BK: tl.constexpr, BV: tl.constexpr,
                 DK: tl.constexpr, DV: tl.constexpr):
-    pointers, inside = _block(state, row, column, BK, BV, DK, DV)
-    tl.store(pointers, tl.reshape(tl.join(re, im), (BK, 2 * BV)), mask=inside)
+    pointers, inside = _block(state, row, column, BK, BV, DK, DV, len(numbers))
+    if len(numbers) == 1:
+        tl.store(pointers, numbers[0], mask=inside)
+    else:
+        tl.store(pointers, tl.reshape(tl.join(numbers[0], numbers[1]), (BK, 2 * BV)), mask=inside)
 
 
 @triton.jit
 def load_strided_state(state, strides, b, h, row, column, BK: tl.constexpr, BV: tl.constexpr,
-                       DK: tl.constexpr, DV: tl.constexpr):
-    """A block of a complex state (b, h, DK, DV, 2) of any strides."""
+                       DK: tl.constexpr, DV: tl.constexpr, REAL: tl.constexpr):
+    """A block of a state (b, h, DK, DV, parts) of any strides."""
     rows = row + tl.arange(0, BK).to(tl.int64)
     columns = column + tl.arange(0, BV).to(tl.int64)
     inside = (rows < DK)[:, None] & (columns < DV)[None, :]
     state += b * strides[0] + h * strides[1]
     state += rows[:, None] * strides[2] + columns[None, :] * strides[3]
-    return (tl.load(state, mask=inside, other=0.0),
-            tl.load(state + strides[4], mask=inside, other=0.0))
+    re = tl.load(state, mask=inside, other=0.0)
+    if REAL:
+        return (re,)
+    else:
+        return re, tl.load(state + strides[4], mask=inside, other=0.0)

@@ -8,19 +8,21 @@ h → a·h + x, and `entering` finds the states from those maps.
 import triton
 import triton.language as tl
 
+from fastmix._triton.layout import ceil_div, power_of_two
+
 FILLED = 128  # programs that keep a GPU busy: about one on every multiprocessor
 
 
-def tile(channels, batch, itemsize, held):
-    """Block sizes: 4 channels to a thread, which holds `held` bytes of a tensor's tile.
+def tile(channels, batch, itemsize, tile_bytes):
+    """Block sizes: 4 channels to a thread, which holds `tile_bytes` of a tensor's tile.
 
     Where channels alone fill the GPU the threads of a warp lie along them, and warps along
     time; else threads do too.
     """
-    rows = held // (4 * itemsize)
+    rows = tile_bytes // (4 * itemsize)
     if batch * channels >= 2 * FILLED * 128:
         return dict(RUNS=4, COLS=128, ROWS=rows, num_warps=4)
-    cols = min(32, triton.next_power_of_2(channels))
+    cols = min(32, power_of_two(channels))
     return dict(RUNS=32, COLS=cols, ROWS=rows, num_warps=max(cols // 4, 1))
 
 
@@ -31,46 +33,16 @@ def segments(n, programs, steps):
     does to the state it is entered with.
     """
     wanted = 1 if programs >= 3 * FILLED // 4 else min(64, 2 * FILLED // programs)
-    length = steps * triton.cdiv(n, steps * wanted)
-    return triton.cdiv(n, length), length
-
-
-def flat(*tensors):
-    """Whether the last two axes of all of them are one axis: no stride between is skipped."""
-    return all(t.shape[-2] == 1 or t.stride(-2) == t.shape[-1] * t.stride(-1) for t in tensors)
-
-
-def evens(*tensors):
-    """Whether the batches of each begin at multiples of 16 elements, as its steps do."""
-    return tuple(t is not None and t.stride(0) % 16 == 0 == t.stride(1) % 16 for t in tensors)
+    length = steps * ceil_div(n, steps * wanted)
+    return ceil_div(n, length), length
 
 
 @triton.jit
-def even(stride, EVEN: tl.constexpr):
-    """The batches' stride; a multiple of 16 if EVEN, which the compiler sees, for wide loads.
-
-    Kernels are not specialised for it: with 5 channels, say, n decides, and they would be compiled
-    twice. (A hint, tl.multiple_of, does nothing to an argument.)
-    """
-    stride = tl.cast(stride, tl.int64)
-    return stride // 16 * 16 if EVEN else stride
-
-
-@triton.jit
-def place(blocks, segments):
+def program_place(blocks, segments):
     """The program's batch, its piece of time and its block of channels."""
     program = tl.program_id(0)
     return (program // (blocks * segments)).to(tl.int64), program // blocks % segments, \
         program % blocks
-
-
-@triton.jit
-def offset(channel, stride_h, stride_d, D: tl.constexpr):
-    """Where channels are in the last two axes, of which D counts the last; 0: they are flat."""
-    channel = channel.to(tl.int64)
-    if D == 0:
-        return channel * stride_d
-    return channel // D * stride_h + channel % D * stride_d
 
 
 @triton.jit
@@ -86,15 +58,15 @@ def load_rows(pointers, stride, left, inside, ROWS: tl.constexpr):
 @triton.jit
 def power(a, exponent, BITS: tl.constexpr):
     """a ** exponent, by way of float64: the error of a factor used all along the way adds up."""
-    found, square = tl.full(a.shape, 1, tl.float64), a.to(tl.float64)
+    result, square = tl.full(a.shape, 1, tl.float64), a.to(tl.float64)
     for bit in tl.static_range(BITS):
-        found = tl.where((exponent >> bit) % 2 == 1, found * square, found)
+        result = tl.where((exponent >> bit) % 2 == 1, result * square, result)
         square *= square
-    return found.to(a.dtype)
+    return result.to(a.dtype)
 
 
 @triton.jit
-def _lagging(a1, x1, b1, y1, a2, x2, b2, y2):
+def lagging(a1, x1, b1, y1, a2, x2, b2, y2):
     """(a, x) is all maps one after the other, (b, y) all but the last."""
     return a1 * a2, a2 * x1 + x2, a1 * b2, b2 * x1 + y2
 
@@ -108,7 +80,7 @@ def entering(a, x, state, REVERSE: tl.constexpr = False):
     run, first, last = ends_of(x.shape[0], REVERSE)
     x = tl.where(run == first, a * state + x, x)
     _, after, _, before = tl.associative_scan(
-        (a, x, tl.full(x.shape, 1, x.dtype), tl.zeros(x.shape, x.dtype)), 0, _lagging, REVERSE)
+        (a, x, tl.full(x.shape, 1, x.dtype), tl.zeros(x.shape, x.dtype)), 0, lagging, REVERSE)
     end = tl.sum(tl.where(run == last, after, 0), 0)[None, :]
     return tl.where(run == first, state, before), end
 
@@ -120,8 +92,3 @@ def ends_of(runs: tl.constexpr, REVERSE: tl.constexpr):
     if REVERSE:
         return run, runs - 1, 0
     return run, 0, runs - 1
-
-
-def strided(*tensors):
-    """Every tensor, followed by the stride of its batches and those of its other axes."""
-    return [part for t in tensors for part in (t, t.stride(0), t.stride()[1:])]

@@ -7,38 +7,71 @@ float64. If one is wrong or does not compile, the operator's kernels are not use
 in this process. bench/self_check.py is stricter, and tries every operator.
 """
 
+import contextlib
 import functools
 import warnings
+from types import ModuleType
+from typing import Any
 
 import torch
 
-from fastmix.ops._register import CARRY_EVERY, OPERATORS
+from fastmix.ops._carries import CARRY_EVERY
+from fastmix.ops._register import OPERATORS
 
 # Of a result's root mean square. Wrong code is off by far more, TF32 (where allowed) by less.
 TOLERANCE = 0.02
 
-failures = {}  # (operator, device type) → why its kernels are not used
+failures: dict[tuple[str, str], str] = {}  # (operator, device type) → why its kernels are not used
 
 
-def failure(operator, direction, kernels, *args):
+def why_not(operator: str, direction: str, kernels: ModuleType, *args: Any) -> str | None:
     """Why the kernels for these arguments are not used, or None."""
     device = args[0].device
-    place = operator, device.type
-    if place not in failures and operator in CONFIGURATIONS and _possible(device):
+    key = operator, device.type
+    if key not in failures and operator in CONFIGURATIONS and _possible(device):
         configuration = CONFIGURATIONS[operator](*args)
-        wrong = configuration and _wrong(operator, direction, kernels, device, *configuration)
-        if wrong:
+        reason = configuration and _why_not_trusted(
+            operator, direction, kernels, device, *configuration)
+        if reason:
             import triton  # with the kernels, not before
-            failures[place] = wrong = f"{wrong} (Triton {triton.__version__})"
-            warnings.warn(f"{operator} does not run on its Triton kernels: {wrong}",
+            failures[key] = reason = f"{reason} (Triton {triton.__version__})"
+            warnings.warn(f"{operator} does not run on its Triton kernels: {reason}",
                           RuntimeWarning, stacklevel=2)
-    return failures.get(place)
+    return failures.get(key)
 
 
 def _possible(device):
     """The interpreter compiles nothing, and a CUDA graph cannot wait for results."""
-    return device.type == "xpu" or (
-        device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
+    return device.type in ("cuda", "xpu") and not _captures(device)
+
+
+def _captures(device):
+    """Whether launches are recorded in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def no_compilation_in_capture(operator, device):
+    """Triton compiles and loads a kernel at its first launch, and so does the trial: neither can be
+    part of a CUDA graph. Here such a launch raises while a graph is captured.
+    """
+    if not _captures(device):
+        yield
+        return
+    import triton
+
+    def refuse(*, fn, **_):
+        raise RuntimeError(
+            f"{operator}: its Triton kernel {fn.name} has not run on {device} with arguments like "
+            "these, and cannot be compiled while a CUDA graph is captured; call the operator, and "
+            "its backward, once with them before the capture")
+
+    runtime = triton.knobs.runtime
+    hook, runtime.jit_cache_hook = runtime.jit_cache_hook, refuse
+    try:
+        yield
+    finally:
+        runtime.jit_cache_hook = hook
 
 
 # ---- what kernels are compiled for: a description, how to draw such arguments, and with what
@@ -50,16 +83,20 @@ def _of_gate_loop(q, k, v, gates, gate_logits, initial_state, carry_every):
     if (dk, dv) == (1, 1):
         return None
     logits = None if gate_logits is None else gate_logits.dtype
-    return (f"heads of {dk} and {dv} in {str(q.dtype)[6:]}", _draw_gate_loop,
-            q.dtype, dk, dv, logits, initial_state is not None)
+    real = gates.dtype if gates is not None and not gates.is_complex() else None
+    return (f"heads of {dk} and {dv} in {str(q.dtype)[6:]}{' with real gates' if real else ''}",
+            _draw_gate_loop, q.dtype, dk, dv, logits, real, initial_state is not None)
 
 
-def _draw_gate_loop(draw, dtype, dk, dv, logits, initial):
+def _draw_gate_loop(draw, dtype, dk, dv, logits, real, initial):
+    """logits and real: the dtype of logits and of real gates, or None."""
     b, n, h = 1, 130, 8  # three chunks; strides of 16, which Triton compiles for apart
     wide = torch.promote_types(dtype, torch.float32)
     z = draw(b, n, h, 2, dtype=logits or wide)
     gates = None if logits else torch.view_as_complex(z / (1 + z.norm(dim=-1, keepdim=True)))
     state = torch.view_as_complex(draw(b, h, dk, dv, 2, dtype=wide)) if initial else None
+    if real:
+        gates, state = gates.real.to(real), state.real if initial else None
     return (draw(b, n, h, dk, dtype=dtype), draw(b, n, h, dk, dtype=dtype),
             draw(b, n, h, dv, dtype=dtype), gates, z if logits else None, state, CARRY_EVERY)
 
@@ -91,7 +128,9 @@ CONFIGURATIONS = {"gate_loop": _of_gate_loop, "windowed_sgu": _of_windowed_sgu}
 
 @functools.cache
 @torch.no_grad()
-def _wrong(operator, direction, kernels, device, description, draw_arguments, *configuration):
+def _why_not_trusted(operator, direction, kernels, device, description, draw_arguments,
+                     *configuration):
+    """Runs the kernels on a small input and the fallback in float64 → what is wrong, or None."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape, dtype):
@@ -108,19 +147,28 @@ def _wrong(operator, direction, kernels, device, description, draw_arguments, *c
     exact = run(*(_in_double(a) if isinstance(a, torch.Tensor) else a for a in args))
     which = f"its {direction} kernels for {description}"
     try:
-        found = getattr(kernels, direction)(*args)
+        results = getattr(kernels, direction)(*args)
+        _synchronize(device)  # a kernel's own error comes late, and is not to come elsewhere
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the compiler or a launch may raise
-        return f"{which} fail: {type(error).__name__}: {str(error).strip()[:200]}"
+        reason = f"{which} fail: {type(error).__name__}: {str(error).strip()[:200]}"
+        if isinstance(error, torch.AcceleratorError):
+            reason += "; the device is of no use to this process any more: start it again"
+        return reason
     if not isinstance(exact, tuple):
-        found, exact = [found], [exact]
-    for ours, truth in zip(found, exact):
+        results, exact = [results], [exact]
+    for result, truth in zip(results, exact, strict=True):
         if truth.numel():  # else there is no gradient
-            off = ((ours - truth).abs().square().mean() / truth.abs().square().mean()).sqrt()
+            off = ((result - truth).abs().square().mean() / truth.abs().square().mean()).sqrt()
             if not off <= TOLERANCE:  # NaN is wrong
                 return f"{which} are wrong, off by {off:.0%}"
     return None
+
+
+def _synchronize(device):
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).synchronize(device)
 
 
 def _in_double(x):

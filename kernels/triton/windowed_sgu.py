@@ -8,7 +8,7 @@ read all weights for every window. The normed gate is never stored. Two schedule
     tiles  a block of a larger window's rows, in steps over the window before and its own;
            blocks above the diagonal are left out
 
-Backward computes the mixture again and keeps its gradient, a bounded stretch of time at once:
+Backward computes the mixture again and keeps its gradient, a slab of windows at once:
     dmixture = grad · res · activation'(mixture)             and dres
     dweight  = dmixture · normedᵀ, dbias its row sums        per group of windows, then summed
     dnormed  = weightᵀ · dmixture, walk or tiles             into the gate's half of dx
@@ -19,15 +19,17 @@ Half precision parameters beside x of the same dtype are multiplied as they are,
 cores; wider parameters, and their gradients, in float32.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastmix._triton import interpreted
-from fastmix._triton.activation import activate
-from fastmix._triton.scan import even, evens, strided
-from fastmix._triton.target import arch, float32_precision, registers
-from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, place
+from fastmix._triton.activation import OUTSIDE, activate
+from fastmix._triton.layout import even, evens, power_of_two, strided
+from fastmix._triton.target import ANY, CUDA, INTERPRETED, Row, Table, float32_precision
+from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, program_place
 
 SCRATCH = 1 << 25  # bytes of the mixture's gradient at once
 PROGRAMS = 512  # to share out windows to, for dweight, or rows
@@ -39,9 +41,11 @@ RUNTIME = ["n", "rows", "windows", "sequence", "first", "after_rows", "origin", 
            "grad_b", "dmixed_b", "out_b"]
 
 
-def refuses(x, *others):
+def why_not(x: Tensor, *others: Any) -> str | None:
+    """Why there are no kernels for these arguments, or None: their layer norm holds a row whole."""
     if others and x.ndim == 3 and x.shape[-1] // 2 > LARGEST_ROW:
         return f"the gate has up to {LARGEST_ROW} channels, got {x.shape[-1] // 2}"
+    return None
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -54,10 +58,10 @@ def _statistics(gate, gate_b, strides, mean, inverse, rows, n, c, EVEN: tl.const
     at = row // n * even(gate_b, EVEN[0]) + row % n * strides[0]
     at = at[:, None] + channel[None, :] * strides[1]
     x = tl.load(gate + at, mask=inside, other=0).to(mean.dtype.element_ty)
-    level = tl.sum(x, axis=1) / c
-    x = tl.where(inside, x - level[:, None], 0)
+    average = tl.sum(x, axis=1) / c
+    x = tl.where(inside, x - average[:, None], 0)
     variance = tl.sum(x * x, axis=1) / c
-    tl.store(mean + row, level, mask=row < rows)
+    tl.store(mean + row, average, mask=row < rows)
     tl.store(inverse + row, 1 / tl.sqrt(variance + EPS), mask=row < rows)
 
 
@@ -74,12 +78,12 @@ def _finish(mixed, outside, strides, outputs, batch, t, stored, head, channel, n
         at = offsets(strides[1], batch, t, head, channel, DIM)
         mixed += tl.load(residual + at, mask=stored, other=0).to(mixed.dtype)
     value, slope = activate(mixed, ACTIVATION)
-    if ACTIVATION != "none":
+    if ACTIVATION != OUTSIDE:
         at = offsets(strides[0], batch, t, head, channel, DIM)
         factor = tl.load(res + at, mask=stored, other=0,
                          eviction_policy="evict_first").to(mixed.dtype)
     if grad is None:
-        if ACTIVATION != "none":
+        if ACTIVATION != OUTSIDE:
             value *= factor
         tl.store(out + offsets(dense, batch, t, head, channel, DIM), value.to(out.dtype.element_ty),
                  mask=stored, eviction_policy="evict_first")
@@ -111,7 +115,7 @@ def _tiles(gate, gate_b, gate_strides, norm, weight, weight_strides, bias, bias_
     strides = (gate_strides, (even(residual_b, EVEN[1]),) + outside_strides[0],
                (even(grad_b, EVEN[2]),) + outside_strides[1])
     blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
-    batch, window, head, row, channel = place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
+    batch, window, head, row, channel = program_place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
     batch += sequence
     wide: tl.constexpr = norm[0].dtype.element_ty
     # Slopes of activations would enlarge a rounded mixture's error.
@@ -152,7 +156,7 @@ def _walk(gate, gate_b, gate_strides, norm, weight, weight_strides, bias, bias_s
     gate_strides = (even(gate_b, EVEN[0]),) + gate_strides
     strides = (gate_strides, (even(residual_b, EVEN[1]),) + outside_strides[0],
                (even(grad_b, EVEN[2]),) + outside_strides[1])
-    batch, run, head, _, channel = place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
+    batch, run, head, _, channel = program_place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
     batch += sequence
     wide: tl.constexpr = norm[0].dtype.element_ty
     size: tl.constexpr = PER * WINDOW
@@ -256,7 +260,7 @@ def _tiles_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, ou
     blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
     dmixed_strides = (even(dmixed_b, EVEN[0]),) + dmixed_strides
     out_strides = (even(out_b, EVEN[1]),) + out_strides
-    batch, window, head, row, channel = place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
+    batch, window, head, row, channel = program_place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
     batch += sequence
     wide: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
     i = row + tl.arange(0, ROWS)
@@ -293,7 +297,7 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, out
     """The same for windows that fit into a tile, walking back: `carry` goes to the tile before."""
     dmixed_strides = (even(dmixed_b, EVEN[0]),) + dmixed_strides
     out_strides = (even(out_b, EVEN[1]),) + out_strides
-    batch, run, head, _, channel = place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
+    batch, run, head, _, channel = program_place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
     batch += sequence
     wide: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
     size: tl.constexpr = PER * WINDOW
@@ -325,8 +329,10 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, out
 def _norm_backward(gate, gate_b, strides, norm, dnormed, dnormed_t, dx, dnorm, first, rows, origin,
                    n, c, per_group, more, EVEN: tl.constexpr,
                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
-    """dnormed → dgate in dx, maybe in its place, for rows from `first` on, and a group of rows'
-    part of dnorm (groups, 2, c); `more` adds to what is there. dnormed starts at row `origin`."""
+    """dnormed → dgate, in dx, for rows from `first` on, and a group of rows' part of dnorm
+    (groups, 2, c); `more` adds to what is there. dnormed starts at row `origin`, and may be the
+    same memory as dgate.
+    """
     mean, inverse, scale, _ = norm
     group = tl.num_programs(0) - 1 - tl.program_id(0)
     wide: tl.constexpr = mean.dtype.element_ty
@@ -355,9 +361,9 @@ def _norm_backward(gate, gate_b, strides, norm, dnormed, dnormed_t, dx, dnorm, f
             by_shift += grad
         if scale is not None:
             grad *= scale[None, :]
-        level = tl.sum(grad, axis=1) / c
-        tilt = tl.sum(grad * x, axis=1) / c
-        grad = deviation * (grad - level[:, None] - x * tilt[:, None])
+        grad_mean = tl.sum(grad, axis=1) / c
+        grad_x_mean = tl.sum(grad * x, axis=1) / c
+        grad = deviation * (grad - grad_mean[:, None] - x * grad_x_mean[:, None])
         tl.store(dx + row[:, None] * (2 * c) + (c + channel)[None, :],
                  grad.to(dx.dtype.element_ty), mask=used)
     if dnorm is not None:
@@ -380,6 +386,49 @@ def _add_groups(parts, out, groups, stride, size, GROUPS: tl.constexpr, BLOCK: t
     tl.store(out + i, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=i < size)
 
 
+# Kernels multiply operands of x's dtype, or of float32 beside wider parameters: LAUNCH's dtypes.
+MIXING = "_walk _walk_backward _tiles _tiles_backward _weight_backward"
+LAUNCH = Table(
+    # Windows of up to walked_window steps are walked. A tile is up to `rows` of a window by up to
+    # `channels`; `steps` of the window are multiplied at once.
+    Row(MIXING, ANY, "bfloat16 float16", ANY, dict(rows=128, steps=64, walked_window=64),
+        "the weights of 64 rows and three tiles of the gate: 99 KB of shared memory"),
+    Row(MIXING, "sm90 sm100 interpreter", "bfloat16 float16", ANY, dict(walked_window=128),
+        "the weights of 128 rows fit into shared memory, where tensor cores read them"),
+    Row("_walk _walk_backward", ANY, "bfloat16 float16", ANY, dict(channels=32),
+        "two programs to a multiprocessor, beside weights in shared memory"),
+    Row("_tiles _tiles_backward", ANY, "bfloat16 float16", ANY, dict(channels=32),
+        "sums of 128 rows by 64 channels leave no registers for fragments of weights"),
+    Row("_tiles _tiles_backward", "sm90 sm100 interpreter", "bfloat16 float16", ANY,
+        dict(channels=64), "weights stay in shared memory: registers are for sums"),
+    Row(MIXING, ANY, "bfloat16 float16", ANY, dict(STAGES=3),
+        "two tiles under way beside the one multiplied"),
+    Row(MIXING, "amd interpreter", "bfloat16 float16", ANY, dict(STAGES=2),
+        "64 KB of shared memory on AMD"),
+    Row("_tiles _tiles_backward", "amd", "bfloat16 float16", ANY, dict(steps=32),
+        "counted: 64 spill with Triton 3.6"),
+    Row(MIXING, ANY, "float32", ANY, dict(rows=64, steps=16, walked_window=32, STAGES=2),
+        "operands take twice the registers and shared memory"),
+    Row("_walk _walk_backward", ANY, "float32", ANY, dict(channels=32), "as in 16 bits"),
+    Row("_tiles _tiles_backward", ANY, "float32", ANY, dict(channels=64),
+        "8 warps for 64 rows by 64 channels"),
+    Row(MIXING, ANY, "float64", ANY, dict(rows=32, steps=16, walked_window=32, STAGES=1),
+        "four times; loads are not pipelined"),
+    Row("_walk _walk_backward", ANY, "float64", ANY, dict(channels=16), "four times"),
+    Row("_tiles _tiles_backward", ANY, "float64", ANY, dict(channels=32), "four times"),
+    Row("_walk_backward", CUDA, "float64", ANY, dict(maxnreg=128),
+        "counted: ptxas aims at fewer and spills"),
+    Row("_tiles_backward", CUDA, "bfloat16 float16 float64", ANY, dict(maxnreg=128),
+        "counted: ptxas aims at fewer and spills"),
+    Row("_tiles _weight_backward", CUDA, "float32", ANY, dict(maxnreg=128),
+        "counted: ptxas aims at fewer and spills"),
+    Row("_add_groups", ANY, ANY, ANY, dict(GROUPS=32), "a warp's worth of parts at once"),
+    Row("_add_groups", CUDA, "float64", ANY, dict(maxnreg=128),
+        "counted: ptxas aims at fewer and spills"),
+)
+FULL_TILE = 4096  # numbers of a tile of sums for 8 warps: 16 to a thread; 4 warps below
+
+
 class _Plan:
     """Sizes, tiles and types, and the statistics of the gate's rows."""
 
@@ -391,18 +440,10 @@ class _Plan:
         self.wide = torch.promote_types(x.dtype, torch.float32)
         alike = all(p is None or p.dtype == x.dtype for p in (weight, bias, norm_weight, norm_bias))
         self.operand = x.dtype if alike else self.wide
-        roomy, stages, steps = _device()
-        self.most, walking, still, self.steps, self.stages = {
-            2: (128, 32, 64 if roomy else 32, 64, stages), 4: (64, 32, 64, 16, 2),
-            8: (32, 16, 32, 16, 1)}[self.operand.itemsize]
-        self.walks = self.w <= {2: 128 if roomy else 64, 4: 32, 8: 32}[self.operand.itemsize]
-        self.channels = min(walking if self.walks else still, _power(d))
-        self.parts = h * -(-d // self.channels)
-        self.depth = min(self.steps, _power(d))
-        self.steps = min(self.steps, steps)
+        self.walks = self.w <= LAUNCH.choose("_walk", self.operand)["walked_window"]
         self.shape = dict(HEADS=h, DIM=d, WINDOW=self.w)
         self.types = dict(
-            OPERAND=TYPES[self.wide if interpreted() else self.operand],
+            OPERAND=TYPES[self.wide if INTERPRETED else self.operand],
             PRECISION=float32_precision())
         self.rounded = dict(ROUNDED=TYPES[self.operand])
         columns, size = _power(self.c), self.wide.itemsize
@@ -415,48 +456,45 @@ class _Plan:
             **self.row)
         self.norm = mean, inverse, _dense(norm_weight), _dense(norm_bias)
 
+    def _choices(self, kernel):
+        """What LAUNCH has for the kernel: sizes of tiles by name, and options."""
+        options = LAUNCH.choose(kernel, self.operand)
+        return {name: options.pop(name, None) for name in (
+            "rows", "steps", "channels", "walked_window")}, options
+
     def launch(self, tiles, walk, sequences, windows, *args, **types):
         """One of a pair of kernels, for `windows` of some sequences."""
-        options = dict(self.shape, **self.types, **types)
+        sizes, options = self._choices((walk if self.walks else tiles).__name__)
+        options |= dict(self.shape, **self.types, **types)
+        rows, channels = sizes["rows"], min(sizes["channels"], _power(self.shape["DIM"]))
+        parts = self.shape["HEADS"] * -(-self.shape["DIM"] // channels)
         if self.walks:
-            rows = min(self.most, max(self.most // 2, _power(self.w)))
+            rows = min(rows, max(rows // 2, _power(self.w)))
             per = rows // self.w
             count = -(-windows // per)
-            length = max(1, count * sequences * self.parts // PROGRAMS)
+            length = max(1, count * sequences * parts // PROGRAMS)
             runs = -(-count // length)
-            if walk is _walk_backward and self.operand.itemsize == 8:
-                options |= registers(128)
-            walk[(sequences * runs * self.parts,)](
-                *args, runs, length, PER=per, ROWS=rows, CHANNELS=self.channels,
-                STAGES=self.stages, num_warps=max(4, rows // 16), **options)
+            walk[(sequences * runs * parts,)](
+                *args, runs, length, PER=per, ROWS=rows, CHANNELS=channels,
+                num_warps=max(4, rows // 16), **options)
         else:
             # Blocks of 128 rows, unless the last one would be half empty.
-            rows = self.most if self.most < 128 or -(-self.w // 64) % 2 == 0 else 64
+            rows = rows if rows < 128 or -(-self.w // 64) % 2 == 0 else 64
             blocks = -(-self.w // rows)
-            if (tiles is _tiles_backward) != (self.operand.itemsize == 4):
-                options |= registers(128)
-            tiles[(sequences * windows * blocks * self.parts,)](
-                *args, ROWS=rows, STEPS=self.steps, CHANNELS=self.channels, STAGES=self.stages,
-                num_warps=8 if rows * self.channels >= 4096 else 4, **options)
+            tiles[(sequences * windows * blocks * parts,)](
+                *args, ROWS=rows, STEPS=sizes["steps"], CHANNELS=channels,
+                num_warps=8 if rows * channels >= FULL_TILE else 4, **options)
 
     def weight_tiles(self):
         """→ how many tiles dweight has, and its kernel's options."""
-        rows, columns = min(self.most, _power(self.w)), min(self.most, _power(2 * self.w))
+        sizes, options = self._choices("_weight_backward")
+        rows = min(sizes["rows"], _power(self.w))
+        columns = min(sizes["rows"], _power(2 * self.w))
         count = self.shape["HEADS"] * -(-self.w // rows) * -(-2 * self.w // columns)
         return count, dict(self.shape, ROWS=rows, COLUMNS=columns,
-                           CHANNELS=self.depth, STAGES=self.stages,
-                           num_warps=8 if rows * columns >= 4096 else 4, **self.rounded,
-                           **self.types, **(registers(128) if self.operand.itemsize == 4 else {}))
-
-
-def _device():
-    """→ whether the weights of 128 rows fit into shared memory beside two tiles, in tensor cores
-    that read them there; the stages of pipelined loads; and how many steps _tiles takes at once."""
-    if interpreted():
-        return True, 2, 64
-    if not arch():
-        return False, 2, 32  # 64 spill with Triton 3.6
-    return arch() in (90, 100, 101, 103), 3, 64
+                           CHANNELS=min(sizes["steps"], _power(self.shape["DIM"])),
+                           num_warps=8 if rows * columns >= FULL_TILE else 4, **self.rounded,
+                           **self.types, **options)
 
 
 def _multiprocessors(x):
@@ -467,7 +505,7 @@ def _multiprocessors(x):
 
 def _power(size):
     """The power of two a tile needs for `size`."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
 
 
 def _dense(parameter):
@@ -476,11 +514,13 @@ def _dense(parameter):
 
 def _beside(*tensors):
     """Strides of b, and those of the other axes, of what may be None."""
-    given = [(None, 0, (0, 0)) if t is None else strided(t) for t in tensors]
-    return *(b for _, b, _ in given), tuple(others for _, _, others in given)
+    laid_out = [(None, 0, (0, 0)) if t is None else strided(t) for t in tensors]
+    return *(b for _, b, _ in laid_out), tuple(others for _, _, others in laid_out)
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
+def forward(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
+            norm_bias: Tensor | None, eps: float, gate_residual: Tensor | None,
+            activation: str) -> Tensor:
     """x (b, n, 2c), weight (h, w, 2w), bias (h, w), gate_residual (b, n, c) → (b, n, c)."""
     b, n, c = x.shape[0], x.shape[1], x.shape[2] // 2
     out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
@@ -494,7 +534,9 @@ def forward(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activat
     return out
 
 
-def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
+def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
+             norm_bias: Tensor | None, eps: float, gate_residual: Tensor | None,
+             activation: str) -> tuple[Tensor | None, ...]:
     """grad (b, n, c) → dx, dweight, dbias, dnorm_weight, dnorm_bias, dgate_residual."""
     b, n, c = grad.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -505,15 +547,15 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
                       for p in (weight, bias, norm_weight, norm_bias)), dresidual)
     plan = _Plan(x, weight, bias, norm_weight, norm_bias, eps)
     scale, shift = plan.norm[2:]
-    if activation == "none":
+    if activation == OUTSIDE.value:
         dx[..., :c] = 0
         dmixed = grad
         if dresidual is not None:
             dresidual.copy_(grad)
     else:
         dmixed = dresidual if plan.operand == x.dtype else None
-    stretches = _stretches(b, n, c, plan, whole=dmixed is not None)
-    lo, hi, first, end = stretches[0]
+    slabs = _slabs(b, n, c, plan, whole=dmixed is not None)
+    lo, hi, first, end = slabs[0]
     own = dict(dtype=plan.operand, device=x.device)
     if dmixed is None:
         scratch = torch.empty(hi - lo, min(n, (end - first + 1) * plan.w), c, **own)
@@ -531,13 +573,13 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
     share = max(block, -(-rows // (2 * PROGRAMS)))
     dnorm = None if scale is None and shift is None else torch.empty(
         -(-rows // share), 2, c, dtype=plan.wide, device=x.device)
-    for lo, hi, first, end in stretches:
+    for lo, hi, first, end in slabs:
         more = int(lo > 0 or first > 0)
         after, origin = dmixed, 0
         if dmixed is None:
             after, origin = scratch, lo * scratch.shape[1] + first * plan.w
-        if activation != "none":
-            # One window more: its mixture has gates of this stretch in it.
+        if activation != OUTSIDE.value:
+            # One window more: its mixture has gates of this slab in it.
             windows = min(end + 1, plan.windows) - first
             plan.launch(
                 _tiles, _walk, hi - lo, windows, *plan.gate, plan.norm, weight, weight.stride(),
@@ -566,7 +608,7 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, 
             None if shift is None else _total(dnorm[:, 1], norm_bias), dresidual)
 
 
-def _stretches(b, n, c, plan, whole):
+def _slabs(b, n, c, plan, whole):
     """(first sequence, end, first window, end) of what fits into the scratch; the first is
     the largest."""
     steps = SCRATCH // (c * plan.operand.itemsize)
@@ -583,6 +625,6 @@ def _total(parts, like):
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     block = 512 // parts.element_size()
     _add_groups[(-(-out.numel() // block),)](
-        parts, out, parts.shape[0], parts.stride(0), out.numel(), GROUPS=32, BLOCK=block,
-        **(registers(128) if parts.dtype == torch.float64 else {}))
+        parts, out, parts.shape[0], parts.stride(0), out.numel(), BLOCK=block,
+        **LAUNCH.choose("_add_groups", parts.dtype))
     return out

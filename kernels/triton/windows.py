@@ -8,9 +8,9 @@ import triton.language as tl
 
 
 @triton.jit
-def place(runs, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
+def program_place(runs, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
           ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The program's place → batch, run, head, first row of the run's windows, channels.
+    """The program's batch, run, head, first row of the run's windows, and channels.
 
     The last tiles come first. Heads are next to each other: whole rows of x are read at once.
     """
@@ -46,7 +46,7 @@ def load_affine(norm, head, channel, DIM: tl.constexpr):
 
 @triton.jit
 def normed(gate, strides, norm, affine, batch, t, known, head, channel, n, DIM: tl.constexpr):
-    """The normed gate (steps, channels); steps that are not known hold anything finite."""
+    """The normed gate (steps, channels); masked steps hold an arbitrary finite value."""
     x = tl.load(gate + offsets(strides, batch, t, head, channel, DIM), other=0,
                 mask=known[:, None] & (channel < DIM)[None, :]).to(norm[0].dtype.element_ty)
     row = batch.to(tl.int64) * n + t

@@ -16,9 +16,9 @@ namespace fastmix::cuda {
 namespace {
 
 struct Counts {
-  int64_t shared = 0, waits = 0;         // warps' accesses of shared memory; extra turns at a bank
+  int64_t shared = 0, waits = 0;  // warps' accesses of shared memory; extra turns at a bank
   int64_t barriers = 0, blocks = 0;
-  int64_t products = 0, matrices = 0;    // mma.m16n8k16; ldmatrix.x4
+  int64_t products = 0, matrices = 0;     // mma.m16n8k16; ldmatrix.x4
   std::map<std::string, int64_t> global;  // threads' loads and stores by bytes
   std::string error;
 } counts;

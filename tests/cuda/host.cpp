@@ -1,5 +1,5 @@
-// The kernels of csrc/cuda on a CPU: every stretch between two barriers for every thread in
-// order, from poisoned shared memory. Two threads that meet in a stretch are an error. Counts
+// The kernels of csrc/cuda on a CPU: every phase between two barriers for every thread in
+// order, from poisoned shared memory. Two threads that meet in a phase are an error. Counts
 // what a GPU would pay for: shared accesses that wait for a bank, global accesses by their width.
 
 #include "warps.h"
@@ -58,7 +58,7 @@ struct Block {
   }
 
   template <class F>
-  void stretch(F f) {
+  void phase(F f) {
     own(f);
     check();
     ++counts.barriers;
@@ -76,7 +76,7 @@ struct Block {
     for (int t = 0; t < threads; ++t)
       for (const Access& a : accesses[t])
         if (auto found = written.find(a.place); found != written.end() && found->second != t)
-          counts.error = "a thread reads what another writes in the same stretch";
+          counts.error = "a thread reads what another writes in the same phase";
     // Eight bytes a thread: half a warp at a time, sixteen banks of that width.
     for (int first = 0; first < threads; first += 16) {
       const int end = std::min(first + 16, threads);
@@ -130,7 +130,9 @@ struct Block {
   }
   Complex load_complex(const Complex* from) { return read_one<Complex>(from); }
   void store_complex(Complex* to, Complex v) { write_one(to, v); }
-  struct alignas(16) Pair { Complex of[2]; };
+  struct alignas(16) Pair {
+    Complex of[2];
+  };
   void load_pair(const Complex* from, Complex* to) {
     if (reinterpret_cast<uintptr_t>(from) % 16) counts.error = "misaligned pair";
     const Pair pair = read_one<Pair>(from);
@@ -158,7 +160,7 @@ const char* launch(int length, const Args<which>& args, const Device&, void*) {
     for (int i = 0; i < blocks; ++i) {
       Block block(i, shape.threads, k.shared);
       k.run(block, args);
-      block.check();  // the last stretch ends without a barrier
+      block.check();  // the last phase ends without a barrier
     }
     counts.blocks += blocks;
   });

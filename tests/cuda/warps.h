@@ -43,8 +43,8 @@ struct WarpBlock {
   std::vector<int> groups;
 
   WarpBlock(int number, int threads, int bytes)
-      : number(number), threads(threads), memory(bytes, 0xff), halves(bytes / 2),
-        accesses(threads), copies(threads), groups(threads) {}
+      : number(number), threads(threads), memory(bytes, 0xff), halves(bytes / 2), accesses(threads),
+        copies(threads), groups(threads) {}
 
   int index() const { return number; }
 
@@ -77,11 +77,9 @@ struct WarpBlock {
       if (half.awaited) counts.error = "a copy is not waited for";
       if (half.wrote != -1 && half.wrote != thread) counts.error = "two threads meet";
       if (written && half.read != -1 && half.read != thread)
-        counts.error = "a thread writes what another reads in the same stretch";
-      if (written)
-        half.wrote = thread;
-      else
-        half.read = half.read == -1 || half.read == thread ? thread : -2;
+        counts.error = "a thread writes what another reads in the same phase";
+      if (written) half.wrote = thread;
+      else half.read = half.read == -1 || half.read == thread ? thread : -2;
       half.awaited = copied;
     }
     return true;
@@ -204,9 +202,8 @@ struct WarpBlock {
   }
 
   template <Type type>
-  void multiply(Lanes<float>* sums, Lanes<uint32_t>& a0, Lanes<uint32_t>& a1,
-                Lanes<uint32_t>& a2, Lanes<uint32_t>& a3, Lanes<uint32_t>& b0,
-                Lanes<uint32_t>& b1) {
+  void multiply(Lanes<float>* sums, Lanes<uint32_t>& a0, Lanes<uint32_t>& a1, Lanes<uint32_t>& a2,
+                Lanes<uint32_t>& a3, Lanes<uint32_t>& b0, Lanes<uint32_t>& b1) {
     ++counts.products;
     double a[16][16], b[8][16];  // b by its columns
     for (int lane = 0; lane < 32; ++lane) {
@@ -271,10 +268,8 @@ const char* launch(const Toeplitz& args, void*) {
     }
     counts.blocks += k.blocks(args);
   };
-  if (args.x.type == Type::bf16)
-    run(K<Type::bf16>{});
-  else
-    run(K<Type::f16>{});
+  if (args.x.type == Type::bf16) run(K<Type::bf16>{});
+  else run(K<Type::f16>{});
   return counts.error.empty() ? nullptr : counts.error.c_str();
 }
 

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from fastmix.ops._register import HEADS_CARRY_EVERY
+from fastmix.ops._carries import HEADS_CARRY_EVERY
 
 
 def convert(values, have, want, rounding):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import check_errors, distance, squared_errors
 
 import fastmix
+from cases import check_errors, distance, squared_errors
 from fastmix import ops, reference
 from fastmix._triton import cumulative_mean as kernels
 from fastmix._triton import scan
@@ -16,7 +16,7 @@ F64 = torch.float64
 @pytest.fixture
 def cut(cut, monkeypatch):
     """Also tiles of 16 steps, so that short sequences have many."""
-    monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, held: dict(
+    monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, tile_bytes: dict(
         RUNS=4, COLS=16, ROWS=4, num_warps=1))
 
 
@@ -40,15 +40,15 @@ def both(x, weight):
 @pytest.mark.parametrize("n", [1, 4, 17, 65])
 def test_definition(cut, n):
     x, weight = torch.randn(2, 2, n, 9, dtype=F64, device=DEVICE)
-    for found, expected in zip(*both(x, weight)):
-        assert distance(found, expected) < 1e-12
+    for actual, expected in zip(*both(x, weight)):
+        assert distance(actual, expected) < 1e-12
 
 
 @pytest.mark.parametrize("shape", [(3, 50), (2, 300, 4), (3, 50, 2, 5), (1, 1, 1), (1, 700, 40)])
 def test_any_rank_with_the_real_tiles(shape):
     x, weight = torch.randn(2, *shape, dtype=F64, device=DEVICE)
-    for found, expected in zip(*both(x, weight)):
-        assert distance(found, expected) < 1e-12
+    for actual, expected in zip(*both(x, weight)):
+        assert distance(actual, expected) < 1e-12
 
 
 @pytest.mark.parametrize("n, dtype, bound", [
@@ -59,8 +59,8 @@ def test_definition_with_wide_tiles(n, dtype, bound, monkeypatch):
     assert kernels.tile(150, 1, dtype.itemsize, 128)["COLS"] == 128
     x, weight = torch.randn(2, 1, n, 150, dtype=dtype, device=DEVICE)
     exact = differentiate(reference.cumulative_mean, x.double(), weight.double())
-    for found, expected in zip(kernels_of(x, weight), exact):
-        assert distance(found.double(), expected) < bound
+    for actual, expected in zip(kernels_of(x, weight), exact):
+        assert distance(actual.double(), expected) < bound
 
 
 def test_strides(cut):
@@ -68,8 +68,8 @@ def test_strides(cut):
     one = torch.ones((), dtype=F64, device=DEVICE)  # its gradient comes back with strides 0
     for view in (x[0, ..., 1:4], x[1].transpose(0, 2), x[0].permute(3, 1, 0, 2)):
         assert not view.is_contiguous()
-        for found, expected in zip(*both(view, one)):
-            assert distance(found, expected) < 1e-12
+        for actual, expected in zip(*both(view, one)):
+            assert distance(actual, expected) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -89,9 +89,9 @@ def test_nothing_before_an_infinity_changes(cut):
     with fastmix.force("triton"):
         expected = ops.cumulative_mean(x)
         x[0, 30] = torch.inf
-        found = ops.cumulative_mean(x)
-    assert torch.equal(found[:, :30], expected[:, :30]) and torch.equal(found[1], expected[1])
-    assert not found[0, 30:].isfinite().any()
+        actual = ops.cumulative_mean(x)
+    assert torch.equal(actual[:, :30], expected[:, :30]) and torch.equal(actual[1], expected[1])
+    assert not actual[0, 30:].isfinite().any()
 
 
 def test_long_half_precision_sums_do_not_saturate():
@@ -104,12 +104,12 @@ def test_unwritten_memory_and_empty_batches(cut):
     x = torch.randn(2, 77, 3, device=DEVICE)
     torch.use_deterministic_algorithms(True)
     try:
-        for found, expected in zip(*both(x, x)):
-            assert distance(found, expected) < 1e-5
+        for actual, expected in zip(*both(x, x)):
+            assert distance(actual, expected) < 1e-5
     finally:
         torch.use_deterministic_algorithms(False)
-    for found, again in zip(kernels_of(x, x), kernels_of(x, x)):
-        assert torch.equal(found, again)
+    for actual, again in zip(kernels_of(x, x), kernels_of(x, x)):
+        assert torch.equal(actual, again)
     x = torch.randn(0, 20, 3, device=DEVICE, requires_grad=True)
     with fastmix.force("triton"):
         out = ops.cumulative_mean(x)

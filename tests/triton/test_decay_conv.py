@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import CASES, check_errors, distance, leaves, squared_errors, weigh
 
 import fastmix
+from cases import CASES, check_errors, distance, leaves, squared_errors, weigh
 from fastmix import ops, reference
 from fastmix._triton import decay_conv as kernels
 from fastmix._triton import scan
@@ -17,7 +17,7 @@ F64 = torch.float64
 @pytest.fixture
 def cut(cut, monkeypatch):
     """Also tiles of 16 steps, so that short sequences have many."""
-    monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, held: dict(
+    monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, tile_bytes: dict(
         RUNS=4, COLS=16, ROWS=4, num_warps=1))
 
 
@@ -37,8 +37,8 @@ def check(name, tensors):
     with fastmix.force("triton"):
         outputs, grads, weights = gradients(case.run, tensors)
     defined, defined_grads, _ = gradients(case.define, tensors, weights)
-    for found, expected in zip((*outputs, *grads), (*defined, *defined_grads), strict=True):
-        assert distance(found, expected) < 1e-11
+    for actual, expected in zip((*outputs, *grads), (*defined, *defined_grads), strict=True):
+        assert distance(actual, expected) < 1e-11
 
 
 @pytest.mark.parametrize("name", ["decay_conv", "decay_conv-plain"])
@@ -73,19 +73,19 @@ def test_decays_at_and_beyond_the_edge(cut):
     weight = torch.randn_like(x)
     with fastmix.force("triton"):
         out = ops.decay_conv(x, decay)
-        (found,) = torch.autograd.grad((out * weight).sum(), decay)
+        (actual,) = torch.autograd.grad((out * weight).sum(), decay)
     assert torch.equal(out[:, :, 0], x[:, :, 0])
     expected = reference.decay_conv(x, decay)
     assert distance(out, expected) < 1e-12
     (expected,) = torch.autograd.grad((expected * weight).sum(), decay)
-    assert ((found - expected).abs() <= 1e-11 * expected.abs()).all()
+    assert ((actual - expected).abs() <= 1e-11 * expected.abs()).all()
 
 
 def test_carries_are_the_fallbacks(cut):
     t = drawn("decay_conv", 150)
     args = *t.values(), 64
-    for found, expected in zip(kernels.forward(*args), fallback.forward(*args), strict=True):
-        assert distance(found, expected) < 1e-12
+    for actual, expected in zip(kernels.forward(*args), fallback.forward(*args), strict=True):
+        assert distance(actual, expected) < 1e-12
 
 
 def test_strides_and_expanded_gradients(cut):
@@ -97,10 +97,10 @@ def test_strides_and_expanded_gradients(cut):
     for x in (wide[..., d : 2 * d], t["x"].permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1)):
         assert not x.is_contiguous()
         with fastmix.force("triton"):
-            found = ops.decay_conv(**t | {"x": x})
+            actual = ops.decay_conv(**t | {"x": x})
             x = x.detach().requires_grad_()
             (grad,) = torch.autograd.grad(ops.decay_conv(**t | {"x": x}).sum(), x)
-        assert distance(found, reference.decay_conv(**t)) < 1e-12
+        assert distance(actual, reference.decay_conv(**t)) < 1e-12
         (expected,) = torch.autograd.grad(reference.decay_conv(**t | {"x": x}).sum(), x)
         assert distance(grad, expected) < 1e-12
 
@@ -137,10 +137,10 @@ def test_slow_decay_keeps_its_accuracy():
     decay = torch.tensor([0.9999], device=DEVICE)
     x = 1 + torch.rand(1, 1500, 1, 64, device=DEVICE)
     with fastmix.force("triton"):
-        found = ops.decay_conv(x, decay)
+        actual = ops.decay_conv(x, decay)
     exact = reference.decay_conv(x.double(), decay.double())
     plain = reference.decay_conv(x, decay)
-    assert (found - exact).square().mean() <= 4 * (plain - exact).square().mean()
+    assert (actual - exact).square().mean() <= 4 * (plain - exact).square().mean()
 
 
 def test_decays_that_hardly_fade():
@@ -155,9 +155,9 @@ def test_nothing_before_an_infinity_changes(cut):
     with fastmix.force("triton"):
         expected = ops.decay_conv(**t)
         t["x"][0, 30] = torch.inf
-        found = ops.decay_conv(**t)
-    assert torch.equal(found[:, :30], expected[:, :30]) and torch.equal(found[1], expected[1])
-    assert not found[0, 30:].isfinite().any()
+        actual = ops.decay_conv(**t)
+    assert torch.equal(actual[:, :30], expected[:, :30]) and torch.equal(actual[1], expected[1])
+    assert not actual[0, 30:].isfinite().any()
 
 
 def test_unwritten_memory_never_shows(cut):

@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 import torch
-from cases import complex_dtype, distance, leaves, random_gates, weigh
 
 import fastmix
+from cases import complex_dtype, distance, leaves, random_decays, random_gates, weigh
 from fastmix import ops, reference
 
 F64 = torch.float64
@@ -76,6 +76,50 @@ def test_around_every_edge(n):
 @pytest.mark.parametrize("logits", [True, False])
 def test_dtypes(dtype, value, gradient, logits):
     check(draw(37, dtype, h=2, logits=logits), value, gradient)
+
+
+def draw_real(n, dtype=F64, b=1, h=1, gates="gates"):
+    """gates: "gates" (b, n, h), "logits" (b, n, h) or "decays" (h,)."""
+    tensors = draw(n, dtype, b, h, logits=False)
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors["initial_state"] = torch.randn(b, h, 1, 1, dtype=wide, device=DEVICE)
+    made = {"gates": lambda: random_decays(b, n, h, dtype=dtype),
+            "decays": lambda: random_decays(h, dtype=dtype),
+            "logits": lambda: 3 * torch.randn(b, n, h, dtype=F64).to(dtype)}[gates]()
+    del tensors["gates"]
+    return tensors | {"gate_logits" if gates == "logits" else "gates": made.to(DEVICE)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("n, gates", [(1, "gates"), (9, "decays"), (65, "logits"), (67, "gates")])
+def test_real_gates(n, gates):
+    check(draw_real(n, h=2, gates=gates))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype, value, gradient", ROUNDING)
+def test_real_gates_in(dtype, value, gradient):
+    check(draw_real(37, dtype, h=2), value, gradient)
+
+
+@pytest.mark.long
+def test_real_gates_in_chunks_of_time(chunks):
+    check(draw_real(131))
+    tensors = draw_real(65)
+    del tensors["initial_state"]
+    check(tensors)
+
+
+def test_real_gates_of_zero_reset_exactly_and_strides_are_read():
+    tensors = draw_real(70, torch.float32, h=2)
+    tensors["gates"][:, 40] = 0
+    a, state = run(tensors)
+    other = {name: torch.stack([t, t + 1], dim=-1)[..., 0] for name, t in tensors.items()}
+    other["initial_state"] = other["initial_state"] + 5
+    assert not any(other[name].is_contiguous() for name in ("q", "gates"))
+    b, other_state = run(other)
+    assert torch.equal(a[:, 40:], b[:, 40:]) and torch.equal(state, other_state)
+    assert not torch.equal(a[:, :40], b[:, :40])
 
 
 def test_more_channels_than_a_tile_holds():
@@ -191,12 +235,12 @@ def test_expanded_gradient_and_unwritten_memory(schedule, logits, request):
 
     torch.use_deterministic_algorithms(True)
     try:
-        found = both()
+        actual = both()
     finally:
         torch.use_deterministic_algorithms(False)
     out, _ = define(tensors)
     expected = out, *torch.autograd.grad(out.sum(), tensors.values())
-    for f, again, e in zip(found, both(), expected, strict=True):
+    for f, again, e in zip(actual, both(), expected, strict=True):
         assert torch.equal(f, again) and distance(f, e) < 1e-11
 
 

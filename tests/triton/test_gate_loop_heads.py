@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from cases import (
-    check_errors, complex_dtype, distance, leaves, random_gates, squared_errors, weigh)
 
 import fastmix
+from cases import (
+    check_errors,
+    complex_dtype,
+    distance,
+    leaves,
+    random_decays,
+    random_gates,
+    squared_errors,
+    state_dtype,
+    weigh,
+)
 from fastmix import reference
-from fastmix._triton import gate_loop, gate_loop_heads
+from fastmix._triton import gate_loop, gate_loop_heads, target
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F64 = torch.float64
@@ -25,6 +34,19 @@ def draw(n, dk, dv, logits, state, b=1, h=2):
         made["gates"] = random_gates(b, n, h, dtype=F64)
     if state:
         made["initial_state"] = torch.randn(b, h, dk, dv, dtype=torch.complex128)
+    return made
+
+
+def draw_real(n, dk, dv, gates, state, b=1, h=2):
+    """gates: "gates" (b, n, h), "logits" (b, n, h) or "decays" (h,)."""
+    made = draw(n, dk, dv, False, state, b, h)
+    del made["gates"]
+    if gates == "logits":
+        made["gate_logits"] = 3 * torch.randn(b, n, h, dtype=F64)
+    else:
+        made["gates"] = random_decays(*(b, n, h) if gates == "gates" else (h,), dtype=F64)
+    if state:
+        made["initial_state"] = made["initial_state"].real.clone()
     return made
 
 
@@ -54,10 +76,10 @@ def defined(tensors, weights):
                                                                asked.values()))]
 
 
-def weights_for(tensors, dtype):
+def weights_for(tensors, dtype, real=False):
     (b, n, h, dk), dv = tensors["q"].shape, tensors["v"].shape[-1]
-    return [torch.randn(b, n, h, dv, dtype=dtype),
-            torch.randn(b, h, dk, dv, dtype=complex_dtype(dtype))]
+    state = state_dtype(dtype) if real else complex_dtype(dtype)
+    return [torch.randn(b, n, h, dv, dtype=dtype), torch.randn(b, h, dk, dv, dtype=state)]
 
 
 @pytest.mark.parametrize("n, dk, dv, logits, state", [
@@ -67,8 +89,49 @@ def weights_for(tensors, dtype):
 def test_definition_in_float64(n, dk, dv, logits, state):
     tensors = draw(n, dk, dv, logits, state, b=2 if n < 16 else 1)
     weights = weights_for(tensors, F64)
-    for found, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
-        assert distance(found, expected) < 1e-12
+    for actual, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
+        assert distance(actual, expected) < 1e-12
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("n, dk, dv, gates, state", [
+    (1, 3, 2, "gates", True), (18, 17, 3, "gates", True), (17, 2, 3, "decays", False),
+    (16, 4, 1, "logits", True)])
+def test_definition_of_real_gates_in_float64(n, dk, dv, gates, state):
+    tensors = draw_real(n, dk, dv, gates, state)
+    weights = weights_for(tensors, F64, real=True)
+    for actual, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
+        assert actual.dtype == expected.dtype and distance(actual, expected) < 1e-12
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype, bound", [
+    (torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 2e-6)])
+def test_real_gates_in(dtype, bound):
+    """The gates in q's dtype: their gradients are rounded to it."""
+    tensors = draw_real(67, 20, 8, "gates", True, h=1)
+    tensors = {name: t.to(state_dtype(dtype) if name == "initial_state" else dtype)
+               for name, t in tensors.items()}
+    weights = weights_for(tensors, dtype, real=True)
+    exact = defined({name: t.to(F64) for name, t in tensors.items()}, [w.to(F64) for w in weights])
+    actual = kernels(tensors, weights)
+    assert actual[1].dtype == state_dtype(dtype) and actual[-1].dtype == dtype
+    for a, e in zip(actual, exact, strict=True):
+        assert distance(a.to(F64), e) < bound
+
+
+@pytest.mark.long
+def test_a_real_gate_of_zero_resets_exactly_and_decays_are_not_copied():
+    tensors = in_dtype(draw_real(34, 4, 4, "gates", True, h=1), torch.float32)
+    tensors["gates"][:, 20] = 0
+    other = {**tensors, "initial_state": 1e9 * tensors["initial_state"]}
+    (a, state), (b, other_state) = kernels(tensors), kernels(other)
+    assert torch.equal(a[:, 20:], b[:, 20:]) and torch.equal(state, other_state)
+    assert not torch.equal(a[:, :20], b[:, :20])
+    decay = torch.tensor([-0.9])
+    expanded = {**tensors, "gates": decay.expand(1, 34, 1).contiguous()}
+    for one, all_steps in zip(kernels({**tensors, "gates": decay}), kernels(expanded), strict=True):
+        assert torch.equal(one, all_steps)
 
 
 def check_rounding(dtype, logits, edge):
@@ -96,8 +159,8 @@ def test_rounding_is_at_most_twice_the_definitions(dtype, logits):
 def test_definition_of_heads_of_many_blocks():
     tensors = draw(17, 80, 68, True, True, h=1)
     weights = weights_for(tensors, F64)
-    for found, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
-        assert distance(found, expected) < 1e-12
+    for actual, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
+        assert distance(actual, expected) < 1e-12
 
 
 def test_rounding_of_the_largest_heads():
@@ -124,29 +187,32 @@ def test_gates_that_hardly_fade(logits):
         tensors = in_dtype(made, dtype)
         weights = weights_for(tensors, dtype)
         exact = defined(in_dtype(tensors, F64), in_dtype(dict(enumerate(weights)), F64).values())
-        for found, e in zip(kernels(tensors, weights), exact, strict=True):
-            assert distance(found.to(e.dtype), e) < bound
+        for actual, e in zip(kernels(tensors, weights), exact, strict=True):
+            assert distance(actual.to(e.dtype), e) < bound
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter: a GPU runs what is its own")
-@pytest.mark.parametrize("arch, edge", [(80, 32), (90, 64)])
+@pytest.mark.parametrize("family, edge", [("sm80", 32), ("sm90", 64)])
 @pytest.mark.parametrize("dtype, logits", [
     (torch.bfloat16, torch.bfloat16), (torch.float16, None)])
-def test_rounding_with_the_chunks_and_parts_of(arch, edge, dtype, logits, monkeypatch):
+def test_rounding_with_the_chunks_and_parts_of(family, edge, dtype, logits, monkeypatch):
     """CUDA 8.0 has chunks of 32 steps of 16-bit data, 9.0 the weights of 64 steps in parts."""
-    monkeypatch.setattr(gate_loop_heads, "arch", lambda: arch)
+    monkeypatch.setattr(target, "family", lambda: family)
     check_rounding(dtype, logits, edge)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter: a GPU runs what is its own")
 def test_definition_with_weights_in_parts(monkeypatch):
     """What only 16-bit data has on a GPU, exactly."""
-    monkeypatch.setattr(gate_loop_heads, "arch", lambda: 90)
-    monkeypatch.setattr(gate_loop_heads, "_chunk", lambda *_: 64)
+    monkeypatch.setattr(target, "family", lambda: "sm90")
+    monkeypatch.setattr(gate_loop_heads, "LAUNCH", target.Table(
+        *gate_loop_heads.LAUNCH.rows,
+        target.Row("*", "*", "float64", "*", dict(C=64, BK=64, BV=32), "for this test")))
     tensors = draw(67, 5, 3, True, True)
+    assert gate_loop_heads._chunk(tensors["q"], tensors["v"]) == 64
     weights = weights_for(tensors, F64)
-    for found, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
-        assert distance(found, expected) < 1e-12
+    for actual, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
+        assert distance(actual, expected) < 1e-12
 
 
 @pytest.mark.parametrize("n, dtype", [(70, torch.bfloat16), (17, F64)])
@@ -170,8 +236,8 @@ def test_strides_are_read_and_buffers_filled(n, dtype):
             grads = torch.autograd.grad(outputs, asked.values(), [w.to(DEVICE) for w in weights])
     finally:
         torch.use_deterministic_algorithms(False)
-    for found, e in zip((*outputs, *grads), expected, strict=True):
-        assert torch.equal(found.detach().cpu(), e)
+    for actual, e in zip((*outputs, *grads), expected, strict=True):
+        assert torch.equal(actual.detach().cpu(), e)
 
 
 def test_gates_of_zero_reset_exactly_and_of_size_one_keep():
@@ -182,8 +248,8 @@ def test_gates_of_zero_reset_exactly_and_of_size_one_keep():
     made["gates"] = size_one.to(torch.complex64)
     weights = weights_for(made, torch.float32)
     exact = defined(in_dtype(made, F64), in_dtype(dict(enumerate(weights)), F64).values())
-    for found, e in zip(kernels(made, weights), exact, strict=True):
-        assert distance(found.to(e.dtype), e) < 2e-6
+    for actual, e in zip(kernels(made, weights), exact, strict=True):
+        assert distance(actual.to(e.dtype), e) < 2e-6
     reset = 101
     made["gates"][:, reset] = 0
     other = {name: t.clone() for name, t in made.items()}
@@ -199,8 +265,8 @@ def test_gradients_through_gates_of_zero():
     made = draw(40, 3, 2, False, True)
     made["gates"] = torch.rand(1, 40, 2).lt(0.8).to(torch.complex128)
     weights = weights_for(made, F64)
-    for found, expected in zip(kernels(made, weights), defined(made, weights), strict=True):
-        assert distance(found, expected) < 1e-12
+    for actual, expected in zip(kernels(made, weights), defined(made, weights), strict=True):
+        assert distance(actual, expected) < 1e-12
 
 
 def test_carries_are_the_states_before_every_64th_step():
@@ -223,8 +289,8 @@ def test_empty_batch():
     made = draw(20, 3, 2, False, True, b=1)
     empty = {name: t[:0] for name, t in made.items()}
     weights = [w[:0] for w in weights_for(made, F64)]
-    for found, like in zip(kernels(empty, weights), kernels(made, weights_for(made, F64))):
-        assert found.shape == (0, *like.shape[1:]) and found.dtype == like.dtype
+    for actual, like in zip(kernels(empty, weights), kernels(made, weights_for(made, F64))):
+        assert actual.shape == (0, *like.shape[1:]) and actual.dtype == like.dtype
 
 
 def test_float64_is_refused_where_triton_cannot_compile_it(monkeypatch):

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from cases import (
-    CASES, check_errors, distance, leaves, random_gates, squared_errors, weigh)
 
 import fastmix
+from cases import CASES, check_errors, distance, leaves, random_gates, squared_errors, weigh
 from fastmix import ops, reference
 from fastmix._triton import linear_scan as kernels
 from fastmix.fallback import linear_scan as fallback
@@ -32,8 +31,8 @@ def test_definition(cut, name, n):
     with fastmix.force("triton"):
         outputs, grads, weights = gradients(CASES[name].run, tensors)
     defined, defined_grads, _ = gradients(CASES[name].define, tensors, weights)
-    for found, expected in zip((*outputs, *grads), (*defined, *defined_grads), strict=True):
-        assert distance(found, expected) < 1e-11
+    for actual, expected in zip((*outputs, *grads), (*defined, *defined_grads), strict=True):
+        assert distance(actual, expected) < 1e-11
 
 
 def check(gates, inputs, initial_state=None, **options):
@@ -45,8 +44,8 @@ def check(gates, inputs, initial_state=None, **options):
             lambda t: [ops.linear_scan(**t, **options)], tensors)
     defined, defined_grads, _ = gradients(
         lambda t: [reference.linear_scan(**t, **options)], tensors, weights)
-    for found, expected in zip((*outputs, *grads), (*defined, *defined_grads), strict=True):
-        assert distance(found, expected) < 1e-11
+    for actual, expected in zip((*outputs, *grads), (*defined, *defined_grads), strict=True):
+        assert distance(actual, expected) < 1e-11
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -60,6 +59,66 @@ def test_real_gates_of_complex_inputs(reverse):
 def test_six_axes(shape):
     check(random_gates(*shape, dtype=F64), torch.randn(1, 20, 2, 3, 2, 2, dtype=F64),
           torch.randn(1, 2, 3, 2, 2, dtype=torch.complex128))
+
+
+def forward_and_backward(inputs, gates):
+    """The kernels' own results in float64, and the definition's."""
+    ours = {"gates": gates.detach().requires_grad_(), "inputs": inputs.detach().requires_grad_()}
+    with fastmix.force("triton"):
+        outputs, grads, weights = gradients(lambda t: [ops.linear_scan(**t)], ours)
+    defined, defined_grads, _ = gradients(
+        lambda t: [reference.linear_scan(t["gates"].expand(inputs.shape), t["inputs"])],
+        ours, weights)
+    for actual, expected in zip((*outputs, *grads), (*defined, *defined_grads), strict=True):
+        assert distance(actual, expected) < 1e-11
+
+
+# Axes after n that lie in memory as two, or one.
+LAID_OUT = {
+    "heads last": lambda: torch.rand(1, 20, 2, 3, 4, dtype=F64).permute(0, 1, 4, 2, 3),
+    "a slice of channels": lambda: torch.rand(1, 20, 2, 3, 8, dtype=F64)[..., :4],
+    "a slice of heads": lambda: torch.rand(1, 20, 5, 3, 4, dtype=F64)[:, :, 1:3],
+    "axes of size 1 between": lambda: torch.rand(1, 20, 2, 1, 3, 1, dtype=F64).expand(
+        1, 20, 2, 1, 3, 1).transpose(2, 4),
+}
+
+
+@pytest.mark.parametrize("gates", ["as inputs", "a gate for the first axis", "contiguous"])
+@pytest.mark.parametrize("layout", LAID_OUT)
+def test_five_axes_and_more_are_read_where_they_are(layout, gates, monkeypatch):
+    inputs, a = (LAID_OUT[layout]().to(DEVICE) for _ in range(2))
+    if gates == "contiguous":
+        a = a.contiguous()
+    elif gates != "as inputs":
+        a = torch.rand(1, 20, inputs.shape[2], *(1,) * (inputs.ndim - 3), dtype=F64, device=DEVICE)
+    views, where = kernels._heads_and_channels, []
+
+    def noted(*tensors):
+        made = views(*tensors)
+        where.extend((t.data_ptr(), view.data_ptr())
+                     for t, view in zip(tensors[:2], made[:2], strict=True))
+        return made
+
+    monkeypatch.setattr(kernels, "_heads_and_channels", noted)
+    forward_and_backward(inputs, a)
+    assert len(where) == 4
+    # Gates that lie otherwise are copied, and those that a slice of channels keeps apart.
+    kept = where if gates == "as inputs" else where[1::2]
+    assert all(before == after for before, after in kept)
+
+
+def test_gates_between_broadcast_axes():
+    """Gates and inputs together lie as three axes: the gates are copied, the inputs are not."""
+    forward_and_backward(torch.rand(1, 20, 2, 3, 4, dtype=F64, device=DEVICE),
+                         torch.rand(1, 20, 2, 1, 4, dtype=F64, device=DEVICE))
+
+
+def test_inputs_of_three_axes_that_are_apart_are_refused():
+    inputs = torch.rand(1, 20, 4, 6, 8, device=DEVICE)[:, :, ::2, ::2, ::2]
+    with fastmix.force("triton"), pytest.raises(
+            RuntimeError, match=r"more than two axes after n, .*; pass inputs.contiguous\(\)"):
+        ops.linear_scan(torch.rand_like(inputs), inputs)
+    assert kernels.why_not(inputs, inputs.contiguous(), None, False, 64) is None
 
 
 def test_gates_that_hardly_fade():
@@ -78,11 +137,11 @@ def test_gates_broadcast_over_trailing_axes(shape, reverse):
     inputs = torch.randn(1, 40, 2, 4, dtype=F64, device=DEVICE)
     full = gates.reshape(*shape, *(1,) * (4 - len(shape))).expand(inputs.shape)
     with fastmix.force("triton"):
-        found = ops.linear_scan(gates, inputs, reverse=reverse)
-        weight = torch.randn_like(found)
-        (grad,) = torch.autograd.grad(weigh([found], [weight]), gates)
+        actual = ops.linear_scan(gates, inputs, reverse=reverse)
+        weight = torch.randn_like(actual)
+        (grad,) = torch.autograd.grad(weigh([actual], [weight]), gates)
     expected = reference.linear_scan(full, inputs, reverse=reverse)
-    assert distance(found, expected) < 1e-12
+    assert distance(actual, expected) < 1e-12
     (defined,) = torch.autograd.grad(weigh([expected], [weight]), gates)
     assert distance(grad, defined) < 1e-11
 
@@ -91,8 +150,8 @@ def test_gates_broadcast_over_trailing_axes(shape, reverse):
 def test_carries_are_the_fallbacks(cut, reverse):
     gates, inputs = torch.rand(2, 1, 150, 3, dtype=F64, device=DEVICE)
     args = gates, inputs, None, reverse, 64
-    for found, expected in zip(kernels.forward(*args), fallback.forward(*args), strict=True):
-        assert distance(found, expected) < 1e-12
+    for actual, expected in zip(kernels.forward(*args), fallback.forward(*args), strict=True):
+        assert distance(actual, expected) < 1e-12
 
 
 def test_resets_unit_gates_and_strides(cut):
@@ -103,12 +162,12 @@ def test_resets_unit_gates_and_strides(cut):
     both[:, :70, 2, 1] *= 1e200
     gates, inputs = (t.detach().requires_grad_() for t in both.unbind(-1))
     with fastmix.force("triton"):
-        found = ops.linear_scan(gates, inputs)
-        grads = torch.autograd.grad(found[..., :2].sum(), (gates, inputs))
+        actual = ops.linear_scan(gates, inputs)
+        grads = torch.autograd.grad(actual[..., :2].sum(), (gates, inputs))
     expected = reference.linear_scan(gates, inputs)
     defined = torch.autograd.grad(expected[..., :2].sum(), (gates, inputs))
-    assert distance(found[..., :2], expected[..., :2]) < 1e-12
-    assert distance(found[:, 70:], expected[:, 70:]) < 1e-12
+    assert distance(actual[..., :2], expected[..., :2]) < 1e-12
+    assert distance(actual[:, 70:], expected[:, 70:]) < 1e-12
     for g, d in zip(grads, defined):
         assert distance(g[..., :2], d[..., :2]) < 1e-11
 

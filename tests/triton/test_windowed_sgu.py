@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from cases import check_errors, distance, squared_errors
 
 import fastmix
+from cases import check_errors, distance, squared_errors
 from fastmix import ops, reference
+from fastmix._triton import target
 from fastmix._triton import windowed_sgu as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,9 +50,9 @@ def output_grad(tensors):
 
 def check(tensors, grad=None, **options):
     grad = output_grad(tensors) if grad is None else grad
-    found = kernels_of(tensors, grad, **options)
+    actual = kernels_of(tensors, grad, **options)
     expected = differentiate(reference.windowed_sgu, tensors, grad, **options)
-    for f, e in zip(found, expected, strict=True):
+    for f, e in zip(actual, expected, strict=True):
         assert distance(f, e) < 1e-11
 
 
@@ -150,10 +151,10 @@ def test_masked_weights_do_nothing_and_get_no_gradient(w):
     expected = kernels_of(tensors, grad)
     mask = torch.ones(w, 2 * w, device=DEVICE).tril(w).bool()
     tensors["weight"] = torch.where(mask, tensors["weight"], torch.nan)
-    found = kernels_of(tensors, grad)
-    for f, e in zip(found, expected):
+    actual = kernels_of(tensors, grad)
+    for f, e in zip(actual, expected):
         assert torch.equal(f, e)
-    assert found[2][:, ~mask].eq(0).all() and found[2][:, mask].ne(0).all()
+    assert actual[2][:, ~mask].eq(0).all() and actual[2][:, mask].ne(0).all()
 
 
 @pytest.mark.parametrize("w", [8, 34])
@@ -191,12 +192,12 @@ def test_rounding_is_at_most_twice_the_definitions(n, w, activation, dtype, para
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter: a GPU runs what is its own")
-@pytest.mark.parametrize("device", [(False, 3, 64), (False, 2, 32)], ids=["sm80", "AMD"])
+@pytest.mark.parametrize("family", ["sm80", "amd"])
 @pytest.mark.parametrize("n, w, dtype", [
     (40, 20, torch.float16), (75, 70, torch.bfloat16)])
-def test_rounding_with_the_tiles_of(device, n, w, dtype, monkeypatch):
+def test_rounding_with_the_tiles_of(family, n, w, dtype, monkeypatch):
     """Windows beyond 64 are tiles there, of at most 32 channels."""
-    monkeypatch.setattr(kernels, "_device", lambda: device)
+    monkeypatch.setattr(target, "family", lambda: family)
     check_rounding(n, w, 40, "gelu", dtype)
 
 

@@ -1,0 +1,170 @@
+"""The report's rows of text: how fast models write, one token at a time from a cache, beside the
+published models, which run their whole context again for each.
+
+A row is right where the token after the context, alone and with the cache of the context, has
+the logits that a forward over all of them gives it.
+"""
+
+import functools
+import math
+
+import torch
+
+import models
+from exactness import relative, within
+from fastmix.states import in_place
+from rows import forced, implementations, name_of, reason
+from timing import elapsed, side_by_side, summary
+
+BATCHES = (1, 16)
+CONTEXTS = (1024, 65536)  # and those of --seq
+LARGEST = 8               # GB that a prompt may need, ours or the original's
+
+
+def jobs(options):
+    """[(name, batch, context)], the shortest first."""
+    if not options.generate:
+        return []
+    contexts = options.seq[:1] if options.check else sorted({*CONTEXTS, *options.seq})
+    return [(name, batch, context) for context in contexts
+            for batch in (BATCHES[:1] if options.check else BATCHES)
+            for name in options.models or models.MODELS if name != "none"]
+
+
+def bytes_needed(batch, context, dim):
+    """What a forward holds at once, roughly: the hidden channels of a feed-forward, gated, are
+    eight times the width."""
+    return 24 * 4 * dim * batch * context
+
+
+def seconds_needed(job, first_job, rows, count):
+    """What a job may take, from the rows of the same model's first."""
+    (_, batch, context), (_, first_batch, first_context) = job, first_job
+    seconds = 0
+    for row in rows:
+        if "token_ms" in row:
+            prompt_ms = (3 * (row["plain_ms"]["median"] + row["first_ms"]["median"])
+                         + 2 * row["original"].get("token_ms", {"median": 0})["median"])
+            seconds += (prompt_ms * batch * context / first_batch / first_context
+                        + 2 * count * row["token_ms"]["median"] * math.sqrt(batch)) / 1e3
+    return seconds
+
+
+class Writer:
+    """A model of fastmix behind a context, ready for the next token."""
+
+    def __init__(self, model, tokens):
+        self.model, self.tokens = model, tokens
+
+    def plain(self):
+        return self.model(self.tokens)[:, -1]
+
+    def first(self):
+        _, self.cache = self.model(self.tokens[:, :-1], return_cache=True)
+
+    def step(self):
+        with in_place():  # as fastmix.generate does
+            logits, self.cache = self.model(
+                self.tokens[:, -1:], cache=self.cache, return_cache=True)
+        return logits[:, -1]
+
+    def error(self):
+        """Of the token after the context beside a forward over all."""
+        truth = self.plain()
+        self.first()
+        return relative([self.step()], [truth])
+
+    def linear(self):
+        """The model's Linear layers alone, on one token."""
+        for layer, x in self.inputs:
+            layer(x)
+
+    @functools.cached_property
+    def inputs(self):
+        layers = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
+        return [(layer, layer.weight.new_ones(len(self.tokens), 1, layer.in_features))
+                for layer in layers]
+
+
+@torch.no_grad()
+def generation_rows(job, options, dtype, device, seconds):
+    """A row for each implementation; checked only, if `seconds` is 0."""
+    name, batch, context = job
+    count = options.generate
+    # The longest input of a model that has one: context, the token that is checked, those timed.
+    file, published, kind, operator, arguments = models.model_arguments(
+        name, context + 1 + count, options.dim, options.heads, options.depth)
+    torch.manual_seed(context)
+    tokens = torch.randint(models.VOCABULARY, (batch, context + 1), device=device)
+    limits = {"logits": models.TOLERANCE[dtype][1]}
+    rows = {}
+    for impl, missing in implementations(operator, device, options.impl):
+        rows[impl] = row = {
+            "model": name, "row": f"{name}, text, batch {batch}", "batch": batch, "n": context,
+            "implementation": impl, "arguments": arguments, "limits": limits,
+            "status": "failed", "reason": missing}
+        if missing is not None:
+            continue
+        model = models.build(f"fastmix.nn.{file}", kind, arguments).to(device, dtype).eval()
+        writer = Writer(model, tokens)
+        with forced(impl if options.impl else None)():
+            try:
+                row["errors"] = {"logits": writer.error()}
+            except (RuntimeError, ValueError, TypeError) as error:
+                row["reason"] = reason(error)
+                continue
+            row["status"] = "ok" if within(row["errors"], limits) else "wrong"
+            if row["status"] == "ok" and seconds:
+                add_times(row, writer, count, seconds, device)
+    timed = [row for row in rows.values() if "token_ms" in row]
+    if timed:
+        original = time_original(published, kind, arguments, tokens[:, :-1], dtype, seconds,
+                                 device)
+        for row in timed:
+            row["original"] = original
+            if original["status"] == "ok":
+                models.add_ratio(row, "original", original["token_ms"], row["token_ms"])
+    return list(rows.values())
+
+
+def add_times(row, writer, count, seconds, device):
+    """Of the prompt beside a plain forward over it, and of tokens beside the floor, in turns."""
+    here = forced(None)  # already inside
+    prompt = side_by_side({"plain": (here, writer.plain), "first": (here, writer.first)},
+                          seconds / 2, device, least=1, most=5)
+    row["plain_ms"], row["first_ms"] = prompt["plain"], prompt["first"]
+    row["ratio_plain"] = row["first_ms"]["median"] / row["plain_ms"]["median"]
+    row["cache_bytes"] = cache_bytes(writer.cache)
+    writer.step(), writer.linear()
+    steps, floors = [], []
+    for _ in range(count):
+        steps.append(elapsed(writer.step, device))
+        floors.append(elapsed(writer.linear, device))
+    row["token_ms"], row["floor_ms"] = summary(steps), summary(floors)
+    row["worst_ms"] = max(steps)
+    row["ratio_floor"] = row["token_ms"]["median"] / row["floor_ms"]["median"]
+    row["tokens_per_s"] = 1e3 * row["batch"] / row["token_ms"]["median"]
+
+
+def time_original(published, kind, arguments, context, dtype, seconds, device):
+    """Its part of a row. A token is its forward over the context: that is what its wrapper does,
+    and a few tell."""
+    baseline = {"package": published.partition(".")[0], "n": context.shape[1], "status": "ok",
+                "dtype": name_of(dtype)}
+    try:
+        model = models.build(published, kind, arguments).to(device, dtype).eval()
+        model(context[:, :2])  # what a first call does once
+        baseline["token_ms"] = side_by_side(
+            {"": (forced(None), functools.partial(model, context))}, seconds / 4, device,
+            least=1, most=5)[""]
+    except ImportError as error:
+        baseline |= {"status": "not installed", "reason": str(error)}
+    except RuntimeError as error:
+        baseline |= {"status": "fails", "reason": reason(error)}
+    return baseline
+
+
+def cache_bytes(cache):
+    if isinstance(cache, torch.Tensor):
+        return cache.numel() * cache.itemsize
+    return sum(map(cache_bytes, cache or ()))

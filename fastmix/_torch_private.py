@@ -1,0 +1,61 @@
+"""Every name of torch's that is not public, in one place: what to look at for a new torch."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, …) is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode_active() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func has wrapped the tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def requires_grad_anywhere(tensor: Tensor) -> bool:
+    """Whether the tensor, or one that transforms have wrapped in it, requires a gradient.
+
+    Inside vmap and jvp `requires_grad` is False even for a leaf of the autograd outside.
+    """
+    while not tensor.requires_grad and is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def is_hidden(tensor: Tensor) -> bool:
+    """Whether vmap has wrapped the tensor, at any depth: its values cannot be read."""
+    while is_wrapped(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def legacy_vmap_active() -> bool:
+    """Whether the vmap of `is_grads_batched` and gradcheck, which is not torch.func's, is at work.
+
+    It takes no autograd.Function apart.
+    """
+    return torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+
+
+def innermost(tensor: Tensor) -> Tensor:
+    """The tensor that transforms have wrapped."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def below_autograd() -> AbstractContextManager:
+    """Within it, operators run without torch's autograd, which for one that Python registered
+    takes longer than a step's arithmetic.
+    """
+    return torch._C._AutoDispatchBelowAutograd()

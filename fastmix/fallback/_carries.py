@@ -1,0 +1,26 @@
+"""The carries that forward returns for backward: the states before every `every`-th step, in order
+of time, and the last one; none for 0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmix.fallback._segments import concatenated
+
+
+def segment_carries(states: Tensor, entry: Tensor, every: int, reverse: bool = False) -> Tensor:
+    """Those of a segment (b, m, …) that is entered from `entry` (b, …): (b, ⌈m / every⌉, …)."""
+    if every == 0:
+        return entry.unsqueeze(1)[:, :0]
+    first = entry.unsqueeze(1)
+    if reverse:
+        return torch.cat([states[:, every::every], first], dim=1)
+    return torch.cat([first, states[:, every - 1 : -1 : every]], dim=1)
+
+
+def all_carries(by_segment: Sequence[Tensor], state: Tensor) -> Tensor:
+    """Those of all segments, and the last state of the sequence."""
+    last = state.unsqueeze(1)[:, : 1 if by_segment[0].shape[1] else 0]
+    return concatenated([*by_segment, last])

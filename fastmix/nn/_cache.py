@@ -1,0 +1,140 @@
+"""What a module keeps of the steps so far, so that the next ones follow from it.
+
+A cache is a tensor, None or a tuple of caches. Each module makes its own out of its operators'
+states and of its children's caches, and hands these back to them: it never looks into a child's.
+Every tensor has the batch as its first axis. None is the beginning.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmix import _torch_private
+from fastmix.checks import check_shape, check_tensor
+from fastmix.states import Rows
+
+Cache = Any
+
+
+class ModelCache(NamedTuple):
+    """What a language model keeps."""
+
+    steps: Tensor
+    """(b,): how many tokens there were, int64"""
+    layers: tuple[Cache, ...]
+    """a cache per mixer"""
+
+
+def call(
+    mixer: Callable, x: Tensor, cache: Cache, return_cache: bool, **kwargs: Any
+) -> tuple[Tensor, Cache]:
+    """mixer(x) and its cache. What need not keep a cache is called as ever: it may not know."""
+    if cache is None and not return_cache:
+        return mixer(x, **kwargs), None
+    return mixer(x, cache=cache, return_cache=True, **kwargs)
+
+
+def call_operator(
+    operator: Callable, *args: Any, cache: Cache, return_cache: bool, **kwargs: Any
+) -> tuple[Tensor, Cache]:
+    """What the operator returns, and its state if that is asked for."""
+    out = operator(*args, initial_state=cache, return_state=return_cache, **kwargs)
+    return out if return_cache else (out, None)
+
+
+def split_cache(where: str, cache: Cache, count: int) -> Sequence[Cache]:
+    """The caches of `count` children."""
+    if cache is None:
+        return (None,) * count
+    if type(cache) is not tuple or len(cache) != count:
+        raise ValueError(f"{where}: cache must be one that a module of the same sizes returned, "
+                         f"a tuple of {count}, got {_describe(cache)}")
+    return cache
+
+
+def split_model_cache(
+    where: str, x: Tensor, cache: Cache, count: int, max_length: int | None = None
+) -> tuple[Tensor, Sequence[Cache]]:
+    """How many tokens each row of x (b, n) has had, (b,), and the caches of `count` mixers.
+
+    ValueError on CPUs where these and x are more than max_length.
+    """
+    b, n = x.shape[:2]
+    if cache is None:
+        return torch.zeros(b, dtype=torch.int64, device=x.device), (None,) * count
+    if not isinstance(cache, ModelCache) or len(cache.layers) != count:
+        raise ValueError(
+            f"{where}: cache must be one that a model of the same sizes returned, of {count} "
+            f"mixers, got {_describe(cache)}")
+    check_steps(where, cache.steps, x)
+    if max_length is not None:
+        check_total(where, cache.steps + n, max_length)
+    return cache.steps, cache.layers
+
+
+def check_steps(where: str, steps: Any, x: Tensor) -> None:
+    check_tensor(where, "cache.steps", steps, (torch.int64,), like=("x", x))
+    check_shape(where, "cache.steps", steps, "b", {"b": x.shape[0]})
+
+
+def check_total(where: str, count: Tensor, max_length: int) -> None:
+    """Refuses more than `max_length` steps, where to look is not to wait for a device."""
+    if (count.device.type != "cpu" or torch.compiler.is_compiling()
+            or _torch_private.transforms_active() or count.numel() == 0):
+        return
+    if (longest := int(count.max())) > max_length:
+        raise ValueError(
+            f"{where}: x must have at most {max_length} time steps together with those in cache, "
+            f"got {longest}: begin anew from the last of them")
+
+
+def _describe(cache: Cache) -> str:
+    if isinstance(cache, ModelCache):
+        return f"one of {len(cache.layers)} mixers"
+    if isinstance(cache, tuple):
+        return f"{type(cache).__name__} of {len(cache)}"
+    return type(cache).__name__
+
+
+def refuse_reversed(where: str, cache: Cache, return_cache: bool) -> None:
+    if cache is not None or return_cache:
+        raise ValueError(
+            f"{where}: cache and return_cache must be left out with reverse_seq=True, which "
+            f"begins at the end: later steps would change earlier ones, got "
+            f"return_cache={return_cache}")
+
+
+def append(where: str, cache: Cache, *new: Tensor, start: int = 0) -> Rows:
+    """`cache` with `new`, rows (b, n, …) each, behind its rows. Before the first step there are
+    `start` rows of zeros."""
+    b, n = new[0].shape[:2]
+    if cache is None:
+        zeros = torch.zeros(b, dtype=torch.int64, device=new[0].device)
+        cache = Rows(zeros, tuple(t.new_zeros(b, start, *t.shape[2:]) for t in new))
+    if not isinstance(cache, Rows) or len(cache.tensors) != len(new):
+        raise ValueError(
+            f"{where}: cache must be one that a module of the same sizes returned, Rows of "
+            f"{len(new)} tensors, got {_describe(cache)}")
+    check_steps(where, cache.steps, new[0])
+    for old, t in zip(cache.tensors, new):
+        check_tensor(where, "cache", old, (t.dtype,), like=("x", t))
+        if old.ndim != t.ndim or old.shape[0] != b or old.shape[2:] != t.shape[2:]:
+            raise ValueError(f"{where}: cache must hold rows {('b', 'm', *t.shape[2:])} with b={b},"
+                             f" got {tuple(old.shape)}")
+    return Rows(cache.steps + n, tuple(
+        torch.cat((old, t), dim=1) for old, t in zip(cache.tensors, new)))
+
+
+def last_rows(rows: Rows, count: int) -> Rows:
+    """No more than the newest `count`."""
+    if rows.tensors[0].shape[1] <= count:
+        return rows
+    return Rows(rows.steps, tuple(t[:, -count:].clone() for t in rows.tensors))
+
+
+def step_numbers(rows: Rows) -> Tensor:
+    """Which step of its sequence each row is, (b, m); negative before the first."""
+    m = rows.tensors[0].shape[1]
+    return rows.steps[:, None] + torch.arange(-m, 0, device=rows.steps.device)

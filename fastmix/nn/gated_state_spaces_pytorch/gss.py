@@ -1,0 +1,3 @@
+"""`fastmix.nn.gss`, at its address in the published package."""
+
+from fastmix.nn.gss import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""`fastmix.nn.mhesa`, at its address in the published package."""
+
+from fastmix.nn.mhesa import *  # noqa: F403

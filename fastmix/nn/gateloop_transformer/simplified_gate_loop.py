@@ -1,0 +1,109 @@
+"""Twin of `gateloop_transformer.simplified_gate_loop` (0.2.5): a gate loop without heads.
+
+Shapes: b batch, n time steps, d channels, each with a state of one number.
+"""
+
+from typing import Any
+
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+
+from fastmix import ops
+from fastmix.checks import check_shape, check_tensor, wide
+from fastmix.nn._checks import check_sequence, is_plain
+from fastmix.nn.gateloop_transformer.gateloop_transformer import RMSNorm
+
+__all__ = ["gate_loop_operator", "SimpleGateLoopLayer"]
+
+Cache = tuple[Tensor, Tensor]
+WHERE = "SimpleGateLoopLayer"
+
+
+def gate_loop_operator(
+    q: Tensor, kv: Tensor, a: Tensor, cache: Cache | None = None, heinsen: bool = False
+) -> tuple[Tensor, Cache]:
+    """h_t = a_t · h_{t-1} + kv_t, out_t = q_t · h_t, for q, kv, a (b, n, d), real.
+
+    cache: the product of all gates before, and the state before, (b, d) each. Returns the
+    outputs and the cache behind them. `heinsen` changes nothing: it chose the algorithm.
+    """
+    product, state = (None, None) if cache is None else cache
+    states = ops.linear_scan(a, kv, state)
+    gates = a.prod(dim=1)
+    return q * states, (gates if product is None else product * gates, states[:, -1])
+
+
+class SimpleGateLoopLayer(nn.Module):
+    """A gate loop per channel between an RMSNorm and, with `post_ln`, a LayerNorm.
+
+    h_t = σ(a_t) · h_{t-1} + kv_t, out_t = q_t · h_t, where (q, kv, a) is one linear map of the
+    normed x; `reverse` runs it from the end. x (b, n, dim) → (b, n, dim), any floating dtype.
+    `use_heinsen` and `use_jax_associative_scan` change nothing: they choose the algorithm, of
+    which there is one here, and need no jax. `split_heads` runs only where something was done
+    to it.
+
+    cache: what an earlier call with `return_cache` returned beside its output: the product of
+    all gates so far and the state, (b · dim, 1) each, with channels inside the batch. ValueError
+    for `return_cache` with `reverse`, and for x or a cache of another shape.
+    """
+
+    def __init__(
+        self, dim: int, prenorm: bool = True, use_heinsen: bool = False,
+        use_jax_associative_scan: bool = False, post_ln: bool = False, reverse: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_heinsen and use_jax_associative_scan:
+            raise ValueError("SimpleGateLoopLayer: use_heinsen and use_jax_associative_scan must "
+                             "not both be True")
+        self.norm: nn.Module = RMSNorm(dim) if prenorm else nn.Identity()
+        self.dim = dim
+        self.to_qkva = nn.Sequential(
+            nn.Linear(dim, 3 * dim, bias=False), nn.Unflatten(-1, (3, dim)))
+        self.use_heinsen = use_heinsen
+        self.use_jax = use_jax_associative_scan
+        self.gate_loop_fn = gate_loop_operator
+        self.maybe_post_ln: nn.Module = nn.LayerNorm(dim) if post_ln else nn.Identity()
+        self.split_heads = Rearrange("(b d) n 1 -> b n d", d=dim)
+        self.reverse = reverse
+
+    def forward(
+        self, x: Tensor, cache: Cache | None = None, return_cache: bool = False
+    ) -> Tensor | tuple[Tensor, Cache]:
+        check_sequence(WHERE, x, self.dim)
+        q, kv, a = self.to_qkva(self.norm(x)).unbind(2)
+        return scan(self, q, kv, a, cache, return_cache)
+
+
+def scan(
+    layer: Any, q: Tensor, kv: Tensor, a: Tensor, cache: Cache | None, return_cache: bool
+) -> Tensor | tuple[Tensor, Cache]:
+    """What a SimpleGateLoopLayer, ours or the published one, does to q, kv, a (b, n, dim)."""
+    if return_cache and layer.reverse:
+        raise ValueError(f"{WHERE}: return_cache must be False with reverse: a layer that runs "
+                         "from the end has no state to go on from")
+    dtype = wide(a.dtype)  # in float32 at least: the gate of a slow channel is 1 in bfloat16
+    gates, kv = a.to(dtype).sigmoid(), kv.to(dtype)
+    product, state = _unpack(cache, gates)
+    states = ops.linear_scan(gates, kv, state, reverse=layer.reverse)
+    out = (q * states).to(q.dtype)
+    if not is_plain(layer.split_heads, Rearrange):
+        out = layer.split_heads(out.transpose(1, 2).flatten(0, 1).unsqueeze(-1))
+    out = layer.maybe_post_ln(out)
+    if not return_cache:
+        return out
+    total = gates.prod(dim=1) if product is None else product * gates.prod(dim=1)
+    return out, (total.view(-1, 1), states[:, -1].reshape(-1, 1))
+
+
+def _unpack(cache: Cache | None, gates: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The product of the gates before and the state before, (b, dim) each."""
+    if cache is None:
+        return None, None
+    b, _, dim = gates.shape
+    rows = []
+    for name, tensor in zip(("cache[0]", "cache[1]"), cache, strict=True):
+        check_tensor(WHERE, name, tensor, like=("x", gates))
+        check_shape(WHERE, name, tensor, "b·dim 1", {"b·dim": b * dim})
+        rows.append(tensor.view(b, dim).to(gates.dtype))
+    product, state = rows
+    return product, state

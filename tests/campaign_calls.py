@@ -1,0 +1,408 @@
+"""Random calls of every operator for tests/campaign.py: how they are drawn, run and judged.
+
+A call is drawn from a seed and an index alone. Most are valid: their values and gradients are held
+against the definition in float64. The others have something wrong, and must be refused in words.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from cases import as_tuple, complex_dtype, randn, state_dtype, weigh
+from fastmix import ops
+
+F64 = torch.float64
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REFUSALS = (TypeError, ValueError, RuntimeError)
+
+
+@dataclass
+class Call:
+    """One call of `operator`; `wrong` says what was made wrong with it, if anything was."""
+
+    operator: str
+    dtype: torch.dtype
+    tensors: dict
+    options: dict
+    mode: str = "plain"
+    wrong: str | None = None
+    odd: list = field(default_factory=list)  # tensors with unusual values
+    uneven: bool = False  # numbers of very different sizes, or some that are not finite
+    seed: int = 0
+    wanted: tuple = ()  # tensors whose gradient is asked for
+    move: Callable | None = None  # changes the gradients that come back
+
+    def __str__(self):
+        given = [f"{name}={_described(t)}" for name, t in self.tensors.items() if t is not None]
+        given += [f"{name}={value!r}" for name, value in self.options.items()]
+        about = [self.mode, *self.odd, *([self.wrong] if self.wrong else [])]
+        return f"{self.operator}({', '.join(given)}) {', '.join(about)}"
+
+
+def _described(value):
+    if not isinstance(value, torch.Tensor) or value.is_nested:
+        return repr(value)[:40]
+    about = f"{str(value.dtype)[6:]}{list(value.shape)}"
+    return about + f"/{list(value.stride())}" if value.layout == torch.strided and not (
+        value.is_contiguous()) else about
+
+
+# ---- arguments
+
+
+def size(most):
+    return random.choice([1, 2, 3, random.randint(1, most), random.randint(1, most)])
+
+
+def maybe(make):
+    return make() if random.random() < 0.5 else None
+
+
+def scan_arguments(b, n, dtype):
+    rest = [size(6) for _ in range(random.randrange(4))]
+    gates_of = [1 if random.random() < 0.2 else r for r in rest[: random.randint(0, len(rest))]]
+    real = (dtype, dtype) if random.random() < 0.5 else random.choice(
+        [(dtype, complex_dtype(dtype)), (complex_dtype(dtype), dtype), (complex_dtype(dtype),) * 2])
+    states = torch.promote_types(*real)
+    return {"gates": 0.9 * randn(b, n, *gates_of, dtype=real[0]).sgn(),
+            "inputs": randn(b, n, *rest, dtype=real[1]),
+            "initial_state": maybe(lambda: randn(b, *rest, dtype=states))}, {
+                "reverse": random.random() < 0.5}
+
+
+def gate_loop_arguments(b, n, dtype):
+    dk, dv = (1, 1) if random.random() < 0.4 else (size(20), size(20))
+    h = size(20) if dk * dv == 1 else size(3)
+    made = {"q": randn(b, n, h, dk, dtype=dtype), "k": randn(b, n, h, dk, dtype=dtype),
+            "v": randn(b, n, h, dv, dtype=dtype)}
+    if random.random() < 0.5:
+        made["gates"] = 0.9 * randn(b, n, h, dtype=complex_dtype(dtype)).sgn()
+    else:
+        # Not near 0, where the gradient has a pole.
+        angle = 6.3 * torch.rand(b, n, h, dtype=F64)
+        logits = torch.view_as_real(torch.polar(0.3 + 3 * torch.rand(b, n, h, dtype=F64), angle))
+        made["gate_logits"] = logits.to(random.choice([dtype, torch.promote_types(
+            dtype, torch.float32)]))
+    made["initial_state"] = maybe(lambda: randn(b, h, dk, dv, dtype=complex_dtype(dtype)))
+    return made, {"return_state": random.random() < 0.5}
+
+
+def decay_arguments(b, n, dtype):
+    h, d = size(6), size(20)
+    wide = random.choice([dtype, state_dtype(dtype)])
+    return {"x": randn(b, n, h, d, dtype=dtype), "decay": (2 * torch.rand(h) - 1).to(wide),
+            "gain": maybe(lambda: randn(h, dtype=wide)),
+            "initial_state": maybe(lambda: randn(b, h, d, dtype=state_dtype(dtype)))}, {
+                "return_state": random.random() < 0.5}
+
+
+def fft_arguments(b, n, dtype):
+    h, d, m = size(4), size(20), size(2 * n)
+    shape = (m, h) if random.random() < 0.5 else (b, m, h)
+    wide = random.choice([dtype, state_dtype(dtype)])
+    return {"x": randn(b, n, h, d, dtype=dtype), "kernel": randn(*shape, dtype=wide),
+            "skip": maybe(lambda: randn(h, d, dtype=wide))}, {}
+
+
+def sgu_arguments(b, n, dtype, whole):
+    h, d = size(4), 2 + size(12)  # a norm of two channels has no gradient but rounding
+    c = h * d
+    w = n + random.randrange(3) if whole else size(12)
+    wide = random.choice([dtype, state_dtype(dtype)])
+    return {"x": randn(b, n, 2 * c, dtype=dtype),
+            "weight": randn(h, w, w if whole else 2 * w, dtype=wide) / w,
+            "bias": randn(h, w, dtype=wide),
+            "norm_weight": maybe(lambda: randn(c, dtype=wide)),
+            "norm_bias": maybe(lambda: randn(c, dtype=wide)),
+            "gate_residual": maybe(lambda: randn(b, n, c, dtype=dtype))}, {
+                # A callable is applied to what was rounded already.
+                "activation": random.choice([None, "tanh", "sigmoid", "gelu", "silu", *(
+                    [torch.sin] if wide == dtype in (F64, torch.float32) else [])]),
+                "eps": random.choice([1e-5, 1e-5, 1e-3, 1.0])}
+
+
+ARGUMENTS = {
+    "linear_scan": scan_arguments, "gate_loop": gate_loop_arguments,
+    "decay_conv": decay_arguments, "fft_conv": fft_arguments,
+    "windowed_sgu": lambda *a: sgu_arguments(*a, whole=False),
+    "causal_sgu": lambda *a: sgu_arguments(*a, whole=True),
+    "cumulative_mean": lambda b, n, dtype: (
+        {"x": randn(b, n, *[size(12) for _ in range(random.randrange(4))], dtype=dtype)}, {})}
+
+
+def restride(t):
+    """The same values with other strides: slices, stride 0, other orders of axes, odd offsets."""
+    kind = random.randrange(7)
+    if kind < 2 or t.ndim == 0:
+        return t
+    axis = random.randrange(t.ndim)
+    if kind == 2:
+        pad = torch.full_like(t.narrow(axis, 0, min(1, t.shape[axis])), float("nan"))
+        return torch.cat([pad, t, pad], dim=axis).narrow(axis, pad.shape[axis], t.shape[axis])
+    if kind == 3:
+        return torch.stack([t, torch.full_like(t, float("nan"))], dim=-1)[..., 0]
+    if kind == 4:
+        return t.narrow(axis, 0, 1).expand_as(t) if t.shape[axis] else t
+    if kind == 5:
+        return torch.cat([t.new_ones(1), t.flatten()])[1:].view_as(t)
+    return t.transpose(0, axis).contiguous().transpose(0, axis)
+
+
+def conjugate(t):
+    return t.conj() if t.is_complex() else (1j * t.to(torch.promote_types(
+        t.dtype, torch.float32))).conj().imag if t.dtype in (F64, torch.float32) else t
+
+
+ODD = {
+    "large": lambda t, i: t.mul_(10.0 ** random.choice([4, 10, 20, 30])),
+    "small": lambda t, i: t.mul_(10.0 ** -random.choice([4, 10, 20, 30, 37, 40])),
+    "zero": lambda t, i: t.zero_(),
+    "ones": lambda t, i: t.fill_(1),
+    "one zero": lambda t, i: t[i].zero_(),
+    "one large": lambda t, i: t[i].mul_(10.0 ** random.choice([4, 10, 20, 30])),
+    "one small": lambda t, i: t[i].mul_(10.0 ** -random.choice([10, 20, 30, 40])),
+    "nan": lambda t, i: t[i].fill_(float("nan")),
+    "inf": lambda t, i: t[i].fill_(float("inf")),
+    "-inf": lambda t, i: t[i].fill_(-float("inf")),
+}
+
+
+def make_odd(call):
+    """Unusual values in one or two tensors, at a step or everywhere."""
+    names = [name for name, t in call.tensors.items() if t is not None and t.numel()]
+    for name in random.sample(names, min(len(names), random.choice([1, 1, 2]))):
+        t = call.tensors[name] = call.tensors[name].clone()
+        kind = random.choice(list(ODD))
+        call.odd.append(f"{kind} {name}")
+        call.uneven |= kind not in ("zero", "ones", "one zero")
+        index = (slice(None),) * (t.ndim > 2) + (random.randrange(t.shape[1 if t.ndim > 2 else 0]),)
+        ODD[kind](t, index)
+
+
+# ---- what is wrong
+
+
+def _another_type(t):
+    return random.choice([None, 1, 2.5, "x", t.tolist, t.shape, [t], object()])
+
+
+def _another_dtype(t):
+    return t.to(random.choice([torch.int64, torch.bool, torch.int8, torch.complex64,
+                               torch.complex128, torch.complex32, *DTYPES, torch.float8_e5m2]))
+
+
+def _another_shape(t):
+    axis = random.randrange(t.ndim)
+    return random.choice([
+        lambda: t[..., None], lambda: t[None], lambda: t.select(axis, 0), lambda: t.flatten(),
+        lambda: torch.cat([t, t], dim=axis), lambda: t.narrow(axis, 0, 0), lambda: t.sum(),
+        lambda: t.narrow(axis, 0, t.shape[axis] - 1)])()
+
+
+def _another_layout(t):
+    return random.choice([
+        lambda: t.to_sparse(), lambda: t.flatten(1).to_sparse_csr(),
+        lambda: torch.nested.nested_tensor([t, t]), lambda: t.float().to_mkldnn(),
+        lambda: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+        lambda: t.to("meta")])()
+
+
+OPTIONS = {
+    "reverse": [None, 2, "x", 0.5, torch.tensor(True)], "return_state": [None, "x", 2],
+    "eps": [None, "x", -1.0, float("nan"), float("inf"), 0, 0.0, torch.tensor(1e-5), True, 1j],
+    "activation": ["relu", 3, "none", b"gelu", torch.relu, ["gelu"]],
+    "initial_state": [1.0, torch.tensor(1.0)], "surprise": [1]}
+
+
+def make_wrong(call):
+    """Something that does not fit, in one place."""
+    name = random.choice([name for name, t in call.tensors.items() if t is not None])
+    t = call.tensors[name]
+    kind = random.randrange(6)
+    if kind == 5:
+        name = random.choice([*call.options, "surprise"])
+        call.options[name] = random.choice(OPTIONS[name])
+        call.wrong = f"option {name}"
+        return
+    if kind == 4:
+        call.wrong = f"without {name}"
+        del call.tensors[name]
+        return
+    make = (_another_type, _another_dtype, _another_shape, _another_layout)[kind]
+    with contextlib.suppress(RuntimeError, IndexError, NotImplementedError):
+        call.tensors[name] = make(t)
+    call.wrong = f"{make.__name__[1:]} of {name}"
+
+
+# ---- drawing
+
+
+MODES = ("plain",) * 20 + (
+    "no_grad", "inference", "vmap", "vmap", "grad", "jvp", "vmap of grad", "checkpoint", "second",
+    "autocast", "fake", "meta", "threads", "saved on cpu", "backward twice")
+AS_PLAIN = ("checkpoint", "autocast", "threads", "saved on cpu", "backward twice")
+
+
+def drawn(kind, operator, seed, index, most):
+    """A call, of class `kind`."""
+    random.seed(f"{seed}:{index}")
+    torch.default_generator.manual_seed(random.getrandbits(62))
+    dtype = random.choice(DTYPES)
+    b, n = random.choice([0, 1, 1, 2, 2, 3]), size(most)
+    if random.random() < 0.03:
+        n = random.randint(64, 160)
+    tensors, options = ARGUMENTS[operator](b, n, dtype)
+    call = kind(operator, dtype, tensors, options, random.choice(MODES),
+                seed=random.getrandbits(62))
+    present = [name for name, t in tensors.items() if t is not None]
+    call.wanted = tuple(present if random.random() < 0.6 else random.sample(
+        present, random.randint(1, len(present))))
+    if random.random() < 0.3:
+        make_odd(call)
+    for name in present:
+        t = restride(call.tensors[name])
+        call.tensors[name] = conjugate(t) if random.random() < 0.05 else t
+    if random.random() < 0.3:
+        call.mode = "plain"
+        make_wrong(call)
+    return call
+
+
+# ---- running
+
+
+def weights_of(call, outputs):
+    """The gradients that come back: the same numbers for every implementation and dtype."""
+    made = []
+    for i, o in enumerate(outputs):
+        phase = 1.7 * torch.arange(o.numel(), dtype=F64).reshape(o.shape) + call.seed % 1000 + i
+        weight = torch.polar(1 + phase.sin() / 2, phase) if o.is_complex() else 1.4 * phase.sin()
+        weight = settle(weight, call.dtype).to(o)
+        made.append(call.move(weight) if call.move else weight)
+    return made
+
+
+def evaluate(function, call, tensors, mode):
+    """{what: tensor}, of outputs, and of gradients or tangents in that mode."""
+    call_with = {name: t for name, t in tensors.items() if t is not None}
+
+    def run(*values):
+        given = call_with | dict(zip(call.wanted, values))
+        return as_tuple(function(**given, **call.options))
+
+    def loss(*values):
+        outputs = run(*values)
+        return weigh(outputs, weights_of(call, outputs))
+
+    values = [call_with[name] for name in call.wanted]
+    if mode == "no_grad":
+        with torch.no_grad():
+            return named(run(*values))
+    if mode == "inference":
+        with torch.inference_mode():
+            return named(run(*values))
+    if mode == "grad":
+        argnums = tuple(range(len(values)))
+        return named((), torch.func.grad(loss, argnums)(*values), call.wanted)
+    if mode == "jvp":
+        tangents = weights_of(call, values)
+        values = [v.contiguous() for v in values]  # torch's forward mode wants no stride of 0
+        outputs, moved = torch.func.jvp(run, tuple(values), tuple(tangents))
+        return named(outputs) | {f"tangent of {i}": t for i, t in enumerate(moved)}
+    if mode == "vmap of grad":
+        argnums = tuple(range(len(values)))
+        return named((), torch.vmap(torch.func.grad(loss, argnums))(*map(two_of, values)),
+                     call.wanted)
+    values = [v.detach().requires_grad_() for v in values]
+    if mode == "vmap":
+        values = [two_of(v.detach()).requires_grad_() for v in values]
+        outputs = torch.vmap(run)(*values)
+    elif mode == "checkpoint":
+        outputs = checkpoint(run, *values, use_reentrant=False)
+    elif mode == "saved on cpu":
+        with torch.autograd.graph.save_on_cpu():
+            outputs = run(*values)
+    elif mode == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = run(*values)
+    else:
+        outputs = run(*values)
+    weights = weights_of(call, outputs)
+    reached = [i for i, o in enumerate(outputs) if o.requires_grad]
+    if mode == "threads":
+        with ThreadPoolExecutor(3) as pool:
+            for others in pool.map(lambda _: run(*values), range(3)):
+                for o, other in zip(outputs, others):
+                    assert torch.equal(bits(o), bits(other)), "three callers at once, other bits"
+    if mode == "second":
+        grads = torch.autograd.grad([outputs[i] for i in reached], values,
+                                    [weights[i] for i in reached], create_graph=True)
+        total = weigh(grads, weights_of(call, grads))
+        # Linear in some tensors: nothing comes back to those.
+        grads = torch.autograd.grad(total, values, allow_unused=True, materialize_grads=True) if (
+            total.requires_grad) else [torch.zeros_like(v) for v in values]
+        return named(outputs, grads, call.wanted)
+    if mode == "backward twice":
+        torch.autograd.grad(outputs, values, weights, retain_graph=True)
+    return named(outputs, torch.autograd.grad(
+        [outputs[i] for i in reached], values, [weights[i] for i in reached]), call.wanted)
+
+
+def bits(t):
+    return t.detach().contiguous().flatten().view(torch.uint8)
+
+
+def two_of(t):
+    return torch.stack([t, -t])
+
+
+def named(outputs, grads=(), names=()):
+    made = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return made | {f"gradient of {name}": g.detach() for name, g in zip(names, grads)}
+
+
+def settle(t, dtype):
+    """A plain copy in the precision of dtype."""
+    return t.detach().resolve_conj().resolve_neg().to(
+        complex_dtype(dtype) if t.is_complex() else dtype, copy=True).contiguous()
+
+
+def storage(t):
+    """All bytes behind a tensor, those beside it too."""
+    return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
+
+
+def performed(call):
+    """The call in fastmix: its results, or the error it raised. AssertionError for what it must
+    not do whatever the implementation."""
+    plain = {name: t for name, t in call.tensors.items()
+             if isinstance(t, torch.Tensor) and type(t) is torch.Tensor
+             and t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized
+             and not t.is_nested}
+    before = {name: storage(t).clone() for name, t in plain.items()}
+    function = getattr(ops, call.operator)
+    try:
+        if call.wrong:
+            return named(as_tuple(function(**call.tensors, **call.options)))
+        if call.mode in ("fake", "meta"):
+            return elsewhere(function, call)
+        return evaluate(function, call, call.tensors, call.mode)
+    except REFUSALS as error:
+        return error
+    finally:
+        for name, t in plain.items():
+            assert torch.equal(storage(t), before[name]), f"{name} was modified"
+
+
+def elsewhere(function, call):
+    """Shapes and dtypes, forward and backward, of tensors without memory."""
+    with FakeTensorMode() if call.mode == "fake" else contextlib.nullcontext() as fake:
+        tensors = {name: t if t is None else fake.from_tensor(t) if fake else t.to("meta")
+                   for name, t in call.tensors.items()}
+        return evaluate(function, call, tensors, "plain")

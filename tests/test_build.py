@@ -1,0 +1,444 @@
+"""Compiling and loading the C++ kernels: compilers, flags, the cache, and what goes wrong there.
+
+Most tests use a stand-in for the compiler, which copies the library that the other tests run.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmix.native import build, library
+
+ROOT = Path(__file__).parent.parent
+TORCH = Path(torch.__file__).parent
+
+pytestmark = pytest.mark.skipif(build.compiler() is None or os.name != "posix",
+                                reason="no C++ compiler, or no shell to imitate one")
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """A library of these sources."""
+    return library.load()
+
+
+@pytest.fixture
+def stand_in(tmp_path, compiled, monkeypatch):
+    """Compiles nothing: notes its arguments in `calls`, and copies a library where one is linked.
+    The cache is empty, and this process has loaded nothing."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    path = script(folder / "c++", f"""echo "$@" >> {folder}/calls
+echo "+1 $(date +%s%N)" >> {folder}/times
+sleep ${{SLEEP:-0}}
+while [ $# -gt 0 ]; do
+    case "$1" in -o) made="$2" ;; -shared) linked=1 ;; esac
+    shift
+done
+if [ "$linked" ]; then cp {compiled} "$made"; else echo > "$made"; fi
+echo "-1 $(date +%s%N)" >> {folder}/times""")
+    monkeypatch.setenv("CXX", str(path))
+    monkeypatch.setenv("FASTMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setattr(library, "_failures", {})
+    return path
+
+
+def python(code, environment=None):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})})
+
+
+CALL = """
+import sys, warnings, torch, fastmix
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    out = fastmix.ops.cumulative_mean(torch.tensor([[1.0, 3.0]]))
+assert out.tolist() == [[1.0, 2.0]]
+print(len(caught), *(w.message for w in caught))
+"""
+
+
+# ---- compilers and flags
+
+
+def test_a_compiler_may_come_with_arguments(stand_in, tmp_path, monkeypatch):
+    spaced = script(tmp_path / "my compiler", 'exec "$@"')
+    launcher = script(stand_in.parent / "ccache", 'exec "$@"')
+    monkeypatch.setenv("PATH", str(stand_in.parent), prepend=os.pathsep)
+    for named, expected in ((f"{stand_in} -m64", [str(stand_in), "-m64"]),
+                            ("ccache c++", [str(launcher), "c++"]),
+                            (str(spaced), [str(spaced)]),
+                            (f"'{spaced}' c++ -m64", [str(spaced), "c++", "-m64"]),
+                            ("", [str(stand_in)]), ("  ", None), ("no-such", None),
+                            ("c++ '", None)):
+        monkeypatch.setenv("CXX", named)
+        monkeypatch.setenv("CUDACXX", named or "c++")
+        assert build.compiler() == expected, named
+        assert build.cuda_compiler() == expected, named
+        reason = build.why_not_compiled()
+        if expected is None:
+            assert reason == f"no C++ compiler was found: CXX is {named!r}, which is not a command"
+            assert f"CUDACXX is {named!r}" in build.why_not_compiled(cuda=True)
+        else:
+            assert reason is None
+    monkeypatch.setenv("CXX", "ccache c++ -m64")
+    build.build(tmp_path / "made.so", TORCH)
+    assert build.why_not_whole(tmp_path / "made.so") is None
+    calls = (stand_in.parent / "calls").read_text().splitlines()
+    assert all(call.startswith("-m64 ") for call in calls)
+
+
+def test_nvcc_is_given_the_compiler_that_a_launcher_calls():
+    assert build._host_compiler(["/usr/bin/g++"]) == ["-ccbin", "/usr/bin/g++"]
+    assert build._host_compiler(["/bin/ccache", "g++", "-m64"]) == [
+        "-ccbin", "g++", "-Xcompiler=-m64"]
+    assert build._host_compiler(["g++", "-m64"]) == ["-ccbin", "g++", "-Xcompiler=-m64"]
+
+
+def test_flags_of_the_environment_are_used_and_named(stand_in, tmp_path, monkeypatch):
+    plain = build.compiled_name()
+    monkeypatch.setenv("CXXFLAGS", '-O2 "-DNAME=a b"')
+    assert build.compiled_name() != plain
+    build.build(tmp_path / "made.so", TORCH)
+    calls = (stand_in.parent / "calls").read_text().splitlines()
+    assert all("-O2 -DNAME=a b" in call for call in calls)
+    monkeypatch.setenv("CXX", f"{stand_in} -m64")
+    with_argument = build.compiled_name()
+    monkeypatch.setenv("CXXFLAGS", "")
+    assert len({plain, with_argument, build.compiled_name()}) == 3
+    monkeypatch.setenv("CUDACXX", str(stand_in))
+    names = []
+    for flags in ("", "-lineinfo"):
+        monkeypatch.setenv("NVCC_PREPEND_FLAGS", flags)
+        names.append(build.compiled_name("cuda", ["-gencode=arch=compute_80,code=[sm_80]"]))
+    assert names[0] != names[1]
+    monkeypatch.setenv("CXXFLAGS", "'")
+    with pytest.raises(RuntimeError, match="CXXFLAGS cannot be split"):
+        build.build(tmp_path / "made.so", TORCH)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_compiler_may_speak_another_encoding(stand_in, tmp_path, monkeypatch, status):
+    command = script(tmp_path / "c++", f"printf 'ung\\374ltig\\n' >&2\n{stand_in} \"$@\"\n"
+                                       f"exit {status}")
+    monkeypatch.setenv("CXX", str(command))
+    if status:
+        with pytest.raises(RuntimeError, match="ended with status 1: ung\ufffdltig"):
+            build.build(tmp_path / "made.so", TORCH)
+        assert not (tmp_path / "made.so").exists()
+    else:
+        build.build(tmp_path / "made.so", TORCH)
+    assert build.output_of([str(command), "-o", str(tmp_path / "o")]) == ""  # prints to stderr
+
+
+def at_once(stand_in):
+    """How many compilers ran side by side at most."""
+    events = sorted((int(when), int(step)) for step, when in (
+        line.split() for line in (stand_in.parent / "times").read_text().splitlines()))
+    running, most = 0, 0
+    for _, step in events:
+        running += step
+        most = max(most, running)
+    return most
+
+
+def test_max_jobs_and_the_usable_cores_limit_compilation(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLEEP", "0.05")
+    monkeypatch.setenv("MAX_JOBS", "1")
+    build.build(tmp_path / "made.so", TORCH)
+    assert at_once(stand_in) == 1
+    monkeypatch.setenv("MAX_JOBS", "3")
+    build.build(tmp_path / "made.so", TORCH)
+    assert at_once(stand_in) == 3
+    for wrong in ("0", "-1", "many"):
+        monkeypatch.setenv("MAX_JOBS", wrong)
+        with pytest.raises(RuntimeError, match=f"MAX_JOBS must be a whole number.*got '{wrong}'"):
+            build.parallel_jobs()
+    monkeypatch.delenv("MAX_JOBS")
+    monkeypatch.setattr(build, "_quotas", lambda *folders: [])
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert build.parallel_jobs() == 3
+    monkeypatch.setattr(build, "_quotas", lambda *folders: [8.0, 1.5])
+    assert build.parallel_jobs() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(build, "_quotas", lambda *folders: [])
+    assert build.parallel_jobs() == 64
+
+
+def test_quotas_of_control_groups_and_their_parents(tmp_path):
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    assert build._quotas(own, root) == []
+    for folder, file, text in (("", "cpu.max", "max 100000"), ("a", "cpu.max", "250000 100000"),
+                               ("a/b", "cpu.max", "max 100000"),
+                               ("cpu,cpuacct/c", "cpu.cfs_quota_us", "50000"),
+                               ("cpu,cpuacct/c", "cpu.cfs_period_us", "100000"),
+                               ("cpu,cpuacct", "cpu.cfs_quota_us", "-1"),
+                               ("cpu,cpuacct", "cpu.cfs_period_us", "100000")):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / file).write_text(text + "\n")
+    own.write_text("0::/a/b\n")
+    assert build._quotas(own, root) == [2.5]
+    own.write_text("5:memory:/c\n4:cpu,cpuacct:/c\n0::/gone\n")
+    assert build._quotas(own, root) == [0.5]
+
+
+# ---- instruction sets
+
+
+@pytest.mark.skipif("avx512" not in build.INSTRUCTION_SETS, reason="not x86-64")
+def test_first_use_compiles_what_the_processor_has(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTMIX_INSTRUCTION_SETS")
+    cpuinfo = tmp_path / "cpuinfo"
+    everything = ("portable", "avx2", "avx512")
+    assert build.own_instruction_sets(cpuinfo) == everything  # nothing is known
+    for flags, best in (("fpu sse2", "portable"), ("avx avx2 fma", "portable"),
+                        ("avx avx2 fma f16c avx512f", "avx2"),
+                        ("avx2 fma f16c avx512f avx512dq avx512bw avx512vl", "avx512")):
+        cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\nbugs : \n")
+        assert build.own_instruction_sets(cpuinfo) == (best,)
+    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "all")
+    assert build.own_instruction_sets(cpuinfo) == everything
+    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "sse")
+    with pytest.raises(RuntimeError, match="FASTMIX_INSTRUCTION_SETS must be 'all'.*got 'sse'"):
+        build.own_instruction_sets(cpuinfo)
+
+
+@pytest.mark.skipif("avx512" not in build.INSTRUCTION_SETS, reason="not x86-64")
+def test_machines_that_share_a_home_have_a_library_each(stand_in, monkeypatch):
+    paths = []
+    for own in ("portable", "avx2"):
+        monkeypatch.setattr(build, "own_instruction_sets", lambda own=own: (own,))
+        assert library.existing("cpu") is None
+        paths.append(library._compiled("cpu"))
+        assert library.existing("cpu") == paths[-1]
+        assert paths[-1].name.startswith(f"cpu-{own}-")
+        calls = (stand_in.parent / "calls").read_text()
+        (stand_in.parent / "calls").unlink()
+        assert f"-DFASTMIX_CPU={own} " in calls and calls.count("-DFASTMIX_CPU=") == len(
+            [file for file in (ROOT / "csrc/cpu").glob("*.cpp") if "FASTMIX_CPU" in
+             file.read_text()])
+        assert f"-DFASTMIX_ONLY={own} -DFASTMIX_ONLY_INDEX=" in calls
+    # One of all instruction sets serves every machine.
+    monkeypatch.setattr(build, "own_instruction_sets", lambda: tuple(build.INSTRUCTION_SETS))
+    everything = library._compiled("cpu")
+    assert everything.name.startswith("cpu-all-")
+    assert "-DFASTMIX_ONLY" not in (stand_in.parent / "calls").read_text()
+    monkeypatch.setattr(build, "own_instruction_sets", lambda: ("avx512",))
+    assert library.existing("cpu") == everything
+
+
+# ---- what goes wrong
+
+
+DAMAGES = {"empty": lambda data: b"", "cut short": lambda data: data[: len(data) * 9 // 10],
+           "zeros": lambda data: data[:4096] + bytes(len(data) - 4096)}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_not_loaded_but_compiled_again(stand_in, damage):
+    path = library._compiled("cpu")
+    assert library.existing("cpu") == path
+    data = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](data))
+    assert library.existing("cpu") is None and library.why_not("cpu") is None
+    with pytest.warns(RuntimeWarning, match=f"again: {path} is damaged"):
+        assert library._compiled("cpu") == path
+    assert path.read_bytes() == data and library.existing("cpu") == path
+    build.checksum_file(path).unlink()
+    with pytest.warns(RuntimeWarning, match=f"again: {path} has no checksum"):
+        assert library._compiled("cpu") == path
+
+
+def test_a_process_survives_a_damaged_library(stand_in):
+    path = library._compiled("cpu")
+    path.write_bytes(DAMAGES["zeros"](path.read_bytes()))
+    without = python(CALL, {"CXX": "no-such-compiler"})
+    assert without.returncode == 0, without.stderr
+    assert f"1 fastmix runs its pure PyTorch fallback on the CPU: {path} is damaged" in (
+        without.stdout.replace("the C++ kernels could not be built or loaded: ", ""))
+    ran = python(CALL)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(f"1 fastmix compiles its kernels again: {path} is damaged")
+    assert python(CALL).stdout == "0\n"
+
+
+def test_a_damaged_library_built_ahead_is_not_loaded(stand_in, tmp_path, monkeypatch):
+    ahead = tmp_path / "ahead.so"
+    monkeypatch.setattr(build, "name_built_ahead", lambda cuda: str(ahead))
+    build.build(ahead, TORCH)
+    assert library.existing("cpu") == ahead
+    library.cache_folder().mkdir(mode=0o700)
+    library.cache_folder().chmod(0o777)  # no matter: the cache is not looked at
+    assert library.existing("cpu") == ahead
+    library.cache_folder().chmod(0o700)
+    ahead.write_bytes(b"")
+    assert library.existing("cpu") is None
+    with pytest.warns(RuntimeWarning, match=f"again: {ahead} is damaged"):
+        path = library._compiled("cpu")
+    assert library.existing("cpu") == path != ahead
+
+
+def test_a_full_disk_leaves_nothing_behind(stand_in, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RuntimeError, match="could not be built or loaded.*No space left"):
+        library.load("cpu")
+    assert [path.name for path in library.cache_folder().iterdir()] == [".lock"]
+
+
+def test_others_stop_where_one_compiler_fails(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "2")
+    monkeypatch.setenv("CXX", str(script(
+        tmp_path / "c++", 'case "$*" in *portable*) exec sleep 60 ;; esac; exit 1')))
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        build.build(tmp_path / "made.so", TORCH)
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
+def test_ctrl_c_stops_the_compilers_and_the_next_call_starts_anew(stand_in):
+    code = """
+import os, signal, torch, fastmix
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+os.environ["SLEEP"] = "60"
+try:
+    fastmix.ops.cumulative_mean(torch.tensor([[1.0, 3.0]]))
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+os.environ["SLEEP"] = "0"
+assert fastmix.ops.cumulative_mean(torch.tensor([[1.0, 3.0]])).tolist() == [[1.0, 2.0]]
+from fastmix.native import library
+print(len(library._loaded))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.PIPE,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as run:
+        assert "compiling its kernels, 0 of" in run.stderr.readline()
+        while not (stand_in.parent / "times").exists():
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        out, err = run.communicate(timeout=60)
+    assert out == "interrupted\n1\n" and time.monotonic() - start < 50, err
+    assert not list(library.cache_folder().glob(".building-*"))
+
+
+def test_sixteen_processes_at_first_use_compile_once(stand_in):
+    ran = python("""
+import os, torch, fastmix
+torch.set_num_threads(1)
+children = []
+for _ in range(16):
+    child = os.fork()
+    if child == 0:
+        out = fastmix.ops.cumulative_mean(torch.tensor([[1.0, 3.0]]))
+        from fastmix.native import library
+        os._exit(0 if out.tolist() == [[1.0, 2.0]] and library._loaded else 1)
+    children.append(child)
+assert [os.waitpid(child, 0)[1] for child in children] == [0] * 16
+""", {"SLEEP": "0.1"})
+    assert ran.returncode == 0, ran.stderr
+    calls = (stand_in.parent / "calls").read_text().splitlines()
+    assert sum("-shared" in call for call in calls) == 1
+    assert ran.stderr.count("compiling its kernels, 0 of") == 1
+    assert "another process is compiling the kernels, this one waits" in ran.stderr
+
+
+def test_a_cache_of_another_user_is_refused(stand_in, monkeypatch):
+    folder = library.cache_folder()
+    folder.mkdir(mode=0o700)
+    if os.getuid() == 0:
+        os.chown(folder, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert library.why_not("cpu") == (
+        f"{folder} belongs to another user: set FASTMIX_CACHE to a directory of your own")
+    with pytest.raises(RuntimeError, match="belongs to another user"):
+        library.load("cpu")
+
+
+def test_a_cache_that_cannot_be_written_to_is_refused(stand_in, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTMIX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(RuntimeError, match=f"the cache directory {tmp_path}/file/cache cannot be "
+                                           "written to"):
+        library.load("cpu")
+    monkeypatch.setattr(library, "_failures", {})
+    monkeypatch.setenv("FASTMIX_CACHE", str(tmp_path / "new"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert "cannot be written to (set FASTMIX_CACHE" in library.why_not("cpu")
+
+
+def test_a_cache_that_cannot_be_made_is_named(stand_in, tmp_path, monkeypatch):
+    """As in /proc, where root may write and yet makes nothing."""
+    def refuse(folder, **options):
+        raise FileNotFoundError(2, "No such file or directory", str(folder.parent))
+
+    monkeypatch.setenv("FASTMIX_CACHE", str(tmp_path / "new" / "cache"))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(RuntimeError, match=f"the cache directory {tmp_path}/new/cache cannot be "
+                                           "made: .*set FASTMIX_CACHE"):
+        library.load("cpu")
+
+
+def test_a_user_without_a_home_is_told_what_to_set(stand_in, monkeypatch):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTMIX_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    assert "no home directory" in library.why_not("cpu")
+    assert "set FASTMIX_CACHE" in library.why_not("cpu")
+
+
+
+# ---- importing again
+
+
+def test_importing_again_after_sys_modules_was_cleared(tmp_path):
+    ran = python("""
+import sys, torch
+import fastmix, fastmix.nn
+first = fastmix
+for name in [name for name in sys.modules if name.partition(".")[0] == "fastmix"]:
+    del sys.modules[name]
+import fastmix
+assert fastmix is first and sys.modules["fastmix"] is first
+assert fastmix.ops.cumulative_mean(torch.ones(1, 2)).tolist() == [[1.0, 1.0]]
+from fastmix.ops import gate_loop
+import fastmix.nn
+assert gate_loop is fastmix.ops.gate_loop
+fastmix.nn.GateLoopTransformer(num_tokens=4, dim=8, depth=1)(torch.zeros(1, 3, dtype=torch.long))
+del sys.modules["fastmix"]
+import fastmix
+assert fastmix is first
+""")
+    assert ran.returncode == 0, ran.stderr
+    (tmp_path / "fastmix").symlink_to(ROOT / "fastmix")
+    other = python(f"""
+import sys, fastmix
+for name in [name for name in sys.modules if name.partition(".")[0] == "fastmix"]:
+    del sys.modules[name]
+sys.path.insert(0, {str(tmp_path)!r})
+import fastmix
+""")
+    assert "cannot be registered twice: import" in other.stderr.splitlines()[-1]
+    assert "in a new process" in other.stderr.splitlines()[-1]

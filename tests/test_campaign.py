@@ -1,0 +1,40 @@
+"""A minute of random calls, other ones every time, and the same under sanitizers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastmix.native import build
+
+CAMPAIGN = Path(__file__).parent / "campaign.py"
+
+
+def run(*options):
+    # Which instruction sets it compiles it chooses itself: under sanitizers only this machine's.
+    environment = {name: value for name, value in os.environ.items()
+                   if name != "FASTMIX_INSTRUCTION_SETS"}
+    ran = subprocess.run([sys.executable, CAMPAIGN, *options], capture_output=True, text=True,
+                         env=environment)
+    if "the compiler has no lib" in ran.stderr:
+        pytest.skip(ran.stderr.strip())
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
+    print(ran.stdout)  # the seed, and what was counted
+
+
+@pytest.mark.long
+def test_a_minute_of_random_calls():
+    """None kills its process, hangs, or writes to its arguments."""
+    run("--minutes", "1", "--processes", "2", "--fatal", "crash", "hang", "modified")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+def test_sanitizers_find_nothing_in_2000_random_calls():
+    """Or in as many as three minutes allow."""
+    run("--sanitize", "address", "--minutes", "3", "--calls", "290", "--processes", "2",
+        "--operators", *("linear_scan gate_loop decay_conv fft_conv windowed_sgu causal_sgu "
+                         "cumulative_mean").split(),
+        "--implementations", "portable", "avx2", "avx512", "--fatal", "crash", "hang", "modified")

@@ -1,0 +1,299 @@
+"""C++, each instruction set, and pure PyTorch against definitions at the edges of the numbers."""
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+
+import fastmix
+from fastmix import ops, reference
+from fastmix.native import build, library
+
+INF, NAN = float("inf"), float("nan")
+ROOT_HALF = 0.5 ** 0.5
+REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["fallback", *library.INSTRUCTION_SETS])
+def implementation(request):
+    if request.param == "fallback":
+        with fastmix.force("fallback"):
+            yield
+        return
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    if library.INSTRUCTION_SETS.index(request.param) > library.best_instruction_set():
+        pytest.skip(f"this machine has no {request.param}")
+    library.choose_instruction_set(request.param)
+    with fastmix.force("native"):
+        yield
+    library.choose_instruction_set()
+
+
+def gates_and_gradients(logits):
+    """The gates of logits (…, 2), as gate_loop's states show them, and the gradients of the logits.
+
+    The gates are 19 heads of one step, and heads of 2 x 3, which run different kernels."""
+    for dk, dv in ((1, 1), (2, 3)):
+        z = logits.clone().requires_grad_()
+        h = z.shape[0]
+        k, v = z.new_zeros(1, 1, h, dk), z.new_zeros(1, 1, h, dv)
+        wide = torch.promote_types(z.dtype, torch.complex64)
+        _, state = ops.gate_loop(k, k, v, gate_logits=z[None, None], return_state=True,
+                                 initial_state=torch.ones(1, h, dk, dv, dtype=wide))
+        weight = torch.complex(torch.tensor(1.0), torch.tensor(-2.0)).to(wide)
+        grad, = torch.autograd.grad((state * weight).real.sum(), z)
+        yield state[0, :, 0, 0].detach(), grad / (dk * dv)
+
+
+# ---- logits
+
+
+@pytest.mark.parametrize("dtype", REAL)
+def test_a_gate_of_infinite_logits_is_their_direction(implementation, dtype):
+    cases = {(INF, 0): 1, (-INF, 0): -1, (0, INF): 1j, (0, -INF): -1j, (INF, 5): 1, (-3, -INF): -1j,
+             (INF, INF): (1 + 1j) * ROOT_HALF, (-INF, INF): (-1 + 1j) * ROOT_HALF,
+             (INF, -INF): (1 - 1j) * ROOT_HALF, (0, 0): 0.5}
+    cases |= {(float(i), 1.0): None for i in range(9)}  # ordinary neighbours of a vector
+    logits = torch.tensor(list(cases), dtype=dtype)
+    defined = reference.gate_from_logits(logits)
+    for gates, grad in gates_and_gradients(logits):
+        assert torch.allclose(gates, defined.to(gates.dtype), atol=1e-6)
+        for gate, expected in zip(gates.tolist(), cases.values(), strict=True):
+            assert expected is None or abs(gate - expected) < 1e-6
+        assert grad.isfinite().all()
+        assert (grad[logits.isinf().any(-1)] == 0).all()
+        assert (grad[10:] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", REAL)
+def test_a_nan_in_a_logit_stays_one(implementation, dtype):
+    logits = torch.tensor([(NAN, 0), (0, NAN), (NAN, INF), (INF, NAN), (NAN, 1e4), (1, 1)],
+                          dtype=dtype)
+    for gates, grad in gates_and_gradients(logits):
+        assert gates[:-1].isnan().all() and gates[-1].isfinite()
+        assert grad[:-1].isnan().all() and grad[-1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float64, 1.7e308), (torch.float32, 3.3e38)])
+def test_logits_whose_length_is_beyond_all_numbers(implementation, dtype, size):
+    logits = size * torch.tensor([(1, 1), (-1, 1), (1, 0), (0.6, -0.8), (1, -1)], dtype=dtype)
+    direction = torch.nn.functional.normalize(logits / size, dim=-1)
+    for gates, grad in gates_and_gradients(logits):
+        assert torch.allclose(torch.view_as_real(gates), direction, atol=1e-6)
+        assert grad.isfinite().all()
+
+
+# ---- gate_loop far from 1
+
+
+def step_by_step(q, k, v, gates, state, grad):
+    """The definition in the tensors' own dtype: outputs, and all gradients by autograd."""
+    tensors = [t.clone().requires_grad_() for t in (q, k, v, gates, state)]
+    q, k, v, gates, state = tensors
+    out, last = reference.gate_loop(q, k, v, gates, initial_state=state, return_state=True)
+    return out, last, *torch.autograd.grad(out, tensors, grad)
+
+
+@pytest.mark.parametrize("dk, dv", [(1, 1), (3, 5), (24, 20)])
+@pytest.mark.parametrize("query, key, value, grad_size", [
+    (1e20, 1e20, 1e-10, 1e-20), (1e-25, 1e-25, 1e20, 1e20), (1e35, 1e8, 1e-15, 1e-20),
+    (1e-10, 1e30, 1e-15, 1.0), (1e20, 1e-38, 1e20, 1e-10)])
+def test_gate_loop_is_finite_where_its_steps_are(
+        implementation, dk, dv, query, key, value, grad_size):
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    b, n, h = 2, 70, 2
+    q, k = query * random(b, n, h, dk), key * random(b, n, h, dk)
+    v, grad = value * random(b, n, h, dv), grad_size * random(b, n, h, dv)
+    gates = 0.6 * torch.complex(random(b, n, h), random(b, n, h)).sgn()
+    state = key * value * torch.complex(random(b, h, dk, dv), random(b, h, dk, dv))
+    k[:, 1::3] *= 1e-7  # sizes differ from step to step
+    defined = step_by_step(q, k, v, gates, state, grad)
+    tensors = [t.clone().requires_grad_() for t in (q, k, v, gates, state)]
+    out, last = ops.gate_loop(*tensors[:4], initial_state=tensors[4], return_state=True)
+    computed = out, last, *torch.autograd.grad(out, tensors, grad)
+    for ours, theirs in zip(computed, defined, strict=True):
+        assert theirs.isfinite().all() and ours.isfinite().all()
+        scale = theirs.abs().max()
+        assert (ours / scale - theirs / scale).abs().max() < 3e-5
+
+
+# ---- what is not finite
+
+
+def not_finite(n):
+    """{operator: its arguments}, whose steps are n; time is axis 1."""
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
+    gates = 0.9 * torch.complex(random(2, n, 2), random(2, n, 2)).sgn()
+    return {
+        "linear_scan": {"gates": gates, "inputs": torch.complex(random(2, n, 2), random(2, n, 2))},
+        "decay_conv": {"x": random(2, n, 2, 3), "decay": torch.tensor([0.5, 0.9]).double(),
+                       "gain": random(2)},
+        "cumulative_mean": {"x": random(2, n, 3)},
+        "gate_loop": {"q": random(2, n, 2, 3), "k": random(2, n, 2, 3), "v": random(2, n, 2, 4),
+                      "gates": gates},
+        "causal_sgu": {"x": random(2, n, 12), "weight": random(3, n + 1, n + 1),
+                       "bias": random(3, n + 1), "gate_residual": random(2, n, 6)},
+        "windowed_sgu": {"x": random(2, n, 12), "weight": random(3, 8, 16),
+                         "bias": random(3, 8), "gate_residual": random(2, n, 6)}}
+
+
+@pytest.mark.parametrize("operator", list(not_finite(1)))
+def test_what_is_not_finite_reaches_what_depends_on_it_alone(implementation, operator):
+    """NaN or infinity at a step of any argument, or of the gradient that arrives."""
+    n = 20
+    tensors = not_finite(n)[operator]
+    names = [*(name for name, t in tensors.items() if t.shape[:2] == (2, n)), "grad"]
+    for name, value in zip(names, itertools.cycle([NAN, INF])):
+        results = []
+        for function in (getattr(ops, operator), getattr(reference, operator)):
+            leaves = {name: t.clone() for name, t in tensors.items()}
+            if name != "grad":
+                leaves[name][0, 11, ..., 0] = value
+            out = function(**{name: t.requires_grad_() for name, t in leaves.items()})
+            grad = torch.ones_like(out)
+            if name == "grad":
+                grad[0, 11, ..., 0] = value
+            results.append([out, *torch.autograd.grad(out, list(leaves.values()), grad)])
+        for what, ours, defined in zip(["out", *tensors], *results, strict=True):
+            assert torch.equal(ours.isfinite(), defined.isfinite()), (name, what)
+            finite = defined.isfinite()
+            assert torch.allclose(ours[finite], defined[finite]), (name, what)
+
+
+# ---- layer norms
+
+
+@pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
+def test_the_norm_of_equal_numbers_is_zero(implementation, operator):
+    """Their mean is one of them, to the last digit: its rounding would grow by 1 / √eps."""
+    for c in (3, 5, 23):
+        x = torch.randn(4, 1, 1).expand(4, 8, 2 * c)
+        weight = torch.ones(1, 8, 16 if operator == "windowed_sgu" else 8)
+        out = getattr(ops, operator)(x, weight, torch.zeros(1, 8))
+        assert (out == 0).all()
+
+
+@pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
+@pytest.mark.parametrize("size", [1e20, 1e38])
+def test_the_norm_of_numbers_whose_squares_overflow(implementation, operator, size):
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(2, 40, 12, generator=generator).clamp(-3, 3)
+    x[:, :, :6] /= size  # res
+    x[:, ::3] *= size / 3  # other steps are ordinary
+    w = 16 if operator == "windowed_sgu" else 40
+    weight = torch.randn(3, w, 2 * w if operator == "windowed_sgu" else w, generator=generator)
+    norm_weight = torch.randn(6, generator=generator)
+    results = []
+    for function, dtype in ((getattr(ops, operator), torch.float32),
+                            (getattr(reference, operator), torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, norm_weight)]
+        out = function(*leaves[:2], torch.zeros(3, w, dtype=dtype), norm_weight=leaves[2],
+                       norm_bias=leaves[2])
+        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for ours, exact in zip(*results, strict=True):
+        largest = exact.abs().amax(-1, keepdim=True)  # steps and rows differ much in size
+        assert ((ours - exact).abs() <= 2e-5 * largest).all()
+
+
+
+
+@pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("size", [1, 0.1, 1e-2, 1e-4, 1e-6])
+def test_the_norm_of_one_or_two_channels(implementation, operator, channels, size):
+    """The gradient of a small gate is as exact as the definition's in float32."""
+    generator = torch.Generator().manual_seed(5)
+    b, n, w = 64, 1, 64
+    x = size * torch.randn(b, n, 2 * channels, generator=generator)
+    columns = 2 * w if operator == "windowed_sgu" else w
+    weight, bias = (torch.randn(*s, generator=generator) for s in ((1, w, columns), (1, w)))
+    grad = torch.randn(b, n, channels, generator=generator)
+
+    def gradient(run, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        out = run(leaf, weight.to(dtype), bias.to(dtype))
+        grad_x, = torch.autograd.grad(out, leaf, grad.to(dtype))
+        return grad_x[..., channels:].double()  # of the gate
+
+    exact = gradient(getattr(reference, operator), torch.float64)
+    plain = (gradient(getattr(reference, operator), torch.float32) - exact).norm()
+    ours = (gradient(getattr(ops, operator), torch.float32) - exact).norm()
+    assert ours <= 2 * plain
+
+
+# ---- many calls
+
+
+class Allocated(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "in_maps", "usmblks", "fsmblks", "in_use",
+        "fordblks", "keepcost")]
+
+
+@pytest.mark.skipif(build.compiler() is None or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+                    reason="no C++ compiler, or not glibc 2.33")
+@pytest.mark.parametrize("operator", list(not_finite(1)))
+def test_calls_of_kernels_leave_no_memory_behind(operator):
+    """Torch's own conversion of a string argument leaves 48 bytes."""
+    memory = ctypes.CDLL(None)
+    memory.mallinfo2.restype = Allocated
+    tensors = not_finite(3)[operator]
+
+    def grown(calls):
+        before = memory.mallinfo2().in_use
+        for _ in range(calls):
+            getattr(ops, operator)(**tensors)
+        return (memory.mallinfo2().in_use - before) / calls
+
+    with fastmix.force("native"), torch.no_grad():
+        grown(50)
+        assert min(grown(200) for _ in range(3)) < 16
+
+
+# ---- gating units and NaN
+
+
+def _unit(operator):
+    x = torch.randn(2, 9, 8)
+    weight = torch.randn(2, 9, 9) if operator == "causal_sgu" else torch.randn(2, 5, 10)
+    return x, weight, torch.randn(2, weight.shape[1])
+
+
+@pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
+def test_a_nan_that_enters_from_a_state_on_reaches_no_earlier_step(operator):
+    x, weight, bias = _unit(operator)
+    x[1, 6] = NAN
+    run = getattr(ops, operator)
+    first, state = run(x[:, :3], weight, bias, return_state=True)
+    rest = run(x[:, 3:], weight, bias, initial_state=state)
+    expected = getattr(reference, operator)(x, weight, bias)
+    assert torch.equal(rest.isnan(), expected[:, 3:].isnan()) and rest[0].isfinite().all()
+    assert torch.allclose(rest[:, :3], expected[:, 3:6], atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
+def test_gradients_inside_vmap_keep_a_nan_and_large_gates_where_they_are(operator):
+    x, weight, bias = _unit(operator)
+    x[0, 6, 4:] = NAN
+    x[1, :, 4:] *= 1e25  # whose squares overflow
+
+    def gradients(function):
+        def loss(x, weight):
+            return function(x[None], weight, bias).sum()
+
+        return torch.vmap(torch.func.grad(loss, (0, 1)), (0, None))(x, weight)
+
+    for grad, e in zip(gradients(getattr(ops, operator)),
+                       gradients(getattr(reference, operator)), strict=True):
+        assert torch.equal(grad[0].isnan(), e[0].isnan()) and not grad[0].isnan().all()
+    exact = torch.func.grad(lambda w: getattr(reference, operator)(
+        x[1:].double(), w, bias.double()).sum())(weight.double())
+    assert torch.allclose(grad[1].double(), exact, atol=1e-4)

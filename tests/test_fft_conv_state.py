@@ -1,0 +1,125 @@
+"""fft_conv in pieces, from state to state, against the definition at once."""
+
+import random
+
+import pytest
+import torch
+
+import fastmix
+from cases import distance
+from fastmix import ops, reference
+from refusal import check_refusal
+
+KINDS = ["shared", "per sample", "short", "one lag", "revealed"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def draw(kind, n, dtype=torch.float64):
+    m = {"short": 30, "one lag": 1}.get(kind, n)
+    kernel = torch.randn(*(() if kind == "shared" else (2,)), m, 2, dtype=dtype) / m**0.5
+    return torch.randn(2, n, 2, 3, dtype=dtype), kernel, torch.randn(2, 3, dtype=dtype)
+
+
+def in_pieces(kind, x, kernel, skip, pieces, state=None, start=0):
+    outputs = []
+    for n in pieces:
+        stop = start + n
+        lags = kernel[:, start:stop] if kind == "revealed" else kernel
+        y, state = ops.fft_conv(x[:, start:stop], lags, skip, revealed=kind == "revealed",
+                                initial_state=state, return_state=True)
+        outputs.append(y)
+        start = stop
+    return torch.cat(outputs, 1), state
+
+
+def pieces_of(size, n):
+    return [size] * (n // size) + [n % size] * (n % size > 0)
+
+
+def at_random(n):
+    pieces = []
+    while sum(pieces) < n:
+        pieces.append(min(random.choice([1, 1, 2, 5, 31, 64, 90]), n - sum(pieces)))
+    return pieces
+
+
+@every_kind
+def test_any_pieces_are_the_whole(kind):
+    n = 211
+    tensors = draw(kind, n)
+    expected = reference.fft_conv(*tensors)
+    for pieces in (*(pieces_of(size, n) for size in (1, 2, 7, 97, n)), at_random(n)):
+        y, state = in_pieces(kind, *tensors, pieces)
+        assert distance(y, expected) < 1e-12, pieces
+        assert sum(part.shape[1] for part in (state.x, *(b.x for b in state.blocks))) <= n
+
+
+@pytest.mark.long
+@every_kind
+def test_blocks_merge_after_a_prompt(kind):
+    """Of 800 steps: the epoch has 200, so blocks of 64 and 128."""
+    n, prompt = 1030, 800
+    tensors = draw(kind, n)
+    y, _ = in_pieces(kind, *tensors, [prompt, *[1] * 70, *[20] * 6, *[1] * 40])
+    expected = reference.fft_conv(*tensors)
+    assert distance(y, expected) < 1e-12
+
+
+@every_kind
+def test_gradients_flow_through_states(kind):
+    n = 150
+    leaves = [t.requires_grad_() for t in draw(kind, n)]
+    weight = torch.randn(2, n, 2, 3, dtype=torch.float64)
+    y, _ = in_pieces(kind, *leaves, [3, 1, 1, 80, *[1] * 8, 57])
+    actual = torch.autograd.grad((y * weight).sum(), leaves)
+    expected = torch.autograd.grad((reference.fft_conv(*leaves) * weight).sum(), leaves)
+    for f, e in zip(actual, expected, strict=True):
+        assert distance(f, e) < 1e-11
+
+
+@pytest.mark.parametrize("kind", ["shared", "revealed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_numbers(kind, dtype):
+    n = 150
+    tensors = draw(kind, n, dtype)
+    y, state = in_pieces(kind, *tensors, [80, *[1] * 5, 65])
+    expected = reference.fft_conv(*(t.double() for t in tensors))
+    assert y.dtype == dtype and state.tail.dtype == torch.float32
+    assert distance(y, expected) < 4 * torch.finfo(dtype).eps
+
+
+def test_a_state_is_continued_twice_and_chosen_by_rows():
+    x, kernel, skip = draw("revealed", 100)
+    _, state = in_pieces("revealed", x, kernel, skip, [70, 3])
+    once, _ = in_pieces("revealed", x, kernel, skip, [1] * 10, state, 73)
+    again, _ = in_pieces("revealed", x, kernel, skip, [10], state, 73)
+    assert distance(once, again) < 1e-12
+    rows = [1, 1, 0]
+    chosen, _ = in_pieces("revealed", x[rows], kernel[rows], skip, [2] * 5,
+                          fastmix.select_rows(state, rows), 73)
+    assert distance(chosen, once[rows]) < 1e-12
+
+
+def refusals():
+    x, kernel, _ = draw("revealed", 9)
+    _, state = ops.fft_conv(x, kernel, revealed=True, return_state=True)
+    more = {"initial_state": state, "revealed": True}
+    return {
+        "lags of other steps": ((x[:, :1], kernel), more, ValueError,
+                                r"with revealed=True kernel must have shape \(b, n, h\) = \(2, 1,"),
+        "one kernel for all": ((x, kernel[0]), more, ValueError, r".*got \(9, 2\)"),
+        "another kind": ((x, kernel), {"initial_state": state}, ValueError,
+                         "initial_state comes from a call with revealed=True"),
+        "another type": ((x, kernel), {"initial_state": x}, TypeError,
+                         "initial_state must be an FFTConvState.*got Tensor"),
+        "another batch": ((x[:1], kernel[:1]), more, ValueError, r"initial_state.x must have"),
+        "another dtype": ((x.float(), kernel.float()), more, TypeError,
+                          "initial_state.x must be.*got float64"),
+        "no flag": ((x, kernel), {"revealed": 1}, TypeError, "revealed must be True or False"),
+    }
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_refuses(name):
+    arguments, keywords, error, message = refusals()[name]
+    check_refusal(ops.fft_conv, arguments, keywords, error, message)

@@ -1,0 +1,75 @@
+"""fastmix.nn.gss beside the published gated-state-spaces-pytorch 0.1.0."""
+
+import functools
+
+import gated_state_spaces_pytorch.gss as published
+import pytest
+import torch
+
+from fastmix import _torch_private
+from fastmix.nn import gss
+from twins import assert_loads_both_ways, assert_near, assert_twins, build_from, dtypes
+
+build = functools.partial(build_from, gss, published)
+
+
+@dtypes
+@pytest.mark.parametrize("n", [1, 13, gss.BLOCK + 1])
+@pytest.mark.parametrize("exponentiate", [True, False])
+def test_dss(exponentiate, n, dtype):
+    pair = build("DSS", dim=4, kernel_N=6, dss_kernel_lambda_imag_exp=exponentiate)
+    assert_twins(*pair, dtype, torch.randn(2, n, 4))
+
+
+def test_kernels_in_one_product_and_in_blocks_are_one(monkeypatch):
+    """At rates that die out in the first block, in a later one, and never."""
+    re = torch.tensor([-3.0, -0.5, -1e-4], dtype=torch.float64, requires_grad=True)
+    im = torch.tensor([1.0, 20.0, 0.1], dtype=torch.float64, requires_grad=True)
+    c = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    n = 4 * gss.BLOCK + 3
+    results = []
+    for readable in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(gss, "_is_readable", lambda x, readable=readable: readable)
+            kernel = gss._kernel(re, im, c, n)
+        results.append((kernel, *torch.autograd.grad(
+            kernel.square().sum(), (re, im, c))))
+    for one, other in zip(*results):
+        assert_near(one, other)
+    powers = torch.exp(torch.complex(re, im) * torch.arange(n)[:, None])
+    rates = torch.complex(re, im)
+    exact = (powers @ (torch.complex(*c) * (rates.exp() - 1) / rates).T).real
+    assert_near(results[0][0][:n], exact)
+
+
+def test_vmap_reads_no_values():
+    seen = []
+    torch.vmap(lambda x: seen.append(gss._is_readable(x)) or x)(torch.ones(2, 3))
+    assert seen == [False] and gss._is_readable(torch.ones(3))
+    assert not _torch_private.transforms_active()
+
+
+@dtypes
+@pytest.mark.parametrize("arguments", [
+    dict(dim=6, dss_kernel_N=5, dss_kernel_H=7),
+    dict(dim=5, dss_kernel_N=3, dss_kernel_H=4, dim_expansion_factor=1.5, reverse_seq=True,
+         dss_kernel_lambda_imag_exp=False),
+], ids=str)
+def test_gss(arguments, dtype):
+    assert_twins(*build("GSS", **arguments), dtype, torch.randn(2, 17, arguments["dim"]))
+
+
+LM = dict(num_tokens=11, dim=6, depth=2, dss_kernel_N=5, dss_kernel_H=4)
+
+
+@dtypes
+def test_language_model(dtype):
+    tokens = torch.randint(0, 11, (2, 9))
+    assert_twins(*build("GatedStateSpacesLM", **LM), dtype, tokens)
+    ours, theirs = (model.to(dtype) for model in build("GatedStateSpacesLM", **LM))
+    assert_near(ours(tokens, labels=tokens), theirs(tokens, labels=tokens))
+
+
+def test_checkpoints_load_both_ways():
+    pair = build("GatedStateSpacesLM", **LM)
+    assert_loads_both_ways(*(m.double() for m in pair), torch.randint(0, 11, (2, 9)), False)

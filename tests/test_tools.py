@@ -1,0 +1,143 @@
+"""What exports and torch's own tools see: plain aten, counts of operations, names."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastmix
+from cases import distance
+from fastmix import ops
+from fastmix.ops._flops import FORMULAS
+from fastmix.ops._register import OPERATORS
+from test_models import MODELS, build
+
+
+def targets(program):
+    return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
+def test_decomposes_to_aten(name):
+    model = build(name).eval()
+    tokens = torch.randint(0, 32, (2, 19))
+    with fastmix.decompose():
+        program = torch.export.export(model, (tokens,)).run_decompositions()
+    others = {t for t in targets(program) if not t.startswith("aten.") and "getitem" not in t}
+    assert not others
+    with torch.no_grad():
+        assert distance(program.module()(tokens), model(tokens)) < 1e-12
+
+
+def test_exports_have_operators_otherwise():
+    model, tokens = build("MetaformerGPT").eval(), torch.randint(0, 32, (1, 5))
+    with fastmix.decompose():
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    assert any("fastmix" in t for t in targets(torch.export.export(model, (tokens,))))
+
+
+# counts
+
+B, N, H, D, M, W = 2, 11, 3, 4, 6, 5
+
+
+def leaf(*shape, dtype=None):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def pairs(window, before):
+    """What the mask of a gating unit shows, counted one by one."""
+    return sum(1 for t in range(N) for s in range(N)
+               if s <= t and t // window - s // window <= before)
+
+
+TRANSFORM = 2.5 * 16 * 4  # 11 + 6 - 1 numbers need 16
+COUNTS = {  # operator: a call, its count and that of its backward
+    "linear_scan": (lambda: ops.linear_scan(leaf(B, N, H), leaf(B, N, H)),
+                    2 * B * N * H, 4 * B * N * H),
+    "gate_loop": (lambda: ops.gate_loop(
+        *(leaf(B, N, H, D) for _ in range(3)), gate_logits=leaf(B, N, H, 2)),
+        10 * B * N * H * D * D, 22 * B * N * H * D * D),
+    "decay_conv": (lambda: ops.decay_conv(leaf(B, N, H, D), torch.rand(H), leaf(H)),
+                   3 * B * N * H * D, 7 * B * N * H * D),
+    "cumulative_mean": (lambda: ops.cumulative_mean(leaf(B, N, D)), 2 * B * N * D, 2 * B * N * D),
+    "fft_conv": (
+        lambda: ops.fft_conv(leaf(B, N, H, D), leaf(M, H), leaf(H, D)),
+        B * H * D * (2 * TRANSFORM + 3 * 16) + H * TRANSFORM + 2 * B * N * H * D,
+        B * H * D * (3 * TRANSFORM + 6 * 16) + 2 * H * TRANSFORM + 4 * B * N * H * D),
+    "windowed_sgu": (lambda: ops.windowed_sgu(leaf(B, N, 2 * H), leaf(1, W, 2 * W), leaf(1, W)),
+                     2 * B * H * pairs(W, 1), 4 * B * H * pairs(W, 1)),
+    "causal_sgu": (lambda: ops.causal_sgu(leaf(B, N, 2 * H), leaf(1, 13, 13), leaf(1, 13)),
+                   2 * B * H * pairs(N, 0), 4 * B * H * pairs(N, 0)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operations_are_counted(name):
+    call, forward, backward = COUNTS[name]
+    with FlopCounterMode(display=False) as counter:
+        out = call()
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == backward
+    assert {name, f"{name}_backward"} <= FORMULAS.keys()
+
+
+def test_complex_scans_are_counted():
+    for gates, inputs, count in ((None, torch.cfloat, 4), (torch.cfloat, torch.cfloat, 8)):
+        with FlopCounterMode(display=False) as counter:
+            ops.linear_scan(leaf(B, N, H, dtype=gates), leaf(B, N, H, dtype=inputs))
+        assert counter.get_total_flops() == count * B * N * H
+
+
+def test_real_gates_are_counted():
+    """Six operations per number of the state instead of ten, and backward twice that."""
+    with FlopCounterMode(display=False) as counter:
+        out = ops.gate_loop(*(leaf(B, N, H, D) for _ in range(3)), torch.ones(H))
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert forward == 6 * B * N * H * D * D
+    assert counter.get_total_flops() - forward == 12 * B * N * H * D * D
+
+
+def test_counters_imported_later_count_and_import_waits_for_none():
+    code = """
+import sys, torch, fastmix
+assert "torch.utils.flop_counter" not in sys.modules and "triton" not in sys.modules
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    fastmix.ops.cumulative_mean(torch.ones(1, 2, 3))
+assert counter.get_total_flops() == 12
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_profiles_name_operators():
+    x = leaf(1, 5, 2, 3)
+    with profile() as profiled:
+        ops.decay_conv(x, torch.rand(2)).sum().backward()
+    assert {"fastmix::decay_conv", "fastmix::decay_conv_backward"} <= {
+        event.key for event in profiled.key_averages()}
+
+
+@pytest.mark.long
+def test_aot_inductor_in_a_fresh_process(tmp_path):
+    model = build("MetaformerGPT").float().eval()
+    tokens = torch.randint(0, 32, (2, 19))
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.export(model, (tokens,)), package_path=str(tmp_path / "model.pt2"))
+    with torch.no_grad():
+        torch.save((tokens, model(tokens)), tmp_path / "expected.pt")
+    code = f"""
+import fastmix, torch
+tokens, expected = torch.load({str(tmp_path / "expected.pt")!r})
+model = torch._inductor.aoti_load_package({package!r})
+assert torch.allclose(model(tokens), expected, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
