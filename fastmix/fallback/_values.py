@@ -24,7 +24,7 @@ def is_on_host(x: Tensor) -> bool:
 
 def is_anything(x: Tensor) -> bool:
     """Whether x is a CPU's, and torch.vmap hides its values."""
-    return (_torch_private.is_hidden(x) and not torch.compiler.is_compiling()
+    return (not torch.compiler.is_compiling() and _torch_private.is_hidden(x)
             and not _torch_private.legacy_vmap_active() and is_on_host(x))
 
 
