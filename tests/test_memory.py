@@ -87,6 +87,6 @@ def test_kernels_hold_a_tenth_more_than_inputs_outputs_and_gradients():
         **os.environ, "FASTMIX_IMPLEMENTATION": "native", "OMP_NUM_THREADS": "2",
         "MALLOC_MMAP_THRESHOLD_": "131072"})
     lines = [line.split() for line in ran.stdout.splitlines()]
-    assert len(lines) == 11, ran.stderr
+    assert len(lines) == 12, ran.stderr
     for name, more, needed in lines:
         assert int(more) <= 0.1 * int(needed), name
