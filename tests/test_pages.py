@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmix import ops
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -70,6 +72,66 @@ def test_links_lead_somewhere(page):
         if anchor:
             titles = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+
+
+# ---- CONTRIBUTING.md: which files a new operator needs
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+TRITON = {file.stem for file in (ROOT / "kernels" / "triton").glob("*.py")} & set(ops.__all__)
+# Of a file that not every operator is in, those that are.
+IN = {
+    "fastmix/states.py": {"cumulative_mean", "windowed_sgu", "causal_sgu", "fft_conv"},
+    "tests/test_states.py": {*ops.__all__} - {"fft_conv"},  # it has test_fft_conv_state.py
+    "tests/test_extremes.py": {*ops.__all__} - {"fft_conv"},  # it has test_fft_conv_disturbance.py
+    "kernels/triton/trial.py": {"gate_loop", "windowed_sgu"},  # they multiply matrices
+}
+
+
+def checklist():
+    """[(file, the names that its row quotes, the operators that the file must know)]"""
+    rows = []
+    section = CONTRIBUTING.split("## Adding an operator")[1].split("\n## ")[0]
+    for part in section.split("\n### ")[1:]:
+        about = TRITON if "In Triton" in part.splitlines()[0] else {*ops.__all__}
+        for file, said in re.findall(r"^\| `([^`]+)` \| (.*) \|$", part, re.MULTILINE):
+            rows.append((file, re.findall(r"`(\w+)`", said), IN.get(file, about)))
+    return rows
+
+
+def named_in(path):
+    text = path.read_text("utf-8")
+    return {operator for operator in ops.__all__ if re.search(rf"\b{operator}\b", text)}
+
+
+@pytest.mark.parametrize("file, names, operators", [
+    pytest.param(*row, id=row[0]) for row in checklist()])
+def test_files_of_the_checklist_know_every_operator(file, names, operators):
+    if "<name>" in file:  # gate_loop's interpreted kernels are tested in two files
+        for name in operators:
+            assert list(ROOT.glob(file.replace("<name>.py", f"{name}*.py").replace("<name>", name)))
+        return
+    assert operators <= named_in(ROOT / file)
+    text = (ROOT / file).read_text("utf-8")
+    assert [name for name in names if name not in text] == []
+
+
+def test_the_checklist_has_every_file_that_knows_all_operators():
+    folders = "fastmix", "csrc", "kernels", "tests", "bench", "docs"
+    everywhere = [*ROOT.glob("*.*"), *(path for folder in folders
+                                       for path in (ROOT / folder).rglob("*"))]
+    found = {str(path.relative_to(ROOT)) for path in everywhere
+             if path.suffix in (".py", ".cpp", ".h", ".sh", ".md", ".yml")
+             and named_in(path) == {*ops.__all__}}
+    assert len(found) > 20
+    assert found <= {file for file, *_ in checklist()} | {"CONTRIBUTING.md"}
+
+
+def test_every_test_file_is_in_the_table():
+    operators = {f"test_{name}" for name in ops.__all__}
+    modules = {f"test_{path.stem}" for path in (ROOT / "fastmix" / "nn").iterdir()}
+    files = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    for name in files - operators - modules:
+        assert f"{name}.py`" in CONTRIBUTING
 
 
 @pytest.mark.skipif(shutil.which("check-jsonschema") is None,
