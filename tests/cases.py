@@ -176,7 +176,7 @@ CASES = {
     "gate_loop-diagonal-real": Case(
         "gate_loop", _gate_loop_real(1, 1, "logits", False), {"return_state": True}),
     "gate_loop-heads-real": Case(
-        "gate_loop", _gate_loop_real(2, 2, "gates", True), {"return_state": True}),
+        "gate_loop", _gate_loop_real(17, 3, "gates", True), {"return_state": True}),
     "gate_loop-heads-decays": Case("gate_loop", _gate_loop_real(2, 1, "decays", False), {}),
     "decay_conv": Case("decay_conv", _decay_conv, {"return_state": True}),
     "decay_conv-plain": Case("decay_conv", _decay_conv_plain, {}),
