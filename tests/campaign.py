@@ -171,7 +171,7 @@ def prepare_triton():
     import triton.runtime.interpreter
 
     from conftest import convert
-    from fastmix.ops._register import HEADS_CARRY_EVERY
+    from fastmix.ops._carries import HEADS_CARRY_EVERY
 
     triton.runtime.interpreter._convert_float = convert
     HEADS_CARRY_EVERY.pop("cpu", None)

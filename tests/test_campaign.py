@@ -1,5 +1,6 @@
 """A minute of random calls, other ones every time, and the same under sanitizers."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,12 +23,22 @@ def run(*options):
         pytest.skip(ran.stderr.strip())
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
     print(ran.stdout)  # the seed, and what was counted
+    return ran.stdout
 
 
 @pytest.mark.long
 def test_a_minute_of_random_calls():
     """None kills its process, hangs, or writes to its arguments."""
     run("--minutes", "1", "--processes", "2", "--fatal", "crash", "hang", "modified")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None,
+                    reason="Triton is not installed: there are no wheels for it here")
+def test_random_calls_of_interpreted_kernels():
+    counted = run("--minutes", "1", "--calls", "6", "--processes", "1",
+                  "--operators", "cumulative_mean", "--implementations", "triton",
+                  "--fatal", "crash", "hang", "modified")
+    assert "6 calls" in counted and "cumulative_mean triton" in counted
 
 
 @pytest.mark.long

@@ -141,3 +141,23 @@ def test_workflows_are_valid():
     ran = subprocess.run(["check-jsonschema", "--builtin-schema", "vendor.github-workflows",
                           *WORKFLOWS], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="CI's scripts are bash's")
+def test_a_newer_python_is_not_taken_for_the_oldest(tmp_path):
+    for tool in "bash", "dirname", "sed":
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    newer = tmp_path / "python3"
+
+    def ran(*arguments):
+        only = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+        return subprocess.run(["bash", ROOT / ".ci" / "oldest", *arguments], env=only,
+                              capture_output=True, text=True)
+
+    nothing = ran()
+    assert nothing.returncode == 1 and "NOT RUN: no Python here" in nothing.stderr
+    assert ran("0").returncode == 0
+    newer.write_text("#!/bin/sh\necho 3.99\n")
+    newer.chmod(0o755)
+    refused = ran()
+    assert refused.returncode == 1 and "NOT RUN on Python 3.10" in refused.stderr
