@@ -19,8 +19,10 @@ TITLES = dict(zip(TIMES, ("forward", "fwd+bwd", "step", "first token", "token"))
 def read(path):
     """A report that --json wrote; ValueError if the file holds something else."""
     report = json.loads(Path(path).read_text())
-    if not isinstance(report, dict) or not {"header", "settings", "operators"} <= report.keys():
-        raise ValueError(f"{path} is not a report of bench/run.py --json")
+    parts = {"header", "settings", "operators", "models", "curve"}
+    if not isinstance(report, dict) or not parts <= report.keys():
+        raise ValueError(f"{path} is not a report of bench/run.py --json, which has "
+                         f"{', '.join(sorted(parts))}")
     return report
 
 

@@ -3,6 +3,8 @@
 import functools
 import os
 import platform
+import re
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,20 @@ from timing import stopwatch
 COPIED = {"cpu": (128 << 20, 256 << 20), "cuda": (512 << 20, 1 << 30)}  # bytes
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}                  # of square matrices
 SLOW_MS = 500  # of a product: it is not done again, nor a larger one
+UNKNOWN = 8 << 30  # bytes that are taken to be free where the system does not tell
+
+
+def room(device, meminfo=Path("/proc/meminfo"), group=Path("/sys/fs/cgroup")):
+    """Bytes that an original, or a prompt, may take: half of the memory that is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    text = meminfo.read_text() if meminfo.exists() else ""
+    available = re.search(r"MemAvailable:\s*(\d+) kB", text)
+    free = int(available[1]) << 10 if available else UNKNOWN
+    most, used = group / "memory.max", group / "memory.current"  # of a container
+    if most.exists() and used.exists() and most.read_text().strip() != "max":
+        free = min(free, max(0, int(most.read_text()) - int(used.read_text())))
+    return free // 2
 
 
 def header(device, dtype):

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from exactness import within
-from rows import HALF, compile_function, forced, implementations, name_of, reason
-from timing import peak_bytes, side_by_side, spread
+from rows import HALF, compile_function, forced, halved, implementations, name_of, reason
+from timing import elapsed, peak_bytes, side_by_side, spread
 
 COMPILE_SECONDS = 25  # that a cold torch.compile of an original takes with its timing, two cores
 VOCABULARY = 256      # bytes
+ORIGINAL_STEPS = 4    # that checking and timing an original take at least
 # Of losses and of gradients; a half type may also be twice as far from float32 as the original
 # is in that type. Some gradients are small differences of large terms.
 TOLERANCE = {torch.float64: (1e-8, 1e-8), torch.float32: (2e-4, 2e-4),
@@ -131,6 +132,7 @@ class Course:
          self.arguments) = model_arguments(name, n, dim, heads, depth)
         self.pieces = read_bytes(text, 16 * b * (n + 1)).view(16, b, n + 1).to(device)
         self.n, self.tokens = n, b * n
+        self.at = lambda n: Course(name, b, n, dim, heads, depth, text, dtype, device)
 
     def trainer(self, module, dtype, force=None):
         model = build(module, self.class_name, self.arguments)
@@ -152,7 +154,7 @@ class Course:
             gradients, peak = trainer.first_two_steps()
         except ImportError as error:
             return baseline | {"status": "not installed", "reason": str(error)}, None, None
-        except RuntimeError as error:
+        except Exception as error:  # whatever published code may raise
             return baseline | {"status": "fails", "reason": reason(error)}, None, None
         baseline |= {"status": "ok", "dtype": name_of(self.dtype), "peak_bytes": peak}
         truth = list(trainer.losses), gradients
@@ -162,14 +164,34 @@ class Course:
                 gradients, baseline["peak_bytes"] = rival.first_two_steps()
                 baseline["errors"] = errors(rival.losses, gradients, truth)
                 trainer = rival
-            except RuntimeError as error:
+            except Exception as error:
                 baseline |= {"dtype": "float32",
                              "reason": f"fails in {name_of(self.dtype)}: {reason(error)}"}
         return baseline, truth, trainer
 
+    def original_length(self, seconds):
+        """(the n to run the original at, what stands against more of it or None)."""
+        small = self.at(max(1, self.n // 16))
+        try:
+            trainer = small.trainer(self.published, torch.float32)
+            trainer.step()
+            step = elapsed(trainer.step, self.pieces.device) / 1e3
+            adam = elapsed(trainer.optimizer.step, self.pieces.device) / 1e3  # at any n
+        except Exception:
+            return self.n, None  # original() says why
+        return halved(self.n, ORIGINAL_STEPS, adam + max(0, step - adam) * self.n / small.n,
+                      seconds)
 
-def model_rows(course, names, matmul_gflop_s, seconds=0):
-    """A row for each implementation of a course; checked only, if `seconds` is 0."""
+
+def model_rows(course, names, matmul_gflop_s, seconds=0, original_seconds=None):
+    """A row for each implementation of a course; checked only, if `seconds` is 0. An original
+    that would take longer than `original_seconds` runs at a shorter length, beside the same."""
+    n, why = (course.n, None) if original_seconds is None else course.original_length(
+        original_seconds)
+    if why:
+        short = model_rows(course.at(n), names, matmul_gflop_s, seconds / 2)
+        return [at_full_length(row, course, names, matmul_gflop_s, seconds / 2, why)
+                for row in short]
     original, truth, rival = course.original()
     limits = dict(zip(("losses", "gradients"), TOLERANCE[course.dtype]))
     for name, error in original.get("errors", {}).items():
@@ -185,7 +207,7 @@ def model_rows(course, names, matmul_gflop_s, seconds=0):
         try:
             ours = course.ours(name if names else None)
             gradients, peak = ours.first_two_steps()
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # said in the row; the others are still to be seen
             row["reason"] = reason(error)
             continue
         if truth is None:
@@ -201,14 +223,35 @@ def model_rows(course, names, matmul_gflop_s, seconds=0):
         if rival:
             original["step_ms"] = timing["original"]
         for name in trainers:
-            rows[name]["step_ms"] = timing[name]
-            rows[name]["tokens_per_s"] = 1e3 * course.tokens / timing[name]["median"]
-            rows[name]["mixing_percent"] = mixing_percent(trainers[name])
-            flops = linear_flops(trainers[name].model, course.tokens)
-            rows[name]["linear_floor_ms"] = flops / matmul_gflop_s / 1e6
+            add_times(rows[name], trainers[name], timing[name], course, matmul_gflop_s)
             if rival:
                 add_ratio(rows[name], "original", original["step_ms"], timing[name])
     return list(rows.values())
+
+
+def add_times(row, trainer, timing, course, matmul_gflop_s):
+    row["step_ms"] = timing
+    row["tokens_per_s"] = 1e3 * course.tokens / timing["median"]
+    row["mixing_percent"] = mixing_percent(trainer)
+    row["linear_floor_ms"] = linear_flops(trainer.model, course.tokens) / matmul_gflop_s / 1e6
+
+
+def at_full_length(short, course, names, matmul_gflop_s, seconds, why):
+    """The row of a course from that of a shorter one, where its original ran beside it."""
+    row = short | {"n": course.n, "arguments": course.arguments,
+                   "original": short["original"] | {"n": short["n"], "shortened": why}}
+    if short["status"] != "ok":
+        return row
+    row["reason"] = short["reason"] or (
+        f"losses and gradients of n={short['n']}, because the original {why} at n={course.n}")
+    name = short["implementation"]
+    try:
+        trainer = course.ours(name if names else None)
+        _, row["peak_bytes"] = trainer.first_two_steps()
+    except Exception as error:
+        return row | {"status": "failed", "reason": reason(error)}
+    add_times(row, trainer, in_turns({name: trainer}, seconds)[name], course, matmul_gflop_s)
+    return row
 
 
 def add_compiled(course, rows, names, seconds):
@@ -216,11 +259,12 @@ def add_compiled(course, rows, names, seconds):
     rows = [row for row in rows if row["status"] == "ok"]
     if not rows:
         return
+    course = course.at(rows[0]["original"].get("n", course.n))
     trainer = course.trainer(course.published, getattr(torch, rows[0]["original"]["dtype"]))
-    baseline = {"status": "ok"}
+    baseline = {"status": "ok", "n": course.n}
     try:
         compile_function(trainer, [trainer.step], baseline)
-    except RuntimeError as error:
+    except Exception as error:  # whatever torch.compile makes of published code
         baseline |= {"status": "fails to compile", "reason": reason(error)}
     trainers = {row["implementation"]: course.ours(names and row["implementation"]) for row in rows}
     if baseline["status"] == "ok":

@@ -172,7 +172,7 @@ def found_by(peer, batch, n, dim, heads, dtype, device, seconds):
                       peer.back(incoming.reshape(shape)).contiguous())
         row["off"] = off(ours, theirs, peer, shape)
     except Exception as error:  # whatever a foreign kernel may raise
-        return row | {"reason": f"{type(error).__name__}: {reason(error)}"}
+        return row | {"reason": reason(error)}
     if not row["off"] <= AGREE[dtype]:
         return row | {"status": "disagrees", "reason": f"differs by {row['off']:.1e}"}
     for mode in MODES if seconds else ():

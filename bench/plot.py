@@ -47,7 +47,7 @@ def draw(report, path, other=None):
                  f"batch {s['batch']}, width {s['dim']}, {s['heads']} heads, {s['dtype']}"]
         upper.suptitle((" · " if across > 3 else "\n").join(title), x=0.01, ha="left",
                        weight="bold", size=12)
-        figure.savefig(path, dpi=160, facecolor="white")
+        figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight")  # whole titles
         plt.close(figure)
 
 

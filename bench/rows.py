@@ -12,15 +12,14 @@ import re
 import torch
 
 import fastmix
+import machine
 from exactness import Exam, within
 from fastmix import ops
 from timing import peak_bytes, side_by_side, spread, stopwatch
 
 MODES = ("forward", "forward_backward")
 HALF = (torch.bfloat16, torch.float16)
-ORIGINAL_BYTES = 4 << 30  # an original that needs more is run at the n that needs
-SHORTER_BYTES = 2 << 30   # this much at most
-ORIGINAL_CALLS = 7        # forward and backward, that checking and timing it take at least
+ORIGINAL_CALLS = 7  # forward and backward, that checking and timing an original take at least
 
 
 def implementations(operator, device, names):
@@ -36,7 +35,9 @@ def reason(error):
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line.removeprefix("Explanation: ") for line in lines
              if line.startswith("Explanation: ")] or lines or [type(error).__name__]
-    return re.split(r"(?<=[.`]) (?=[A-Z])", lines[0])[0][:200]
+    first = re.split(r"(?<=[.`]) (?=[A-Z])", lines[0])[0][:200]
+    usual = isinstance(error, (RuntimeError, ImportError, ValueError, TypeError))
+    return first if usual or first == type(error).__name__ else f"{type(error).__name__}: {first}"
 
 
 def forced(name):
@@ -95,11 +96,11 @@ class Contest:
         return found
 
 
-def operator_rows(make, n, names, dtype, device, rates=None, seconds=0, original_seconds=None):
+def operator_rows(make, n, names, dtype, device, rates=None, seconds=0, why_shorter=None):
     """A row for each implementation of the case make(n); checked only, if `seconds` is 0.
 
-    An original that needs too much memory is left out, or, where it is given `original_seconds`,
-    run at a shorter n, as is one that would take longer than them.
+    The original is left out where `why_shorter` stands against it (see original_length), and where
+    it needs too much memory.
     """
     case = make(n)
     contest = Contest(case, dtype, device)
@@ -116,29 +117,31 @@ def operator_rows(make, n, names, dtype, device, rates=None, seconds=0, original
         try:
             with step.surroundings():
                 row["errors"] = exam.errors(step)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # said in the row; the others are still to be seen
             row["reason"] = reason(error)
             continue
         row["status"] = "ok" if within(row["errors"], exam.limits) else "wrong"
         if row["status"] == "ok":
             steps[name] = step
     if seconds and steps:
-        shorter, why = (n, None) if original_seconds is None else original_length(
-            make, n, dtype, device, original_seconds)
-        original, step = judge_original(contest, exam, dtype, why)
+        original, step = judge_original(contest, exam, dtype, why_shorter)
         add_times(contest, rows, steps, original, step, seconds)
         for name in steps:
             tokens = contest.incoming.shape[0] * n
             add_rates(rows[name], case.necessary(contest.inputs), tokens, rates)
-        if shorter < n:
-            for short in operator_rows(make, shorter, names, dtype, device, rates, seconds):
-                if short["status"] == "ok" and short["implementation"] in steps:
-                    row = rows[short["implementation"]]
-                    row["original"] = short["original"] | {"shortened": why}
-                    for key in "ratio_original", "ratio_original_spread":
-                        if key in short:
-                            row[key] = short[key]
     return list(rows.values())
+
+
+def add_shorter_original(make, rows, n, why, names, dtype, device, rates, seconds):
+    """The original beside the rows' implementations at n steps, fewer than theirs."""
+    timed = {row["implementation"]: row for row in rows if row["status"] == "ok"}
+    for short in operator_rows(make, n, names, dtype, device, rates, seconds) if timed else ():
+        if short["status"] == "ok" and short["implementation"] in timed:
+            row = timed[short["implementation"]]
+            row["original"] = short["original"] | {"shortened": why}
+            for key in "ratio_original", "ratio_original_spread":
+                if key in short:
+                    row[key] = short[key]
 
 
 def add_times(contest, rows, steps, original, original_step, seconds):
@@ -158,9 +161,9 @@ def add_times(contest, rows, steps, original, original_step, seconds):
 
 def original_length(make, n, dtype, device, seconds):
     """(the n to run the original at, what stands against more of it or None)."""
-    needed = make(1).original_bytes * n
-    if needed > ORIGINAL_BYTES:
-        return 1 << (n * SHORTER_BYTES // needed).bit_length() - 1, (
+    needed, room = make(1).original_bytes * n, machine.room(device)
+    if needed > room:
+        return 1 << max(0, (n * room // 2 // needed).bit_length() - 1), (
             f"needs about {needed / 1e9:.0f} GB")
     whole = make(n)
     for part in 16, 4:  # a short call is mostly overhead, which does not grow with n
@@ -168,14 +171,20 @@ def original_length(make, n, dtype, device, seconds):
         try:
             step = Contest(small, dtype, device).original(dtype)
             taken = min(stopwatch(step.forward_backward, device) for _ in range(2)) / 1e3
-        except (ImportError, RuntimeError, TypeError):
+        except Exception:
             return n, None  # judge_original says why
         calls = ORIGINAL_CALLS * taken
         taken *= max(n / small.steps(), whole.flops / small.flops if small.flops else 0)
         if ORIGINAL_CALLS * taken <= seconds or 4 * calls > seconds:
             break
+    return halved(n, ORIGINAL_CALLS, taken, seconds)
+
+
+def halved(n, calls, taken, seconds):
+    """(n, halved four times at most so that `calls` calls, each of `taken` seconds at n, take
+    `seconds`; what stands against n itself or None)."""
     halvings = 0
-    while halvings < 4 and ORIGINAL_CALLS * taken / 2**halvings > seconds:
+    while halvings < 4 and n >> halvings > 1 and calls * taken / 2**halvings > seconds:
         halvings += 1
     return n >> halvings, f"takes about {taken:.1f} s a call" if halvings else None
 
@@ -185,7 +194,7 @@ def judge_original(contest, exam, dtype, why_shorter):
     float32."""
     case = contest.case
     baseline = {"package": case.package, "n": case.steps(), "status": "fails"}
-    if why_shorter or case.original_bytes > ORIGINAL_BYTES:
+    if why_shorter or case.original_bytes > machine.room(contest.device):
         return baseline | {"status": "left out", "reason": why_shorter}, None
     for attempt in (dtype, torch.float32) if dtype in HALF else (dtype,):
         try:
@@ -194,7 +203,7 @@ def judge_original(contest, exam, dtype, why_shorter):
             return baseline, step
         except ImportError as error:
             return baseline | {"status": "not installed", "reason": str(error)}, None
-        except (RuntimeError, TypeError) as error:
+        except Exception as error:  # whatever published code may raise
             baseline["reason"] = f"fails in {name_of(attempt)}: {reason(error)}"
     return baseline, None
 
@@ -210,7 +219,7 @@ def add_compiled(make, rows, names, dtype, device, seconds):
     baseline = {"n": original["n"], "status": "ok"}
     try:
         compile_function(step, [step.forward_backward, step.forward], baseline)
-    except RuntimeError as error:
+    except Exception as error:  # whatever torch.compile makes of published code
         baseline |= {"status": "fails to compile", "reason": reason(error)}
     steps = {row["implementation"]: contest.ours(names and row["implementation"]) for row in rows}
     if baseline["status"] == "ok":
@@ -232,7 +241,7 @@ def compile_function(owner, runs, baseline):
             for run in runs:
                 run()
             return
-        except RuntimeError as error:
+        except Exception as error:
             if not whole:
                 raise
             baseline["reason"] = f"compiled with graph breaks: {reason(error)}"

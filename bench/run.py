@@ -11,6 +11,7 @@ measuring, and prints what there is.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -36,6 +37,7 @@ from progress import Progress
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SECONDS = 1.5      # to time a row for, forward and again with backward
+MODEL = 6          # as many times as much as an operator a model is given of the time
 INTERRUPTED = 130  # the exit status that shells know for Ctrl-C
 
 
@@ -78,6 +80,8 @@ def arguments(argv):
         parser.error("--seq, --batch, --heads and --depth must be at least 1")
     if options.generate < 0:
         parser.error(f"--generate must be at least 0, got {options.generate}")
+    if options.plot and options.ops == ["none"]:
+        parser.error("--plot draws operators: name some with --ops, or leave it out")
     if options.check and (options.plot or options.minutes or options.compare):
         parser.error("--check takes no times, so it can neither plot nor compare nor be given "
                      "minutes")
@@ -120,17 +124,17 @@ def why_not_written(flag, path):
 class Schedule:
     """Announces each piece of work, and shares the time that is left among those to come."""
 
-    def __init__(self, minutes, pieces, more=0):
+    def __init__(self, minutes, pieces, models, more=0):
         self.end = time.monotonic() + 60 * minutes
-        self.left = pieces
-        self.progress = Progress(pieces + more)  # `more` may be left out
-        self.refused = []
+        self.left = pieces + MODEL * models
+        self.progress = Progress(pieces + models + more)  # `more` may be left out
+        self.refused, self.raised = [], []
 
-    def share(self, what):
+    def share(self, what, pieces=1):
         """The seconds that the next piece may take, never 0: it is done, however few they are."""
         self.progress(what)
-        seconds = max(1e-3, self.end - time.monotonic()) / self.left
-        self.left -= 1
+        seconds = max(1e-3, self.end - time.monotonic()) * pieces / self.left
+        self.left -= pieces
         return seconds
 
     def allows(self, what, seconds):
@@ -140,6 +144,15 @@ class Schedule:
             return False
         self.progress(what)
         return True
+
+    @contextlib.contextmanager
+    def whatever_comes(self, what):
+        """Around a piece: what it raises is kept for the report, and the next one begins."""
+        try:
+            yield
+        except Exception as error:
+            self.raised.append(f"{what}, which raised {type(error).__name__}: "
+                               f"{rows.reason(error)}")
 
 
 def chosen_cases(options):
@@ -175,6 +188,7 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module=r"torch\.")
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    other = compare.read(options.compare) if options.compare else None  # --json may replace it
     if device.type == "cuda":
         torch.cuda.set_device(device)
     seconds = 0 if options.check else SECONDS
@@ -191,8 +205,8 @@ def main(argv=None):
     first_texts = {name for name, _, _ in texts}
     schedule = Schedule(
         float("inf") if options.check else minutes,
-        1 + (len(cases) + len(courses)) * (1 if options.check else 2) + len(lengths)
-        + len(first_texts), len(texts) - len(first_texts))
+        1 + len(cases) + (0 if options.check else len(cases) + len(courses)) + len(lengths)
+        + len(first_texts), len(courses), len(texts) - len(first_texts))
     schedule.share("measuring the machine")
     header = machine.header(device, dtype)
     report = {"header": header, "settings": vars(options), "operators": [], "models": [],
@@ -210,22 +224,40 @@ def main(argv=None):
             "--ops causal_sgu has it at any length")
     if schedule.refused:
         report["left_out"].append("for time, --minutes has more: " + "; ".join(schedule.refused))
+    report["left_out"] += schedule.raised
 
-    print(table.text(report, sys.stdout.isatty()))
-    other = compare.read(options.compare) if options.compare else None
-    if other:
-        print("\n" + compare.text(report, other))
-    if options.json:
-        table.write_json(report, options.json)
-    if options.csv:
-        table.write_csv(report, options.csv)
-    if options.plot and report["operators"]:
-        import plot  # and with it matplotlib
-        plot.draw(report, options.plot, other)
+    written = write_files(report, options, other)
+    beside = compare.text(report, other) if other else ""
+    try:
+        print(table.text(report, sys.stdout.isatty(), beside), flush=True)
+    except BrokenPipeError:  # `| head`: there is nobody to print for, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if interrupted:
         return INTERRUPTED
-    statuses = {row["status"] for row in table.rows_of(report)}
-    return int(bool(statuses - {"ok"} if options.check else statuses & set(table.BAD)))
+    statuses = {row["status"] for row in [*table.rows_of(report), *report["curve"]]}
+    wrong = statuses - {"ok"} if options.check else statuses & set(table.BAD)
+    return int(bool(wrong or schedule.raised or not written))
+
+
+def write_files(report, options, other):
+    """Those that were asked for, before anything is printed. Whether all could be; what could not
+    is said."""
+    def draw(report, path):
+        import plot  # and with it matplotlib
+        if not report["operators"]:
+            raise ValueError("no operator was measured, so there is nothing to draw")
+        plot.draw(report, path, other)
+
+    written = True
+    for flag, write in ("json", table.write_json), ("csv", table.write_csv), ("plot", draw):
+        path = getattr(options, flag)
+        try:
+            if path:
+                write(report, path)
+        except Exception as error:  # the report itself is still to be printed
+            print(f"--{flag} {path}: {error}", file=sys.stderr)
+            written = False
+    return written
 
 
 def compile_kernels(names, options, dtype, device):
@@ -245,26 +277,38 @@ def measure(report, cases, courses, texts, lengths, options, schedule, seconds):
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     compilations = []  # (seconds it may take, what, the work)
     for name, make, n in cases:
-        share = schedule.share(f"{name} n={n}")
-        measured = rows.operator_rows(make, n, options.impl, dtype, device, header,
-                                      min(seconds, share / 8), max(1, share / 2))
-        report["operators"] += measured
-        compilations.append((
-            make(1).compile_seconds, f"compiled original of {measured[0]['row']} n={n}",
-            functools.partial(rows.add_compiled, make, measured, options.impl, dtype, device)))
+        what = f"{name} n={n}"
+        share = schedule.share(what)
+        row_seconds = min(seconds, share / 8)
+        with schedule.whatever_comes(what):
+            shorter, why = rows.original_length(
+                make, n, dtype, device, max(1, share / 2)) if seconds else (n, None)
+            measured = rows.operator_rows(make, n, options.impl, dtype, device, header,
+                                          row_seconds, why)
+            report["operators"] += measured
+            compilations.append((
+                make(1).compile_seconds, f"compiled original of {measured[0]['row']} n={n}",
+                functools.partial(rows.add_compiled, make, measured, options.impl, dtype, device)))
+            if why:
+                rows.add_shorter_original(make, measured, shorter, why, options.impl, dtype,
+                                          device, header, row_seconds)
     for course in courses:
-        share = schedule.share(f"{course.name} n={course.n}")
-        measured = models.model_rows(course, options.impl, header["matmul_gflop_s"],
-                                     min(2 * seconds, share / 4))
-        report["models"] += measured
-        compilations.append((
-            models.COMPILE_SECONDS, f"compiled original of {course.name} n={course.n}",
-            functools.partial(models.add_compiled, course, measured, options.impl)))
+        what = f"{course.name} n={course.n}"
+        share = schedule.share(what, MODEL)
+        with schedule.whatever_comes(what):
+            measured = models.model_rows(course, options.impl, header["matmul_gflop_s"],
+                                         min(2 * seconds, share / 4),
+                                         max(1, share / 2) if seconds else None)
+            report["models"] += measured
+            compilations.append((
+                models.COMPILE_SECONDS, f"compiled original of {what}",
+                functools.partial(models.add_compiled, course, measured, options.impl)))
     later = add_texts(report, texts, options, schedule, seconds)
     add_curves(report, cases, lengths, options, schedule, seconds)
     for needed, what, work in sorted(compilations * bool(seconds) + later, key=lambda job: job[0]):
         if schedule.allows(what, needed):
-            work(seconds)
+            with schedule.whatever_comes(what):
+                work(seconds)
 
 
 def add_texts(report, texts, options, schedule, seconds):
@@ -272,6 +316,7 @@ def add_texts(report, texts, options, schedule, seconds):
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     order = sorted(texts, key=lambda job: (list(models.MODELS).index(job[0]), job[1], job[2]))
     first, others, large = {}, [], []
+    room = machine.room(device)
 
     def write(job, seconds):
         measured = generation.generation_rows(job, options, dtype, device, seconds)
@@ -283,12 +328,14 @@ def add_texts(report, texts, options, schedule, seconds):
     for job in texts:
         name, batch, n = job
         what = f"text of {name}, batch {batch} n={n}"
-        gigabytes = generation.bytes_needed(batch, n, options.dim) / 1e9
+        needed = generation.bytes_needed(batch, n, options.dim)
         if name not in first:
             share = schedule.share(what)
-            first[name] = job, write(job, min(seconds, share / 4))
-        elif gigabytes > generation.LARGEST:
-            large.append((batch, n, gigabytes))
+            first[name] = job, []
+            with schedule.whatever_comes(what):
+                first[name] = job, write(job, min(seconds, share / 4))
+        elif needed > room:
+            large.append((batch, n, needed / 1e9))
         else:
             others.append((generation.seconds_needed(job, *first[name], options.generate), what,
                            functools.partial(write, job)))
@@ -311,8 +358,9 @@ def add_curves(report, cases, lengths, options, schedule, seconds):
             schedule.share(what)
         for make, n in {make.args[0]: (make, n) for _, make, n in cases}.values():
             if length < n:
-                report["curve"] += rows.operator_rows(make, length, options.impl, dtype, device,
-                                                      report["header"], seconds / 4)
+                with schedule.whatever_comes(f"{make.args[0].__name__} n={length}"):
+                    report["curve"] += rows.operator_rows(
+                        make, length, options.impl, dtype, device, report["header"], seconds / 4)
         spent = time.monotonic() - start
 
 

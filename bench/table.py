@@ -22,7 +22,8 @@ def rows_of(report):
     return report["operators"] + report["models"] + report.get("generation", [])
 
 
-def text(report, colour):
+def text(report, colour, beside=""):
+    """The report; `beside`, its comparison with another one, stands before the last lines."""
     notes = Notes()
     operators, models, settings = report["operators"], report["models"], report["settings"]
     generation = report.get("generation", [])
@@ -33,8 +34,9 @@ def text(report, colour):
                   "## Operators: beside torch's own copy and matmul, and memory",
                   grid(operators, RATES, notes, colour), READING]
     if operators:
+        wrong = [row for row in report.get("curve", []) if row["status"] in BAD]
         parts += ["## Operators: error against float64",
-                  grid(operators, EXACTNESS, notes, colour), EXAM]
+                  grid(operators + wrong, EXACTNESS, notes, colour), EXAM]
     if models and timed:
         parts += ["## Models: training steps", grid(models, TRAINING, notes, colour)]
     if models:
@@ -52,8 +54,8 @@ def text(report, colour):
     if report["left_out"]:
         parts.append("\n".join(textwrap.fill(f"left out: {what}", 100, subsequent_indent="    ")
                                for what in report["left_out"]))
-    parts += [textwrap.fill(line, 100) for line in (noise(report), essence(report)) if line]
-    return "\n\n".join(parts)
+    parts += [beside, *(textwrap.fill(line, 100) for line in (noise(report), essence(report)))]
+    return "\n\n".join(filter(None, parts))
 
 
 def noise(report):

@@ -129,6 +129,10 @@ def test_whole_report(uncompiled, tmp_path, capsys):
     assert "\x1b" not in printed
     best = max(report["operators"], key=lambda row: row["ratio_original"]["forward_backward"])
     assert f"In short: {best['row']} runs forward and backward" in printed
+    speeds = printed.partition("× original")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(speeds) == len(ROWS)
+    for line in speeds:  # of the times, forward and with backward, and of the ratio
+        assert line.count("±") == 3, line
 
 
 @pytest.mark.long
@@ -173,6 +177,123 @@ def test_a_slow_original_is_measured_at_a_shorter_length(uncompiled, monkeypatch
     assert "because the original takes about" in capsys.readouterr().out
 
 
+def test_a_slow_model_is_measured_at_a_shorter_length(uncompiled, monkeypatch, capsys):
+    import models
+    monkeypatch.setattr(models, "ORIGINAL_STEPS", 10**5)  # of ms, in a second
+    _, report = uncompiled("--ops", "none", "--models", "MetaformerGPT", "--generate", "0",
+                           "--minutes", "0.001")
+    row, = report["models"]
+    assert row["status"] == "ok" and row["n"] == 64 and row["arguments"]["max_seq_len"] == 64
+    assert row["original"]["n"] == 4 and row["ratio_original"] > 0
+    assert row["tokens_per_s"] == pytest.approx(64e3 / row["step_ms"]["median"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "both sides at n=4, because the original takes about" in printed
+    assert "losses and gradients of n=4, because the original takes about" in printed
+
+    monkeypatch.setattr(ops, "decay_conv", scaled(ops.decay_conv))
+    _, report = uncompiled("--ops", "none", "--models", "MetaformerGPT", "--generate", "0",
+                           "--minutes", "0.001")
+    row, = report["models"]
+    assert row["status"] == "wrong" and row["n"] == 64
+    assert not {"step_ms", "tokens_per_s", "ratio_original", "peak_bytes"} & row.keys()
+
+
+def broken(*arguments, **others):
+    raise KeyError("abacus")
+
+
+def test_whatever_an_original_raises_stands_in_its_row(uncompiled, monkeypatch, capsys):
+    import metaformer_gpt.metaformer_gpt as published
+    monkeypatch.setattr(published, "cummean", broken)
+    monkeypatch.setattr(published.MetaformerGPT, "forward", broken)
+    status, report = uncompiled("--ops", "cumulative_mean", "--models", "MetaformerGPT", "gMLPGPT")
+    assert status == 0
+    row, = report["operators"]
+    model, other = report["models"]
+    assert row["status"] == "ok" and row["original"]["status"] == "fails"
+    assert model["status"] == "unchecked" and model["original"]["status"] == "fails"
+    assert other["status"] == "ok" and other["ratio_original"] > 0
+    assert capsys.readouterr().out.count("KeyError: 'abacus'") >= 2
+
+
+def test_what_breaks_while_it_is_timed_is_left_out_alone(uncompiled, monkeypatch, tmp_path, capsys):
+    import rows
+    add_times = rows.add_times
+    monkeypatch.setattr(rows, "add_times", lambda contest, *rest: broken() if
+                        contest.case.operator == "decay_conv" else add_times(contest, *rest))
+    status, report = uncompiled("--ops", "decay_conv", "cumulative_mean", "--models", "none",
+                                "--plot", str(tmp_path / "plot.png"))
+    assert status == 1 and [row["row"] for row in report["operators"]] == ["cumulative_mean"]
+    assert {row["row"] for row in report["curve"]} == {"cumulative_mean"}
+    assert "left out: decay_conv n=64, which raised KeyError" in capsys.readouterr().out
+
+
+def test_a_curve_that_is_wrong_is_red_too(uncompiled, monkeypatch, tmp_path, capsys):
+    decay_conv = ops.decay_conv
+    monkeypatch.setattr(ops, "decay_conv", lambda x, *others: decay_conv(x, *others) * (
+        1.001 if x.shape[1] == 8 else 1))
+    status, report = uncompiled("--ops", "decay_conv", "--models", "none",
+                                "--plot", str(tmp_path / "plot.png"))
+    assert status == 1 and [row["status"] for row in report["operators"]] == ["ok"]
+    line, = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert [cell.strip() for cell in line.split("|")[1:3]] == ["decay_conv", "8"]
+
+
+def test_files_are_written_whoever_reads_the_report(uncompiled, monkeypatch, tmp_path):
+    import table
+
+    def gone(*arguments):
+        raise BrokenPipeError
+
+    flags = "--ops", "cumulative_mean", "--models", "none", "--csv", str(tmp_path / "rows.csv")
+    monkeypatch.setattr(table, "text", gone)
+    duplicated = []
+    monkeypatch.setattr("os.dup2", lambda *files: duplicated.append(files))
+    status, report = uncompiled(*flags)
+    assert status == 0 and report["operators"] and duplicated
+    assert "cumulative_mean" in (tmp_path / "rows.csv").read_text()
+
+
+def test_a_file_that_cannot_be_written_after_all_is_named(uncompiled, monkeypatch, capsys):
+    import table
+    monkeypatch.setattr(table, "write_csv", broken)
+    status, report = uncompiled("--ops", "cumulative_mean", "--models", "none", "--csv", "rows.csv")
+    said = capsys.readouterr()
+    assert status == 1 and "--csv rows.csv: 'abacus'" in said.err
+    assert "| cumulative_mean " in said.out
+
+
+@pytest.mark.parametrize("names", [["decay_conv"], ["decay_conv", "fft_conv"],
+                                   ["decay_conv", "fft_conv", "cumulative_mean"]])
+def test_titles_of_plots_are_whole(names, monkeypatch, tmp_path):
+    """Nothing is written into the outermost pixels, where it would be cut."""
+    monkeypatch.syspath_prepend(BENCH)
+    from matplotlib.image import imread
+
+    import plot
+    report = json.loads((BENCH / "results" / "cpu-2core-avx512-native.json").read_text())
+    report["header"]["device"] = "A Processor(R) With A Name(TM) Of Many Letters 9999X @ 2.90GHz"
+    for part in "operators", "curve":
+        report[part] = [row for row in report[part] if row["row"] in names]
+    plot.draw(report, tmp_path / "plot.png")
+    pixels = imread(tmp_path / "plot.png")[..., :3]
+    for edge in pixels[:4], pixels[-4:], pixels[:, :4], pixels[:, -4:]:
+        assert (edge == 1).all()
+
+
+def test_room_is_half_of_what_is_free(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCH)
+    import machine
+    cpu, meminfo = torch.device("cpu"), tmp_path / "meminfo"
+    assert machine.room(cpu, meminfo, tmp_path) == machine.UNKNOWN // 2
+    meminfo.write_text("MemTotal:  4000 kB\nMemAvailable:  2000 kB\n")
+    assert machine.room(cpu, meminfo, tmp_path) == 1000 << 10
+    for most, room in ("max", 1000 << 10), (1 << 20, (1 << 20) - 4096 >> 1), (4095, 0):
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        (tmp_path / "memory.current").write_text("4096\n")
+        assert machine.room(cpu, meminfo, tmp_path) == room
+
+
 def test_two_reports_beside_each_other(uncompiled, tmp_path, capsys):
     flags = "--ops", "decay_conv", "cumulative_mean", "--models", "none"
     _, report = uncompiled(*flags)
@@ -184,13 +305,16 @@ def test_two_reports_beside_each_other(uncompiled, tmp_path, capsys):
     other.write_text(json.dumps(report))
     capsys.readouterr()
     uncompiled(*flags, "--compare", str(other), "--plot", str(tmp_path / "plot.png"))
-    printed = capsys.readouterr().out.partition("## Beside another report")[2]
+    printed = capsys.readouterr().out
+    assert printed.split("\n\n")[-1].startswith("In short: decay_conv ")
+    printed = printed.partition("## Beside another report")[2]
     assert printed.count("faster") == 2 and "cumulative_mean" not in printed
     assert (tmp_path / "plot.png").exists()
-    other.write_text("[]")
-    with pytest.raises(SystemExit):
-        uncompiled(*flags, "--compare", str(other))
-    assert "is not a report of bench/run.py --json" in capsys.readouterr().err
+    for missing in "curve", "models":
+        other.write_text(json.dumps({key: part for key, part in report.items() if key != missing}))
+        with pytest.raises(SystemExit):
+            uncompiled(*flags, "--compare", str(other))
+        assert "is not a report of bench/run.py --json" in capsys.readouterr().err
 
 
 def test_a_noisy_machine_is_called_so(monkeypatch):
@@ -291,9 +415,8 @@ def test_forced_implementation_and_half_type(uncompiled):
 
 
 def test_original_that_needs_too_much_memory(uncompiled, monkeypatch, capsys):
-    import rows
-    monkeypatch.setattr(rows, "ORIGINAL_BYTES", 1 << 20)
-    monkeypatch.setattr(rows, "SHORTER_BYTES", 1 << 19)
+    import machine
+    monkeypatch.setattr(machine, "room", lambda device: 1 << 20)
     _, report = uncompiled("--ops", "gate_loop", "--models", "none")
     diagonal, matrix, real = report["operators"]
     assert diagonal["original"]["n"] == 64
@@ -321,6 +444,19 @@ def test_ctrl_c_prints_what_there_is(uncompiled, monkeypatch, capsys):
     assert [row["row"] for row in report["operators"]] == ["decay_conv"]
     printed = capsys.readouterr().out
     assert "| decay_conv " in printed and "at Ctrl-C" in printed
+
+
+def test_ctrl_c_beside_a_shorter_original_keeps_the_row(uncompiled, monkeypatch):
+    import rows
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rows, "original_length", lambda *arguments: (8, "takes about 9 s a call"))
+    monkeypatch.setattr(rows, "add_shorter_original", interrupted)
+    status, report = uncompiled("--ops", "decay_conv", "--models", "none")
+    row, = report["operators"]
+    assert status == 130 and row["status"] == "ok" and row["forward_ms"]["median"] > 0
 
 
 def test_what_cannot_run_ends_with_a_status(uncompiled, capsys):
@@ -437,8 +573,9 @@ def test_a_model_that_forgets_its_cache_is_wrong(uncompiled, monkeypatch, capsys
 
 def test_texts_that_do_not_fit_are_left_out(uncompiled, monkeypatch):
     import generation
+    import machine
     monkeypatch.setattr(generation, "CONTEXTS", (16, 128))
-    monkeypatch.setattr(generation, "LARGEST", generation.bytes_needed(16, 64, 32) / 1e9)
+    monkeypatch.setattr(machine, "room", lambda device: generation.bytes_needed(16, 64, 32))
     flags = "--ops", "none", "--models", "GateLoopTransformer"
     _, report = uncompiled(*flags)
     assert [(row["batch"], row["n"]) for row in report["generation"]] == [
@@ -503,6 +640,7 @@ def test_bytes_that_a_training_step_holds():
 @pytest.mark.parametrize("flags, message", [
     (["--heads", "3"], "--dim must be divisible"), (["--seq", "0"], "at least 1"),
     (["--check", "--plot", "x.png"], "--check takes no times"), (["--text", "/no/such"], "no file"),
+    (["--ops", "none", "--plot", "x.png"], "--plot draws operators"),
     (["--csv", "/no/such/rows.csv"], "--csv: /no/such/rows.csv cannot be written"),
     (["--plot", "/no/such/x.png"], "--plot: /no/such/x.png cannot be written"),
     (["--plot", "x.txt"], "--plot: x.txt must end with one of ."),
