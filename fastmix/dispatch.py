@@ -23,8 +23,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
 
 # Modules that bring kernels. Importing one registers its kernels, for devices that the
-# others leave to it. It has unavailable(operator, device_type), None or the reason why it
-# cannot run there; prepare(), which compiles and loads what can be compiled before a call; and
+# others leave to it. It has why_not(operator, device_type), None or the reason why it cannot
+# run there; prepare(), which compiles and loads what can be compiled before a call; and
 # forced(operator, device_type), (forward, backward) to run where others are registered, or
 # None where its own are.
 SOURCES = {"native": "fastmix.native", "triton": "fastmix._triton"}
@@ -51,7 +51,7 @@ def implementations(operator: str, device_type: str = "cpu") -> dict[str, str | 
     """{implementation: None if it can run here, else the reason}; the first that can, runs."""
     if operator not in OPERATORS:
         raise ValueError(f"operator must be one of {sorted(OPERATORS)}, got {operator!r}")
-    reasons = {source: _modules[source].unavailable(operator, device_type)
+    reasons = {source: _modules[source].why_not(operator, device_type)
                if source in _modules else _why_not_found(source) for source in SOURCES}
     return {**reasons, "fallback": None}
 

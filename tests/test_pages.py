@@ -1,5 +1,6 @@
 """What stands beside the code: examples run, links lead somewhere, workflows are valid."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -124,6 +125,26 @@ def test_the_checklist_has_every_file_that_knows_all_operators():
              and named_in(path) == {*ops.__all__}}
     assert len(found) > 20
     assert found <= {file for file, *_ in checklist()} | {"CONTRIBUTING.md"}
+
+
+def test_what_decides_how_gate_loop_runs_is_where_the_design_says():
+    rows = re.findall(r"^\| [^|]* \| `([\w/]+/\w+\.\w+)` \| (.*) \|$",
+                      (ROOT / "docs" / "design.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) > 10
+    for file, there in rows:
+        text = (ROOT / file).read_text("utf-8")
+        assert [name for name in re.findall(r"`(\w+)`", there)
+                if name not in text and name != "FASTMIX_IMPLEMENTATION"] == []
+
+
+def test_what_returns_a_reason_or_none_is_called_why_not():
+    files = [*(ROOT / "fastmix").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8"))))
+    functions = [node.name for node in nodes
+                 if isinstance(node, ast.FunctionDef) and node.returns is not None
+                 and ast.unparse(node.returns) == "str | None"]
+    assert len(functions) > 10
+    assert {name for name in functions if "why_not" not in name} == {"forced"}  # a name, no reason
 
 
 def test_every_test_file_is_in_the_table():

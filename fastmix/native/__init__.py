@@ -22,7 +22,7 @@ KERNELS = {device: tuple(sorted({file.stem for file in build.sources().glob(f"{d
            for device in ("cpu", "cuda")}
 
 
-def unavailable(operator: str, device_type: str) -> str | None:
+def why_not(operator: str, device_type: str) -> str | None:
     """None if the kernels of `operator` run on such tensors here, else the reason."""
     if device_type not in KERNELS:
         return f"the C++ kernels are for cpu and cuda, not for {device_type}"

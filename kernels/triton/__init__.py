@@ -30,7 +30,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unavailable(operator: str, device_type: str) -> str | None:
+def why_not(operator: str, device_type: str) -> str | None:
     """None if the kernels of `operator` run on such tensors here, else the reason."""
     if operator not in KERNELS:
         return f"{operator} has no Triton kernel"
@@ -40,13 +40,13 @@ def unavailable(operator: str, device_type: str) -> str | None:
         if not interpreted():
             return ("Triton kernels run on GPUs; on the CPU only to be tested, with "
                     "TRITON_INTERPRET=1")
-    elif _no_device(device_type) is not None:
-        return _no_device(device_type)
+    elif _why_not_on(device_type) is not None:
+        return _why_not_on(device_type)
     return trial.failures.get((operator, device_type))
 
 
 @functools.cache
-def _no_device(device_type: str, index: int | None = None) -> str | None:
+def _why_not_on(device_type: str, index: int | None = None) -> str | None:
     """Why the device of that type and index, or the current one, cannot run the kernels here."""
     if device_type not in DEVICES:
         return f"the Triton kernels are for {' and '.join(DEVICES)}, not for {device_type}"
@@ -74,7 +74,7 @@ def _run(operator, direction, forced, *args):
     forward_args = args[len(args) - len(OPERATORS[operator].forward._schema.arguments):]
     kind = args[0].device.type
     with _current(args[0].device):
-        reason = _no_device(kind, args[0].device.index) if kind in DEVICES else None
+        reason = _why_not_on(kind, args[0].device.index) if kind in DEVICES else None
         if reason is None and hasattr(kernels, "why_not"):
             reason = kernels.why_not(*forward_args)
         if reason is None:

@@ -165,9 +165,9 @@ def test_errors_that_come_late_are_the_kernels(monkeypatch):
 def test_each_device_is_asked_for_its_own_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
-    _triton._no_device.cache_clear()
+    _triton._why_not_on.cache_clear()
     try:
-        assert _triton._no_device("cuda", 0) is None
-        assert "has 7.5" in _triton._no_device("cuda", 1)
+        assert _triton._why_not_on("cuda", 0) is None
+        assert "has 7.5" in _triton._why_not_on("cuda", 1)
     finally:
-        _triton._no_device.cache_clear()
+        _triton._why_not_on.cache_clear()
