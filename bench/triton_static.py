@@ -302,10 +302,14 @@ def measure(targets, dtypes, known, jobs):
 
 # ---- the table
 
+# A blank cell is short for another: in ABOVE for the one above it, in a version's columns for that
+# of the version before. What is not there, a kind of load or a version's whole kernel, is "-".
 TABLE = Path(__file__).parent / "expected" / "triton.csv"
-KEY = ("operator", "target", "dtype", "shape", "name", "constants", "pointers")
+ABOVE = ("operator", "target", "dtype", "shape")
+KEY = (*ABOVE, "name", "constants", "pointers")
 COUNTS = ("warps", "registers", "shared", "loads", "stores", "matrix")
 COLUMNS = ("ir", *COUNTS)  # of a version of Triton
+NOTHING = "-"
 
 
 def _key(row):
@@ -318,19 +322,36 @@ def versions_in_table():
     return [column.split()[0] for column in header if column.endswith(" ir")]
 
 
+def _cells_before(versions):
+    """(a version's column, that of the version before)"""
+    return [(f"{version} {name}", f"{before} {name}")
+            for before, version in itertools.pairwise(versions) for name in COLUMNS]
+
+
+def _lines():
+    """The table's lines, with no blank cells."""
+    pairs, above = _cells_before(versions_in_table()), {}
+    with TABLE.open(newline="") as file:
+        for line in csv.DictReader(file):
+            line |= {name: above[name] for name in ABOVE if not line[name]}
+            for cell, before in pairs:
+                line[cell] = line[cell] or line[before]
+            above = line
+            yield line
+
+
 def read_table(version):
     """The rows of one version of Triton."""
 
     def parsed(name, text):
         if name in ("loads", "stores"):  # "128:8 32:1"
             return {int(bits): int(count) for bits, _, count in
-                    (entry.partition(":") for entry in text.split())}
+                    (entry.partition(":") for entry in text.split() if text != NOTHING)}
         return text if name == "ir" else int(text)
 
-    with TABLE.open(newline="") as file:
-        return [{name: line[name] for name in KEY}
-                | {name: parsed(name, line[f"{version} {name}"]) for name in COLUMNS}
-                for line in csv.DictReader(file) if line.get(f"{version} ir")]
+    return [{name: line[name] for name in KEY}
+            | {name: parsed(name, line[f"{version} {name}"]) for name in COLUMNS}
+            for line in _lines() if line.get(f"{version} ir", NOTHING) != NOTHING]
 
 
 def write_table(version, rows):
@@ -338,20 +359,26 @@ def write_table(version, rows):
 
     def text(value):
         if isinstance(value, dict):
-            return " ".join(f"{bits}:{count}" for bits, count in sorted(value.items()))
+            return " ".join(f"{bits}:{count}" for bits, count in sorted(value.items())) or NOTHING
         return str(value)
 
     versions = sorted({*(versions_in_table() if TABLE.exists() else ()), version})
+    columns = [f"{group} {name}" for group in versions for name in COLUMNS]
     lines = {}
     for group in versions:
         for row in rows if group == version else read_table(group):
-            lines.setdefault(_key(row), {name: row[name] for name in KEY}).update(
-                {f"{group} {name}": text(row[name]) for name in COLUMNS})
+            line = lines.setdefault(_key(row), dict.fromkeys(columns, NOTHING) | {
+                name: row[name] for name in KEY})
+            line.update({f"{group} {name}": text(row[name]) for name in COLUMNS})
+    above, pairs = {}, _cells_before(versions)
     with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*KEY, *(f"{group} {name}" for group in versions
-                                               for name in COLUMNS)], lineterminator="\n")
+        writer = csv.DictWriter(file, [*KEY, *columns], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(lines[key] for key in sorted(lines))
+        for _, line in sorted(lines.items()):
+            alike = [name for name in ABOVE if line[name] == above.get(name)]
+            alike += [cell for cell, before in pairs if line[cell] == line[before]]
+            writer.writerow(line | dict.fromkeys(alike, ""))
+            above = line
 
 
 def _narrow(widths, most):

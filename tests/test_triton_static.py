@@ -80,6 +80,28 @@ def test_a_table_is_written_as_it_is_read_and_keeps_other_versions(static, monke
 
 
 @needs_triton
+def test_blank_cells_of_a_table_are_short_for_others(static, monkeypatch, tmp_path):
+    monkeypatch.setattr(static, "TABLE", tmp_path / "triton.csv")
+
+    def row(**others):
+        return {name: a_row(static, **others)[name] for name in (*static.KEY, *static.COLUMNS)}
+
+    tables = {
+        "3.6.0": [row(), row(name="second", loads={})],
+        "3.7.1": [row(loads={}), row(name="second"), row(name="third", target="sm90")],
+        "3.9.0": [row(registers=65, loads={}), row(name="third", target="sm90")]}
+    for version in ("3.9.0", "3.6.0", "3.7.1"):
+        static.write_table(version, tables[version])
+    assert {version: static.read_table(version) for version in tables} == tables
+    lines = [line.split(",") for line in static.TABLE.read_text().splitlines()[1:]]
+    alike = ["", "", "", ""]
+    assert [line[:4] for line in lines] == [["any"] * 4, alike, ["", "sm90", "", ""]]
+    ours = slice(len(static.KEY) + 2 * len(static.COLUMNS), None)  # of 3.9.0
+    assert lines[0][ours] == ["", "", "65", "", "", "", ""]
+    assert lines[1][ours][0] == "-" and lines[2][ours] == [""] * 7
+
+
+@needs_triton
 @needs_compiler
 def test_what_is_in_the_table_is_not_compiled(static, monkeypatch):
     """Nor is anything of another target or dtype looked at."""
