@@ -64,13 +64,14 @@ def linear_scan(draw, b, n, h, d, gates="real", inputs="real", per_head=False, s
 
 def gate_loop(draw, b, n, h, dk, dv, gates="logits", state=False):
     tensors = {"q": draw(b, n, h, dk), "k": draw(b, n, h, dk), "v": draw(b, n, h, dv)}
-    if gates == "complex":
-        tensors["gates"] = gates_of(draw, gates, b, n, h)
-    else:
-        z = 4 * draw(b, n, h, 2)
+    real = gates in ("real", "decays", "real logits")
+    if "logits" in gates:
+        z = 4 * draw(b, n, h, *([] if real else [2]))
         tensors["gate_logits"] = z.mT.contiguous().mT if gates == "split logits" else z
+    else:
+        tensors["gates"] = gates_of(draw, gates, *((h,) if gates == "decays" else (b, n, h)))
     if state:
-        tensors["initial_state"] = normal_of(draw, "complex", b, h, dk, dv)
+        tensors["initial_state"] = normal_of(draw, "real" if real else "complex", b, h, dk, dv)
     return tensors, {"return_state": state}
 
 
@@ -84,10 +85,12 @@ def windowed_sgu(draw, b, n, c, h, w, activation=None, norm=True, residual=False
     return tensors, {"activation": torch.cos if activation == "outside" else activation}
 
 
-PARAMETERS = ("decay", "gain", "weight", "bias", "norm_weight", "norm_bias", "gate_logits")
+PARAMETERS = ("decay", "gain", "weight", "bias", "norm_weight", "norm_bias", "gates", "gate_logits")
 COMPLEX = dict(gates="complex", inputs="complex", dtypes=ACCURATE)
 TURNING = COMPLEX | dict(dtypes=("float32",))
 WIDE = dict(wide=True, dtypes=HALF)
+REAL = [dict(gates="real", state=True), dict(gates="decays"),
+        dict(gates="real logits", sliced=True), WIDE | dict(gates="real")]
 # What operators may be given: at a small size, on GPUs at a large one as well. `sliced` makes
 # every tensor a slice of a wider one, `wide` keeps PARAMETERS in float32.
 VARIANTS = [
@@ -101,10 +104,10 @@ VARIANTS = [
         TURNING | dict(gates="real", per_head=True), TURNING | dict(inputs="real")]),
     (gate_loop, (1, 520, 3, 1, 1), (2, 2048, 512, 1, 1), [
         {}, dict(gates="complex", state=True), dict(sliced=True, state=True),
-        dict(gates="complex", sliced=True), dict(gates="split logits"), WIDE]),
+        dict(gates="complex", sliced=True), dict(gates="split logits"), WIDE, *REAL]),
     (gate_loop, (1, 40, 2, 3, 5), (2, 512, 8, 128, 64), [
         {}, dict(gates="complex", state=True), dict(sliced=True, state=True),
-        dict(gates="split logits"), WIDE]),
+        dict(gates="split logits"), WIDE, *REAL]),
     (windowed_sgu, (1, 29, 20, 2, 5), (2, 2048, 512, 4, 128), [
         {}, dict(activation="tanh", residual=True), dict(activation="sigmoid"),
         dict(activation="silu", norm=False), dict(activation="outside", residual=True),
@@ -124,6 +127,10 @@ SHAPES = [
     (gate_loop, {}, [(2, 512, 8, 16, 16), (2, 512, 8, 32, 32), (2, 2048, 16, 64, 64),
                      (2, 2048, 8, 128, 128), (1, 512, 2, 256, 256), (1, 512, 2, 200, 72),
                      (2, 512, 4, 24, 256), (1, 1 << 16, 2, 64, 64)]),
+    (gate_loop, dict(gates="real"), [
+        (4, 4096, 1024, 1, 1), (1, 1 << 19, 64, 1, 1), (2, 512, 8, 16, 16), (2, 2048, 16, 64, 64),
+        (2, 2048, 8, 128, 128), (1, 512, 2, 256, 256), (2, 512, 4, 24, 256),
+        (1, 1 << 16, 2, 64, 64)]),
     (windowed_sgu, {}, [(2, 1024, 128, 2, 16), (2, 1024, 128, 2, 32), (2, 1024, 64, 4, 64),
                         (2, 1024, 256, 4, 192), (1, 2048, 512, 4, 512), (1, 4096, 256, 2, 1024),
                         (1, 1 << 17, 512, 4, 128)]),
@@ -153,7 +160,8 @@ def arguments(make, shape, how, dtype, device):
     for name, t in tensors.items():
         if t.is_complex():
             t = t.to(torch.promote_types(dtype, torch.complex64))
-        elif wide and name in PARAMETERS or make is decay_conv and name == "initial_state":
+        elif (wide and name in PARAMETERS
+              or name == "initial_state" and make in (decay_conv, gate_loop)):
             t = t.to(sums)
         else:
             t = t.to(dtype)
