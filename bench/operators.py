@@ -146,14 +146,13 @@ def gate_loop_real(b, n, dim, heads):
 
     inputs = {name: ("b n h d", normal(b, n, heads, d)) for name in "qkv"}
     inputs["gates"] = ("b n h", uniform(0.9, 1, b, n, heads))
-    # Add k vᵀ to S, and q · S. The original's arrays of (b n h d d) are as many as with complex
-    # gates, of half the size.
+    # Add k vᵀ to S, and q · S. The original makes k vᵀ complex, whatever the gates are.
     return Case(
         "gate_loop", f"gate_loop {heads}×{d} real", inputs, "b n h d",
         lambda ops, q, k, v, gates: ops.gate_loop(q, k, v, gates),
         "gateloop_transformer", original, {"b": 1, "h": 2}, 2048, 512,
-        flops=4 * b * n * heads * d * d,
-        original_bytes=11 * 4 * b * n * heads * d * d, compile_seconds=45)
+        flops=0 if d == 1 else 4 * b * n * heads * d * d,
+        original_bytes=11 * 8 * b * n * heads * d * d, compile_seconds=45)
 
 
 def decay_conv(b, n, dim, heads):

@@ -61,9 +61,8 @@ def convolution(b, n, dim, heads):
 
 
 def attention(b, n, dim, heads):
-    """Real gates: logits with positive real and no imaginary part."""
-    logits = torch.stack([1 + 3 * torch.rand(b, n, heads, dtype=torch.float64),
-                          torch.zeros(b, n, heads, dtype=torch.float64)], -1)
+    """Logits of real gates."""
+    logits = 1 + 3 * torch.rand(b, n, heads, dtype=torch.float64)
     return logits, *(normal(b, n, heads, dim // heads) for _ in range(3))
 
 
@@ -71,7 +70,7 @@ def turning(b, n, dim, heads):
     """Complex gates, of the same sizes."""
     logits, *others = attention(b, n, dim, heads)
     angle = 2 * math.pi * torch.rand(b, n, heads, dtype=torch.float64)
-    return torch.view_as_real(torch.polar(logits[..., 0], angle)), *others
+    return torch.view_as_real(torch.polar(logits, angle)), *others
 
 
 def doubled(logits, q, k, v):
@@ -87,9 +86,14 @@ def doubled(logits, q, k, v):
 
 
 def retention(b, n, dim, heads):
-    """The gates that chunk_retention has built in."""
-    gates = 1 - 2.0 ** (-5 - torch.arange(heads, dtype=torch.float64))
-    return gates.to(torch.complex128).expand(b, n, heads).clone(), *attention(b, n, dim, heads)[1:]
+    """The decays that chunk_retention has built in."""
+    decays = 1 - 2.0 ** (-5 - torch.arange(heads, dtype=torch.float64))
+    return decays, *attention(b, n, dim, heads)[1:]
+
+
+def in_dtype(t, dtype):
+    """Decays of heads in float32: bfloat16 has none of those next to 1."""
+    return t.to(torch.complex64 if t.is_complex() else torch.float32 if t.ndim == 1 else dtype)
 
 
 def innermost(*tensors):
@@ -134,11 +138,11 @@ PEERS = [
          lambda decay, x: repeated(decay.double().log(), x),
          swapped),
     Peer(GLA, "gate_loop, real gates", attention, gate_loop,
-         lambda logits, q, k, v: (torch.nn.functional.logsigmoid(logits[..., 0]), q, k, v), gated),
+         lambda logits, q, k, v: (torch.nn.functional.logsigmoid(logits), q, k, v), gated),
     Peer(GLA, "gate_loop, complex gates", turning, gate_loop, doubled, gated),
     Peer("fla.ops.retention.chunk_retention", "gate_loop, constant gates", retention,
-         lambda gates, q, k, v: ops.gate_loop(q, k, v, gates),
-         lambda gates, q, k, v: (q, k, v),
+         lambda decays, q, k, v: ops.gate_loop(q, k, v, decays),
+         lambda decays, q, k, v: (q, k, v),
          lambda function, q, k, v: function(q, k, v, scale=1.0)[0]),
 ]
 
@@ -161,8 +165,7 @@ def found_by(peer, batch, n, dim, heads, dtype, device, seconds):
     except ImportError as error:
         return row | {"status": "not installed", "reason": str(error)}
     torch.manual_seed(n)
-    inputs = [t.to(torch.complex64 if t.is_complex() else dtype)
-              for t in peer.draw(batch, n, dim, heads)]
+    inputs = [in_dtype(t, dtype) for t in peer.draw(batch, n, dim, heads)]
     ours = step(peer.call, inputs, device)
     incoming = ours.incoming
     try:

@@ -420,9 +420,9 @@ def test_original_that_needs_too_much_memory(uncompiled, monkeypatch, capsys):
     _, report = uncompiled("--ops", "gate_loop", "--models", "none")
     diagonal, matrix, real = report["operators"]
     assert diagonal["original"]["n"] == 64
-    # 11 complex64 arrays of 64 × 2 × 16 × 16 make 2.9 MB.
+    # 11 complex64 arrays of 64 × 2 × 16 × 16 make 2.9 MB, of real gates as well.
     assert matrix["original"]["n"] == 8 and matrix["ratio_original"]["forward"] > 0
-    assert real["original"]["n"] == 16  # whose arrays are float32
+    assert real["original"]["n"] == 8
     assert "both sides at n=8, because the original needs about" in capsys.readouterr().out
     matrix["compiled"] = {"status": "fails to compile", "n": 8, "reason": "no pencil"}
     import table
@@ -532,7 +532,7 @@ def test_peers(monkeypatch, tmp_path, capsys):
 
     def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None):
         assert scale == 1
-        return reference.gate_loop(q, k, v, g.exp().to(torch.complex64)), None
+        return reference.gate_loop(q, k, v, g.exp()), None
 
     install("accelerated_scan.scalar", scan=lambda forget, inputs: reference.linear_scan(
         forget.mT, inputs.mT).mT)
@@ -542,6 +542,13 @@ def test_peers(monkeypatch, tmp_path, capsys):
     install("fla.ops.retention", chunk_retention=lambda q, k, v, scale=None: (q + k + v, None))
     monkeypatch.setitem(sys.modules, "accelerated_scan.complex", None)
     monkeypatch.setattr(peers, "SECONDS", 0.01)
+    given, gate_loop = set(), ops.gate_loop
+
+    def recorded(q, k, v, gates=None, gate_logits=None):
+        given.add((gates if gate_logits is None else gate_logits).shape)
+        return gate_loop(q, k, v, gates, gate_logits=gate_logits)
+
+    monkeypatch.setattr(ops, "gate_loop", recorded)
     path = tmp_path / "peers.json"
     peers.main(["--batch", "2", "--seq", "40", "--dim", "32", "--heads", "2", "--dtype", "float32",
                 "--device", "cpu", "--json", str(path)])
@@ -554,6 +561,8 @@ def test_peers(monkeypatch, tmp_path, capsys):
             assert row["ratio"]["forward"] == pytest.approx(
                 row["peer_forward_ms"]["median"] / row["forward_ms"]["median"])
     assert retention["status"] == "disagrees" and "forward_ms" not in retention
+    # Real logits, complex ones and decays.
+    assert given == {(2, 40, 2), (2, 40, 2, 2), (2,)}
     printed = capsys.readouterr().out
     assert "not installed" in printed and "disagrees: differs by" in printed
 
