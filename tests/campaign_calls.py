@@ -14,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from cases import as_tuple, complex_dtype, randn, state_dtype, weigh
+from cases import as_tuple, complex_dtype, randn, random_decays, state_dtype, weigh
 from fastmix import ops
 
 F64 = torch.float64
@@ -81,15 +81,21 @@ def gate_loop_arguments(b, n, dtype):
     h = size(20) if dk * dv == 1 else size(3)
     made = {"q": randn(b, n, h, dk, dtype=dtype), "k": randn(b, n, h, dk, dtype=dtype),
             "v": randn(b, n, h, dv, dtype=dtype)}
-    if random.random() < 0.5:
+    wide = random.choice([dtype, state_dtype(dtype)])
+    kind = random.choice(["complex", "logits", "real", "decays", "real logits"])
+    if kind == "complex":
         made["gates"] = 0.9 * randn(b, n, h, dtype=complex_dtype(dtype)).sgn()
-    else:
+    elif kind == "logits":
         # Not near 0, where the gradient has a pole.
         angle = 6.3 * torch.rand(b, n, h, dtype=F64)
         logits = torch.view_as_real(torch.polar(0.3 + 3 * torch.rand(b, n, h, dtype=F64), angle))
-        made["gate_logits"] = logits.to(random.choice([dtype, torch.promote_types(
-            dtype, torch.float32)]))
-    made["initial_state"] = maybe(lambda: randn(b, h, dk, dv, dtype=complex_dtype(dtype)))
+        made["gate_logits"] = logits.to(wide)
+    elif kind == "real logits":
+        made["gate_logits"] = 3 * randn(b, n, h, dtype=wide)
+    else:
+        made["gates"] = random_decays(*(b, n, h) if kind == "real" else (h,), dtype=wide)
+    states = (complex_dtype if kind in ("complex", "logits") else state_dtype)(dtype)
+    made["initial_state"] = maybe(lambda: randn(b, h, dk, dv, dtype=states))
     return made, {"return_state": random.random() < 0.5}
 
 
