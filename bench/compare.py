@@ -52,7 +52,8 @@ def text(report, other):
     if not lines:
         return "No row of this report is in the other one."
     machines = [f"{r['header']['device']}, {r['header']['threads']} cores used, "
-                f"{' '.join(r['header']['cpu_flags'])}, commit {r['header']['commit']}"
+                f"kernels for {r['header'].get('instruction_set') or 'an unknown set'}, "
+                f"commit {r['header']['commit']}"
                 for r in (other, report)]
     settings = {name: (other["settings"].get(name), report["settings"].get(name))
                 for name in ("batch", "dim", "heads", "dtype", "depth")}

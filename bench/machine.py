@@ -10,6 +10,7 @@ import torch
 
 import fastmix
 from fastmix import env
+from fastmix.native import library
 from timing import stopwatch
 
 COPIED = {"cpu": (128 << 20, 256 << 20), "cuda": (512 << 20, 1 << 30)}  # bytes
@@ -39,6 +40,8 @@ def header(device, dtype):
         "device_type": device.type,
         "cpu": model,
         "cpu_flags": flags,
+        "instruction_set": library.instruction_set(),
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

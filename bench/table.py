@@ -132,6 +132,8 @@ def heading(h, s):
     lines = [
         f"# fastmix on {h['device']}", "",
         f"CPU: {h['cpu']}, {h['cores']} cores, {h['threads']} used, {flags}",
+        *([f"kernels for {h['instruction_set']}, torch's own for {h['torch_instruction_set']}"]
+          if h.get("instruction_set") else []),  # reports of earlier versions do not say
         f"torch {h['torch']}, triton {h['triton']}, python {h['python']}, "
         f"compiler {h['compiler']}, fastmix {h['fastmix']}, commit {h['commit']}",
         f"measured: copy {h['copy_gb_s']:.1f} GB/s (read + write), "

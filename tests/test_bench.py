@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastmix import ops
+from fastmix.native import library
 
 BENCH = Path(__file__).parents[1] / "bench"
 SIZES = ["--seq", "64", "--dim", "32", "--heads", "2", "--device", "cpu"]
@@ -81,6 +82,7 @@ def test_whole_report(uncompiled, tmp_path, capsys):
     header = report["header"]
     assert header["torch"] == torch.__version__
     assert header["copy_gb_s"] > 0 and header["matmul_gflop_s"] > 0
+    assert header["instruction_set"] == library.instruction_set()
 
     assert {row["row"] for row in report["operators"]} == ROWS
     for row in report["operators"]:
@@ -127,6 +129,8 @@ def test_whole_report(uncompiled, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in ROWS | MODELS)
     assert "\x1b" not in printed
+    if library.instruction_set():
+        assert f"\nkernels for {library.instruction_set()}, torch's own for " in printed
     best = max(report["operators"], key=lambda row: row["ratio_original"]["forward_backward"])
     assert f"In short: {best['row']} runs forward and backward" in printed
     speeds = printed.partition("× original")[2].partition("\n\n")[0].splitlines()[2:]

@@ -179,6 +179,31 @@ def test_max_jobs_and_the_usable_cores_limit_compilation(stand_in, tmp_path, mon
     assert build.parallel_jobs() == 64
 
 
+def test_the_seconds_of_each_compiler_are_told(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLEEP", "0.1")
+    build.main(["portable"])
+    *rows, whole = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(set(rows)) > 5
+    assert any(row.endswith(" s  registration.o") for row in rows)
+    assert all(0.1 <= float(row.split()[0]) < 60 for row in rows)
+    assert float(whole.split()[0]) == pytest.approx(
+        sum(float(row.split()[0]) for row in rows), abs=0.1 * len(rows))
+
+
+def test_a_compilation_says_how_far_it_is_off_a_terminal(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "SILENCE", 0.5)
+    monkeypatch.setenv("SLEEP", "1.5")
+    monkeypatch.setenv("MAX_JOBS", "100")
+    build.build(tmp_path / "made.so", TORCH, build.show_progress, sets=("portable",))
+    lines = capsys.readouterr().err.splitlines()
+    count = int(lines[0].split()[-1])
+    assert lines[0] == f"fastmix: compiling its kernels, 0 of {count}" and len(lines) >= 3
+    assert lines[-1] == f"fastmix: compiling its kernels, {count} of {count}"
+    monkeypatch.setattr(build, "SILENCE", 1e9)
+    build.build(tmp_path / "made.so", TORCH, build.show_progress, sets=("portable",))
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
 def test_quotas_of_control_groups_and_their_parents(tmp_path):
     own, root = tmp_path / "cgroup", tmp_path / "fs"
     assert build._quotas(own, root) == []
@@ -213,7 +238,14 @@ def test_first_use_compiles_what_the_processor_has(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "all")
     assert build.own_instruction_sets(cpuinfo) == everything
     monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "sse")
-    with pytest.raises(RuntimeError, match="FASTMIX_INSTRUCTION_SETS must be 'all'.*got 'sse'"):
+    with pytest.raises(RuntimeError, match="FASTMIX_INSTRUCTION_SETS must be 'all', one of "
+                                           "portable, avx2, avx512, or not set, got 'sse'"):
+        build.own_instruction_sets(cpuinfo)
+    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "avx2")
+    assert build.own_instruction_sets(cpuinfo) == ("avx2",)
+    assert build.own_instruction_sets(tmp_path / "missing") == ("avx2",)
+    cpuinfo.write_text("flags : fpu sse2\n")
+    with pytest.raises(RuntimeError, match="one that this processor has: portable, got 'avx2'"):
         build.own_instruction_sets(cpuinfo)
 
 

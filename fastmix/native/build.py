@@ -35,6 +35,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
         "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c",
                    "-mprefer-vector-width=512"]}
+SILENCE = 10  # seconds after which show_progress says again, off a terminal, how far it is
 
 
 def compiler() -> list[str] | None:
@@ -155,19 +156,30 @@ def name_built_ahead(cuda: bool) -> str:
 
 
 def own_instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """What to compile on first use: the best of INSTRUCTION_SETS that this processor has, or all
-    where the system does not list what it has, or with FASTMIX_INSTRUCTION_SETS=all (for tests).
-    """
-    named = os.environ.get("FASTMIX_INSTRUCTION_SETS")
-    if named not in (None, "", "all"):
-        raise RuntimeError(f"FASTMIX_INSTRUCTION_SETS must be 'all' or not set, got {named!r}")
+    """What to compile on first use: the best of INSTRUCTION_SETS that this processor has, or the
+    one that is named (see below); all where the system does not list what the processor has, or
+    with FASTMIX_INSTRUCTION_SETS=all (for tests)."""
+    named = named_instruction_set()
     listed = re.search(r"^flags\s*:(.*)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
-    if named or listed is None:
+    if os.environ.get("FASTMIX_INSTRUCTION_SETS") == "all" or listed is None and not named:
         return tuple(INSTRUCTION_SETS)
-    has = set(listed[1].split())
+    has = set(listed[1].split()) if listed else None
     # "-mavx2" is the flag of "avx2"; what has a value is a preference.
-    return tuple(name for name, flags in INSTRUCTION_SETS.items()
-                 if {flag[2:] for flag in flags if "=" not in flag} <= has)[-1:]
+    able = [name for name, flags in INSTRUCTION_SETS.items()
+            if has is None or {flag[2:] for flag in flags if "=" not in flag} <= has]
+    if named and named not in able:
+        raise RuntimeError(f"FASTMIX_INSTRUCTION_SETS must be one that this processor has: "
+                           f"{', '.join(able)}, got {named!r}")
+    return (named or able[-1],)
+
+
+def named_instruction_set() -> str | None:
+    """The one of INSTRUCTION_SETS that $FASTMIX_INSTRUCTION_SETS names, so that no other runs."""
+    named = os.environ.get("FASTMIX_INSTRUCTION_SETS") or "all"
+    if named not in ("all", *INSTRUCTION_SETS):
+        raise RuntimeError("FASTMIX_INSTRUCTION_SETS must be 'all', one of "
+                           f"{', '.join(INSTRUCTION_SETS)}, or not set, got {named!r}")
+    return None if named == "all" else named
 
 
 def sources() -> Path:
@@ -215,12 +227,13 @@ def compiled_name(device_type: str = "cpu", cuda: Sequence[str] = (),
 def build(target: Path, torch_folder: Path,
           progress: Callable[[int, int], None] = lambda done, of: None,
           more_flags: Sequence[str] = (), cpu: bool = True, cuda: Sequence[str] = (),
-          sets: Sequence[str] = tuple(INSTRUCTION_SETS)) -> None:
+          sets: Sequence[str] = tuple(INSTRUCTION_SETS)) -> dict[str, float]:
     """Compiles the kernels for CPUs (all of INSTRUCTION_SETS, or the one in `sets`), for GPUs if
     there are flags for them in `cuda` (of cuda_code), or both, and puts the library at `target`,
     whole or not at all, with its checksum beside it.
 
-    Raises RuntimeError with what the compiler said.
+    Returns {object file: the seconds its compiler ran}. Raises RuntimeError with what the compiler
+    said.
     """
     reason = why_not_compiled(bool(cuda))
     if reason is not None:
@@ -228,8 +241,8 @@ def build(target: Path, torch_folder: Path,
     jobs, link = _commands(torch_folder, [*more_flags, *cxxflags()], cpu, cuda, sets)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as name:
         folder = Path(name)
-        _run_all([[*command, "-o", str(folder / made)] for made, command in jobs.items()],
-                 folder, progress)
+        seconds = _run_all([[*command, "-o", str(folder / made)]
+                            for made, command in jobs.items()], folder, progress)
         library = folder / target.name
         _run_all([[*link, "-shared", "-o", str(library), *(str(folder / made) for made in jobs),
                    "-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu"]], folder)
@@ -241,6 +254,7 @@ def build(target: Path, torch_folder: Path,
                 os.fsync(opened.fileno())
         os.replace(checksum, checksum_file(target))
         os.replace(library, target)
+    return dict(zip(jobs, seconds))
 
 
 def _commands(torch_folder: Path, flags: Sequence[str], cpu: bool, cuda: Sequence[str],
@@ -290,28 +304,36 @@ def _host_compiler(command: list[str]) -> list[str]:
 
 
 def _run_all(commands: list[list[str]], folder: Path,
-             progress: Callable[[int, int], None] = lambda done, of: None) -> None:
-    """Runs commands side by side, whose output goes to a file in `folder`. None is left running
-    when one fails, or when Ctrl-C comes."""
+             progress: Callable[[int, int], None] = lambda done, of: None) -> list[float]:
+    """Runs commands side by side, whose output goes to a file in `folder`, and returns the seconds
+    of each. None is left running when one fails, or when Ctrl-C comes."""
     waiting, most = list(reversed(commands)), parallel_jobs()
-    running: dict[subprocess.Popen[bytes], tuple[list[str], Path]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[int, float, Path]] = {}
+    seconds = [0.0] * len(commands)
     progress(0, len(commands))
+    said = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < most:
-                command = waiting.pop()
-                log = folder / f"{len(waiting)}.log"
+                index = len(commands) - len(waiting)
+                log = folder / f"{index}.log"
                 with open(log, "wb") as output:
-                    running[subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
-                                             stderr=output)] = command, log
+                    process = subprocess.Popen(waiting.pop(), stdin=subprocess.DEVNULL,
+                                               stdout=output, stderr=output)
+                running[process] = index, time.monotonic(), log
             time.sleep(0.02)
-            for process in [p for p in running if p.poll() is not None]:
-                command, log = running.pop(process)
+            ended = [p for p in running if p.poll() is not None]
+            for process in ended:
+                index, start, log = running.pop(process)
+                seconds[index] = time.monotonic() - start
                 if process.returncode:
-                    raise RuntimeError(f"{shlex.join(command)}\nended with status "
+                    raise RuntimeError(f"{shlex.join(commands[index])}\nended with status "
                                        f"{process.returncode}: "
                                        f"{log.read_text(errors='replace').strip()}")
+            if ended or time.monotonic() - said > SILENCE / 10:
                 progress(len(commands) - len(waiting) - len(running), len(commands))
+                said = time.monotonic()
+        return seconds
     finally:
         for process in running:
             process.kill()
@@ -339,10 +361,36 @@ def why_not_whole(library: Path) -> str | None:
     return None if whole else f"{library} is damaged: it does not match its checksum"
 
 
+_last_line = -math.inf  # when show_progress wrote it
+
+
 def show_progress(done: int, of: int) -> None:
-    """On a terminal one line that counts; elsewhere its first and last state."""
+    """On a terminal one line that counts; elsewhere a line every ten seconds, and the last one."""
+    global _last_line
     if sys.stderr.isatty():
         print(f"\rfastmix: compiling its kernels, {done} of {of}",
               end="\n" if done == of else "", file=sys.stderr, flush=True)
-    elif done in (0, of):
+    elif done == of or time.monotonic() - _last_line >= SILENCE:
         print(f"fastmix: compiling its kernels, {done} of {of}", file=sys.stderr, flush=True)
+        _last_line = -math.inf if done == of else time.monotonic()
+
+
+def main(sets: list[str]) -> None:
+    """Compiles the kernels for `sets`, or for this machine's own, and says what took how long."""
+    import importlib.util
+
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        sys.exit("torch must be installed: its headers are compiled against")
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = build(Path(folder) / "timed.so", Path(torch.origin).parent, show_progress,
+                        sets=sets or own_instruction_sets())
+    for made, taken in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"{taken:7.1f} s  {made}")
+    print(f"{sum(seconds.values()):7.1f} s  in all, {time.monotonic() - start:.1f} s by the clock "
+          f"with {parallel_jobs()} at once, and linked")
+
+
+if __name__ == "__main__":  # python fastmix/native/build.py [portable | avx2 | avx512]
+    main(sys.argv[1:])

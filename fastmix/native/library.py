@@ -27,6 +27,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 _lock = threading.Lock()
 _loaded: dict[str, Path] = {}   # by device type
 _failures: dict[str, str] = {}  # by device type: why there will be no library in this process
+_chosen: str | None = None      # of INSTRUCTION_SETS, to run instead of the best one
 
 
 # ---- where it is
@@ -154,8 +155,7 @@ def status(device_type: str = "cpu") -> str:
     """Where the library is, or will be, in a line."""
     if device_type in _loaded:
         return f"{_loaded[device_type]}" + (
-            f", {INSTRUCTION_SETS[best_instruction_set()]} kernels" if device_type == "cpu"
-            else "")
+            f", {instruction_set()} kernels" if device_type == "cpu" else "")
     reason = why_not(device_type)
     command = build.compiler() if device_type == "cpu" else build.cuda_compiler()
     return reason or f"to be compiled at the first call, with {shlex.join(command or [])}"
@@ -174,6 +174,8 @@ def load(device_type: str = "cpu") -> Path:
                 path = existing(device_type) or _compiled(device_type)
                 if path not in _loaded.values():
                     torch.ops.load_library(str(path))
+                if device_type == "cpu":
+                    _choose(path, build.named_instruction_set())
                 _loaded[device_type] = path
             except (RuntimeError, OSError) as error:
                 _failures[device_type] = (
@@ -246,13 +248,28 @@ def available_instruction_sets() -> tuple[str, ...]:
 def choose_instruction_set(name: str | None = None) -> None:
     """Run the kernels built for `name`, one of INSTRUCTION_SETS that this machine has.
 
-    The best again if None. For tests and bug reports; holds for the whole process. A library
-    compiled on first use has the best one alone, unless FASTMIX_INSTRUCTION_SETS is "all".
+    If None those again that ran at first: the best, or what FASTMIX_INSTRUCTION_SETS names. For
+    tests and bug reports; holds for the whole process. A library compiled on first use has one
+    alone, unless FASTMIX_INSTRUCTION_SETS is "all".
     """
+    _choose(load(), name or build.named_instruction_set())
+
+
+def _choose(library: Path, name: str | None) -> None:
+    global _chosen
+    kernels = ctypes.CDLL(str(library))
     index = -1 if name is None else INSTRUCTION_SETS.index(name)
-    if index > best_instruction_set():
+    if index > kernels.fastmix_best_instruction_set():
         raise RuntimeError(f"this machine has no {name}")
-    if name is not None and name not in available_instruction_sets():
+    if name is not None and index < kernels.fastmix_least_instruction_set():
         raise RuntimeError(f"the kernels for {name} have not been compiled: set "
                            "FASTMIX_INSTRUCTION_SETS=all before the first call")
-    ctypes.CDLL(str(load())).fastmix_choose_instruction_set(index)
+    kernels.fastmix_choose_instruction_set(index)
+    _chosen = name
+
+
+def instruction_set() -> str | None:
+    """The one of INSTRUCTION_SETS whose kernels run; None while no library is loaded."""
+    if "cpu" not in _loaded:
+        return None
+    return _chosen or INSTRUCTION_SETS[best_instruction_set()]
