@@ -26,6 +26,8 @@ class FastmixConfig(PretrainedConfig):
     """model: one of MODELS; arguments: what its class of fastmix.nn is constructed with.
 
     >>> config = FastmixConfig("MetaformerGPT", {"num_tokens": 256, "dim": 64, "depth": 2})
+    >>> config.vocab_size
+    256
     """
 
     model_type = "fastmix"
@@ -81,10 +83,15 @@ class Output(ModelOutput):
 class FastmixForCausalLM(PreTrainedModel, GenerationMixin):
     """The language model that config names; `model` is the module of fastmix.nn.
 
+    >>> config = FastmixConfig("MetaformerGPT", {"num_tokens": 256, "dim": 64, "depth": 2})
     >>> model = FastmixForCausalLM(config)
+    >>> trained = fastmix.nn.MetaformerGPT(num_tokens=256, dim=64, depth=2)
     >>> model.model.load_state_dict(trained.state_dict())
+    <All keys matched successfully>
     >>> model.save_pretrained("folder")
-    >>> AutoModelForCausalLM.from_pretrained("folder").generate(prompt, max_new_tokens=20)
+    >>> again = AutoModelForCausalLM.from_pretrained("folder")
+    >>> again.generate(torch.tensor([[72, 105]]), max_new_tokens=3).shape
+    torch.Size([1, 5])
     """
 
     config_class = FastmixConfig

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastmix
 from fastmix import ops
 
 ROOT = Path(__file__).parent.parent
@@ -23,11 +24,12 @@ COSTLY = {"torch"}  # pages that compile and export
 HEADINGS = ["Example", "Arguments", "State", "Cost", "Errors", "Source"]
 
 
-@pytest.mark.parametrize("operator", ops.__all__)
-def test_examples_run(operator):
+@pytest.mark.parametrize("module", [
+    *(f"ops.{name}" for name in ops.__all__), "generation", "states"])
+def test_examples_run(module):
     # The module, which its function hides as an attribute of the package.
-    ran = doctest.testmod(importlib.import_module(f"fastmix.ops.{operator}"),
-                          extraglobs={"torch": torch})
+    ran = doctest.testmod(importlib.import_module(f"fastmix.{module}"),
+                          extraglobs={"torch": torch, "fastmix": fastmix})
     assert ran.attempted > 0 and ran.failed == 0
 
 

@@ -1,5 +1,6 @@
 """The models as those of Hugging Face's transformers."""
 
+import doctest
 import subprocess
 import sys
 
@@ -24,6 +25,12 @@ ARGUMENTS = {
 def hf():
     import fastmix.hf
     return fastmix.hf
+
+
+def test_examples_run(hf, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ran = doctest.testmod(hf, extraglobs={"torch": torch, "fastmix": fastmix})
+    assert ran.attempted > 5 and ran.failed == 0
 
 
 def build(hf, name):

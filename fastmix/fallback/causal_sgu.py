@@ -52,7 +52,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
         grad.shape, dtype=gate_residual.dtype, device=x.device)
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
     for at in [slice(i, i + few) for i in range(0, h, few)]:
-        def of(rows, at=at):
+        def of(rows: Tensor, at: slice = at) -> Tensor:
             return _columns(rows, h)[at]
 
         if whole is not None:
@@ -73,7 +73,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
         _gating.finish_backward(of(grad.to(dtype)), mixed, of(x[..., :c].to(dtype)), activation,
                                 dmixed, of(dx[..., :c]))
         del mixed
-        if gate_residual is not None:
+        if dresidual is not None:
             of(dresidual).copy_(dmixed)
         dmixed = dmixed.flatten(2)
         dbias[at, :n] = dmixed.sum(dim=-1)

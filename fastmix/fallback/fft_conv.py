@@ -12,12 +12,14 @@ is needed depends on values, which devices that must not be waited for do not sh
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmix import _torch_private
+from fastmix.dtypes import wide
 from fastmix.fallback._values import is_anything, is_readable
 
 SLAB = 1 << 20  # real numbers of a padded slab
@@ -55,8 +57,8 @@ def backward(grad: Tensor, x: Tensor, kernel: Tensor,
     used = kernel[..., : x.shape[1], :]
     differentiate = _toeplitz_backward if _is_short(x) else _long_backward
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dkernel = torch.zeros(kernel.shape, dtype=_compute_dtype(x), device=x.device)
-    dskip = None if skip is None else torch.zeros_like(skip, dtype=_compute_dtype(x))
+    dkernel = torch.zeros(kernel.shape, dtype=wide(x.dtype), device=x.device)
+    dskip = None if skip is None else torch.zeros_like(skip, dtype=wide(x.dtype))
     batches, channels = _slabs(x, used)
     for batch in batches:
         for heads, width in channels:
@@ -95,16 +97,16 @@ class _Convolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, kernel):
+    def forward(x: Tensor, kernel: Tensor) -> Tensor:
         return _convolve(x, kernel)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, kernel = ctx.saved_tensors
         grad = grad.flip(1)
         lags = _differentiable(grad.flatten(2).unsqueeze(-1), x.flatten(2)).flip(1)
@@ -112,14 +114,14 @@ class _Convolution(torch.autograd.Function):
         return _differentiable(grad, kernel).flip(1), lags.sum_to_size(kernel.shape)
 
     @staticmethod
-    def jvp(ctx, of_x, of_kernel):
+    def jvp(ctx: Any, of_x: Tensor | None, of_kernel: Tensor | None) -> Any:
         x, kernel = ctx.saved_tensors
         parts = [] if of_x is None else [_differentiable(of_x, kernel)]
         parts += [] if of_kernel is None else [_differentiable(x, of_kernel)]
         return sum(parts)
 
     @staticmethod
-    def vmap(info, in_dims, x, kernel):
+    def vmap(info: Any, in_dims: tuple, x: Tensor, kernel: Tensor) -> tuple[Tensor, int]:
         x, kernel = (t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
                      for t, dim in zip((x, kernel), in_dims))
         kernel = kernel.expand(-1, x.shape[1], -1, -1)
@@ -136,10 +138,6 @@ def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
 
 def _is_short(x: Tensor) -> bool:
     return x.shape[1] <= min(4 * x.shape[3], TOEPLITZ)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _fft_length(n: int) -> int:
@@ -162,7 +160,7 @@ def _slabs(x: Tensor, kernel: Tensor) -> tuple[list[slice], list[tuple[slice, sl
 def _cut(x: Tensor, kernel: Tensor, batch: slice, heads: slice,
          width: slice) -> tuple[Tensor, Tensor]:
     """One slab of x (b, n, h, d) and its kernels (b or 1, m, h) in the dtype to compute in."""
-    dtype = _compute_dtype(x)
+    dtype = wide(x.dtype)
     kernel = kernel[None] if kernel.ndim == 2 else kernel[batch]
     return x[batch, :, heads, width].to(dtype), kernel[..., heads].to(dtype)
 

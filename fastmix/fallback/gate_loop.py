@@ -52,23 +52,23 @@ class _Activate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits):
+    def forward(logits: Tensor) -> Tensor:
         direction, larger, length, _ = _polar(logits)
         sigmoid = length.sigmoid()
         re, im = (direction * sigmoid[..., None]).unbind(-1)
         return torch.complex(torch.where(larger == 0, 0.5, re), im)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _activate_backward(grad, *ctx.saved_tensors)
 
     @staticmethod
-    def jvp(ctx, tangent):  # the Jacobian is symmetric
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # the Jacobian is symmetric
         moved = _activate_backward(torch.complex(*tangent.unbind(-1)), *ctx.saved_tensors)
         return torch.complex(*moved.unbind(-1))
 

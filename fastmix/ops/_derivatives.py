@@ -85,25 +85,25 @@ class Transformed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(operator, *args):
+    def forward(operator: Operator, *args: Any) -> Any:
         return operator.forward(*args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.operator, *args = inputs
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.operator, args = inputs[0], inputs[1:]
         setup_context(ctx.operator, ctx, args, output)
         ctx.save_for_forward(*(args[i] for i in ctx.operator.tensors))
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         return None, *backward(ctx.operator, ctx, *grads)
 
     @staticmethod
-    def jvp(ctx, _, *tangents):
+    def jvp(ctx: Any, _: Operator, *tangents: Tensor | None) -> Any:
         return jvp(ctx.operator, ctx, *tangents)
 
     @staticmethod
-    def vmap(info, in_dims, operator, *args):
+    def vmap(info: Any, in_dims: tuple, operator: Operator, *args: Any) -> Any:
         return _vmap.vmap(operator, operator, info, in_dims[1:], *args)
 
 
@@ -123,7 +123,7 @@ def _pullback(operator: Operator, args: list) -> tuple[tuple, Callable]:
     """The differentiable outputs, and the function from their gradients to the arguments'."""
     present = [i for i in operator.tensors if args[i] is not None]
 
-    def run(*tensors):
+    def run(*tensors: Tensor) -> tuple:
         full = list(args)
         for i, tensor in zip(present, tensors):
             full[i] = tensor
@@ -132,7 +132,7 @@ def _pullback(operator: Operator, args: list) -> tuple[tuple, Callable]:
 
     outputs, pull = torch.func.vjp(run, *(args[i] for i in present))  # type: ignore[misc]
 
-    def gradients(grads):
+    def gradients(grads: Sequence[Tensor]) -> tuple:
         pulled = dict(zip(present, pull(tuple(grads))))
         return tuple(pulled.get(i) for i in range(len(args)))
 

@@ -19,7 +19,7 @@ def vmap(operator: Operator, call: Callable, info: Any, in_dims: Sequence[int | 
     """
     values, mapped = _mapped_first(args, in_dims)
 
-    def has_batch(i):
+    def has_batch(i: int) -> bool:
         rank = operator.batched.get(i, -1)
         return rank is None or values[i].ndim - mapped[i] == rank
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmix._triton.layout import ceil_div, even, evens, flat, offset
 from fastmix._triton.scan import entering, load_rows, program_place, segments, tile
 from fastmix._triton.target import ANY, Row, Table
+from fastmix.dtypes import wide
 
 RUNTIME = ["n", "blocks", "count", "length", "x_b"]
 
@@ -125,7 +126,7 @@ def _run(x, dtype, backward):
     grid, common = (b * blocks * count,), (n, blocks, count, length, channels, *x.stride())
     ends = None
     if count > 1:
-        ends = x.new_empty(b, count, channels, dtype=torch.promote_types(dtype, torch.float32))
+        ends = x.new_empty(b, count, channels, dtype=wide(dtype))
         _ends[grid](x, ends, *common, **sizes)
     _sums[grid](x, ends, out, *common, **sizes)
     return out

@@ -24,6 +24,8 @@ from torch import Tensor
 from fastmix._triton.layout import ceil_div, even, evens, flat, offset, strides
 from fastmix._triton.scan import entering, load_rows, power, program_place, segments, tile
 from fastmix._triton.target import ANY, CUDA, Row, Table
+from fastmix.dtypes import wide
+from fastmix.ops._carries import carry_count
 
 RUNTIME = ["n", "blocks", "count", "length", "x_b", "grad_b"]
 
@@ -87,6 +89,9 @@ def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_strides,
 def _forward(x, decay, gain, initial, ends, out, state_out, carries, n, blocks, count, length,
              d, channels, x_b, x_strides, EVEN: tl.constexpr, EVERY: tl.constexpr,
              D: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """out (b, n, h·d); the last segment also writes state_out (b, h·d), and with EVERY > 0 each
+    its part of carries (b, ·, h·d). ends are `_ends` of all segments, if time is cut.
+    """
     x_n, x_h, x_d = x_strides
     dtype: tl.constexpr = state_out.dtype.element_ty
     batch, segment, block = program_place(blocks, count)
@@ -331,11 +336,10 @@ def forward(x: Tensor, decay: Tensor, gain: Tensor | None, initial_state: Tensor
     every `carry_every`-th step and the last; none if it is 0.
     """
     b, n, h, d = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
-    carry_count = ceil_div(n, carry_every) + 1 if carry_every else 0
+    dtype = wide(x.dtype)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    state = x.new_empty(b, h, d, dtype=wide)
-    carries = x.new_empty(b, carry_count, h, d, dtype=wide)
+    state = x.new_empty(b, h, d, dtype=dtype)
+    carries = x.new_empty(b, carry_count(n, carry_every), h, d, dtype=dtype)
     if x.numel() == 0:
         return out, state.zero_(), carries.zero_()
     grid, common, sizes, limit = _plan("_forward", x)
@@ -344,7 +348,7 @@ def forward(x: Tensor, decay: Tensor, gain: Tensor | None, initial_state: Tensor
     ends = None
     count = common[2]
     if count > 1:
-        ends = x.new_empty(b, count, 1, h * d, dtype=wide)
+        ends = x.new_empty(b, count, 1, h * d, dtype=dtype)
         _ends[grid](x, decay, ends, *common, *strides(x), BACKWARD=False, **sizes)
     _forward[grid](x, decay, None if gain is None else gain.contiguous(),
                    None if initial_state is None else initial_state.contiguous(), ends, out,
@@ -358,10 +362,10 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, x: Tensor, decay
              carry_every: int) -> tuple[Tensor | None, ...]:
     """The gradients of y and the last state → those of x, decay, gain and initial_state."""
     b, n, h, d = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide(x.dtype)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_initial = None if initial_state is None else torch.empty(
-        2, b, h, d, dtype=wide, device=x.device)
+        2, b, h, d, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return (grad_x, torch.zeros_like(decay), None if gain is None else torch.zeros_like(gain),
                 None if initial_state is None else grad_initial[0])
@@ -371,10 +375,10 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, x: Tensor, decay
     ends = None
     count = common[2]
     if count > 1:
-        ends = x.new_empty(b, count, 2, h * d, dtype=wide)
+        ends = x.new_empty(b, count, 2, h * d, dtype=dtype)
         _ends[grid](grad, decays, ends, *common, *strides(grad), BACKWARD=True,
                     **sizes | dict(EVEN=evens(grad)), **LAUNCH.choose("_ends", x.dtype, "backward"))
-    sums = x.new_empty(1 if gain is None else 2, b * count, h, d, dtype=wide)
+    sums = x.new_empty(1 if gain is None else 2, b * count, h, d, dtype=dtype)
     _backward[grid](grad, x, decays, None if gain is None else gain.contiguous(),
                     grad_state.contiguous(), ends, (grad_x, sums, grad_initial), *common,
                     *strides(grad, x), **sizes, **limit)

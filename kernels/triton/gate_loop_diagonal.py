@@ -24,8 +24,9 @@ from fastmix._triton.number import conj, filled, plus, times
 from fastmix._triton.scan import lagging
 from fastmix._triton.target import ANY, CUDA, Row, Table
 from fastmix.dtypes import wide, wide_complex
+from fastmix.ops import _carries
 
-CARRY_EVERY = tl.constexpr(64)
+CARRY_EVERY = tl.constexpr(_carries.CARRY_EVERY)
 # Triton specialises kernels for what tuples hold: these are arguments of their own.
 RUNTIME = ["n", "blocks", "chunks", "length", "carry_count", "q_b", "k_b", "v_b", "g_b", "d_b",
            "x_b", "y_b", "e_b", "a_b", "c_b", "s_b"]
@@ -625,8 +626,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: 
     state_dtype = (wide if real else wide_complex)(q.dtype)
     out = q.new_empty(b, n, h, 1)
     last = q.new_empty(b, h, 1, 1, dtype=state_dtype)
-    carry_count = ceil_div(n, carry_every) + 1 if carry_every else 0
-    carries = q.new_empty(b, carry_count, h, 1, 1, dtype=state_dtype)
+    count = _carries.carry_count(n, carry_every)
+    carries = q.new_empty(b, count, h, 1, 1, dtype=state_dtype)
     if b == 0:
         return out, last, carries
     x, packed = _gate_view(gate_logits if gates is None else gates)
@@ -641,7 +642,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: 
     _forward[(b * chunks * blocks,)](
         (q, k, v, x), entries,
         (out, as_parts(last), as_parts(carries) if carry_every else None),
-        n, h, *cut, carry_count, *_row_strides(q, k, v), *strides(x),
+        n, h, *cut, count, *_row_strides(q, k, v), *strides(x),
         *((0, (0, 0, 0)) if entries is None else strides(entries)),
         **flags, EVEN=evens(q, k, v, x), FAR=_overflows_int32(q, k, v, x))
     return out, last, carries

@@ -112,6 +112,7 @@ def _outputs(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, gates, g_b
              REAL: tl.constexpr, SUMS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
              BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
              PRECISION: tl.constexpr):
+    """out (b, n, h, DV) of a chunk and BV columns, from the state before it: `_walk_states`'s."""
     q_strides = (even(q_b, EVEN[0]),) + q_strides
     k_strides = (even(k_b, EVEN[1]),) + k_strides
     v_strides = (even(v_b, EVEN[2]),) + v_strides

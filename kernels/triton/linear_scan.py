@@ -27,6 +27,8 @@ from fastmix._triton.layout import ceil_div, evens, flat, offset, power_of_two, 
 from fastmix._triton.number import conj, filled, plus, times
 from fastmix._triton.scan import ends_of, entering, program_place, segments
 from fastmix._triton.target import ANY, CUDA, Row, Table
+from fastmix.dtypes import wide
+from fastmix.ops._carries import carry_count
 
 RUNTIME = ["n", "blocks", "count", "length", "carried", "g_b", "x_b", "grad_b"]
 
@@ -190,6 +192,9 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
              SHARED: tl.constexpr, GATES: tl.constexpr, INPUTS: tl.constexpr,
              STATES: tl.constexpr, FLIPPED: tl.constexpr, EVERY: tl.constexpr,
              RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """out (b, n, channels): all states; with EVERY > 0 also carries (b, carried, channels). ends
+    are `_ends` of all segments, if time is cut.
+    """
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     size: tl.constexpr = 2 if STATES else 1
     batch, segment, block = program_place(blocks, count)
@@ -414,10 +419,9 @@ def forward(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse
     """
     b, n, *rest = inputs.shape
     dtype = torch.promote_types(gates.dtype, inputs.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    carry_count = ceil_div(n, carry_every) + 1 if carry_every else 0
+    count = carry_count(n, carry_every)
     out = _empty((b, n, *rest), dtype, inputs)
-    carries = _empty((b, carry_count, *rest), wide, inputs)
+    carries = _empty((b, count, *rest), wide(dtype), inputs)
     if inputs.numel() == 0:
         return out, carries
     gates, inputs, one_gate = _heads_and_channels(gates, inputs)
@@ -427,12 +431,12 @@ def forward(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse
     strides = *gates.stride(), *inputs.stride()
     ends = None
     if cut[2] > 1:
-        ends = _parts(_empty((b, cut[2], 2, channels), wide, inputs))
+        ends = _parts(_empty((b, cut[2], 2, channels), wide(dtype), inputs))
         _ends[grid](_parts(gates), _parts(inputs), ends, *cut, channels, *strides,
                     BACKWARD=False, **sizes)
     initial_state = None if initial_state is None else _parts(initial_state.contiguous())
     _forward[grid](_parts(gates), _parts(inputs), initial_state, ends, _parts(out),
-                   _parts(carries), *cut, carry_count, channels, *strides, EVERY=carry_every,
+                   _parts(carries), *cut, count, channels, *strides, EVERY=carry_every,
                    **sizes, **limit)
     return out, carries
 

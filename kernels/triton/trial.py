@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastmix.dtypes import wide
 from fastmix.ops._carries import CARRY_EVERY
 from fastmix.ops._register import OPERATORS
 
@@ -91,10 +92,9 @@ def _of_gate_loop(q, k, v, gates, gate_logits, initial_state, carry_every):
 def _draw_gate_loop(draw, dtype, dk, dv, logits, real, initial):
     """logits and real: the dtype of logits and of real gates, or None."""
     b, n, h = 1, 130, 8  # three chunks; strides of 16, which Triton compiles for apart
-    wide = torch.promote_types(dtype, torch.float32)
-    z = draw(b, n, h, 2, dtype=logits or wide)
+    z = draw(b, n, h, 2, dtype=logits or wide(dtype))
     gates = None if logits else torch.view_as_complex(z / (1 + z.norm(dim=-1, keepdim=True)))
-    state = torch.view_as_complex(draw(b, h, dk, dv, 2, dtype=wide)) if initial else None
+    state = torch.view_as_complex(draw(b, h, dk, dv, 2, dtype=wide(dtype))) if initial else None
     if real:
         gates, state = gates.real.to(real), state.real if initial else None
     return (draw(b, n, h, dk, dtype=dtype), draw(b, n, h, dk, dtype=dtype),
@@ -134,8 +134,7 @@ def _why_not_trusted(operator, direction, kernels, device, description, draw_arg
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape, dtype):
-        wide = torch.promote_types(dtype, torch.float32)
-        return torch.randn(shape, generator=generator, device=device, dtype=wide).to(dtype)
+        return torch.randn(shape, generator=generator, device=device, dtype=wide(dtype)).to(dtype)
 
     run = OPERATORS[operator].run_fallback
     args = draw_arguments(draw, *configuration)

@@ -30,6 +30,7 @@ from fastmix._triton.activation import OUTSIDE, activate
 from fastmix._triton.layout import even, evens, power_of_two, strided
 from fastmix._triton.target import ANY, CUDA, INTERPRETED, Row, Table, float32_precision
 from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, program_place
+from fastmix.dtypes import wide
 
 SCRATCH = 1 << 25  # bytes of the mixture's gradient at once
 PROGRAMS = 512  # to share out windows to, for dweight, or rows
@@ -437,7 +438,7 @@ class _Plan:
         h, self.w = bias.shape
         d = self.c // h
         self.windows = -(-n // self.w)
-        self.wide = torch.promote_types(x.dtype, torch.float32)
+        self.wide = wide(x.dtype)
         alike = all(p is None or p.dtype == x.dtype for p in (weight, bias, norm_weight, norm_bias))
         self.operand = x.dtype if alike else self.wide
         self.walks = self.w <= LAUNCH.choose("_walk", self.operand)["walked_window"]
