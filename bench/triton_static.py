@@ -235,10 +235,14 @@ def _calls(operator, dtype):
                                  (2, 4096, 8, 64, 128), (2, 4096, 8, 16, 256)):
             q, v = empty(b, n, h, dk), empty(b, n, h, *dv or [dk])
             yield (b, n, h, dk, *dv), dtype, 2, (q, q, v, None, empty(b, n, h, 2), None, 64)
-        # Of real gates those kernels that are trained with most.
-        for b, n, h, d in ((8, 4096, 8, 64), (1, 65536, 1024, 1)) * (dtype == torch.bfloat16):
-            q, gates = empty(b, n, h, d), empty(b, n, h, dtype=torch.float32)
-            yield (b, n, h, d), dtype, 2, (q, q, q, gates, None, None, 64)
+        # Of real gates those that are trained with most, and one call of each class of head dims.
+        real = {torch.bfloat16: ((8, 4096, 8, 64), (1, 65536, 1024, 1), (8, 4096, 8, 128),
+                                 (2, 4096, 8, 16, 256)),
+                torch.float32: ((8, 4096, 8, 64),)}
+        for b, n, h, dk, *dv in real.get(dtype, ()):
+            q, v = empty(b, n, h, dk), empty(b, n, h, *dv or [dk])
+            gates = empty(b, n, h, dtype=torch.float32)
+            yield (b, n, h, dk, *dv), dtype, 2, (q, q, v, gates, None, None, 64)
     else:
         for w, h in ((16, 4), (128, 4), (128, 1), (512, 4), (1024, 4)):
             b, n, c = 8, 8192, 512
