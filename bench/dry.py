@@ -257,8 +257,6 @@ def all_of(shapes, dtype):
         for build in (build for name in names for build in operators.ROWS[name]):
             if build is operators.gate_loop and shape[2] == shape[3]:
                 continue  # the diagonal row already
-            if build is operators.gate_loop_real:
-                continue  # not recorded
             print(build.__name__, *shape, file=sys.stderr, flush=True)
             found += measure(build, *shape, dtype)
     return found
