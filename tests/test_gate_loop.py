@@ -313,6 +313,28 @@ def test_autocast_promotes_real_gates():
     assert constant.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gates", "gate_logits"])
+def test_a_state_of_the_other_kind_goes_on_as_its_refusal_says(name, dtype):
+    q, k, v = draw(5, dtype=dtype)
+    real = {name: torch.rand(2, 5, 3).to(dtype)}
+    state = torch.randn(2, 3, 2, 3, dtype=complex_dtype(dtype))
+
+    def advised(given, state):
+        with pytest.raises(TypeError, match="initial_state must be") as refused:
+            ops.gate_loop(q, k, v, **given, initial_state=state)
+        return eval(str(refused.value).split()[-1].removeprefix("gates="),
+                    {"torch": torch, "initial_state": state, **given})
+
+    turning = advised(real, state)
+    expected = reference.gate_loop(q.to(F64), k.to(F64), v.to(F64), turning.to(torch.complex128),
+                                   initial_state=state.to(torch.complex128))
+    actual = ops.gate_loop(q, k, v, turning, initial_state=state)
+    assert distance(actual.to(F64), expected) < 4 * torch.finfo(dtype).eps
+    same = advised({"gates": turning}, state.real)
+    assert same.dtype == state.dtype and torch.equal(same.real, state.real)
+
+
 def refusals():
     q, k, v = draw(7, dtype=torch.float32)
     z, a = torch.randn(2, 7, 3, 2), torch.randn(2, 7, 3, dtype=torch.complex64)
@@ -333,7 +355,7 @@ def refusals():
         "state shape": ((q, k, v, a), {"initial_state": s.mT}, ValueError,
                         "initial_state must have shape"),
         "integer gates": ((q, k, v, a.real.long()), {}, TypeError,
-                          "gates must be complex64 or float64 or float32 .*got int64"),
+                          "gates must be complex64 or float32, got int64"),
         "wide real gates": ((q, k, v, a.real.double()), {}, TypeError,
                             "gates must be float32 for float32 q, got float64"),
         "decays of another length": ((q, k, v, torch.ones(7)), {}, ValueError,
@@ -347,10 +369,12 @@ def refusals():
                                      r"gates \* gate_logits.sigmoid\(\)"),
         "complex state beside real gates": (
             (q, k, v, a.real), {"initial_state": s}, TypeError,
-            r"initial_state must be float32 beside real gates, got complex64: .*torch.complex\("),
+            r"initial_state must be float32 beside real gates, got complex64: .*"
+            r"give gates=gates.to\(torch.complex64\)"),
         "complex state beside real logits": (
             (q, k, v), {"gate_logits": z[..., 0], "initial_state": s}, TypeError,
-            "initial_state must be float32 beside real gates, got complex64"),
+            "initial_state must be float32 beside real gates, got complex64: .*give "
+            r"gates=gate_logits.sigmoid\(\).to\(torch.complex64\)"),
         "channels without heads": ((q.flatten(2), k, v, a), {}, ValueError,
                                    r"q must .*got \(2, 7, 6\): q.unflatten\(-1, \(h, dk\)\)"),
         "heads before time": ((q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), a),
@@ -364,7 +388,8 @@ def refusals():
                          "k must be float32 like q, got float64"),
         "wide gates": ((q, k, v, a.to(torch.complex128)), {}, TypeError, "gates must be complex64"),
         "real state": ((q, k, v, a), {"initial_state": s.real}, TypeError,
-                       "initial_state must be complex64"),
+                       "initial_state must be complex64 beside complex gates, got float32: give "
+                       r"initial_state.to\(torch.complex64\)"),
         "no steps": ((q[:, :0], k[:, :0], v[:, :0], a[:, :0]), {}, ValueError,
                      "q must have at least one time step"),
         "a list": ((q.tolist(), k, v, a), {}, TypeError, "q must be a tensor, got list"),

@@ -56,7 +56,7 @@ def decay_conv(x: Tensor, decay: Tensor, gain: Tensor | None = None, *,
 
     Args:
         x: (b, n, h, d), float64, float32, bfloat16 or float16, any strides
-        decay: (h,), the dtype of x or float32
+        decay: (h,), the dtype of x, or float32 where x has 16 bits
         gain: (h,) likewise; 1 if None
         initial_state: y_{-1} (b, h, d), float32 (float64 for float64 x); 0 if None
         return_state: also return y_{n-1} (b, h, d) in the state's dtype

@@ -55,8 +55,8 @@ def fft_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None, *, revealed:
     Args:
         x: (b, n, h, d), float64, float32, bfloat16 or float16, any strides
         kernel: (b, m, h), one per sample, or (m, h) for all; any m ≥ 1, lags from n on have
-            no effect. The dtype of x or float32.
-        skip: (h, d), a weight of each channel's own input, the dtype of x or float32; nothing is
+            no effect. The dtype of x, or float32 where x has 16 bits.
+        skip: (h, d), a weight of each channel's own input, in a dtype of the kernel; nothing is
             added if None
         revealed: whether lag l of the kernel becomes known with step l, as in GatedDsConv: kernel
             is then (b, n, h), the lags of the steps of x. Otherwise every call takes all of it.

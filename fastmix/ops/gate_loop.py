@@ -89,9 +89,10 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
             before the heads: (b, h, n, dk) must be transposed.
         v: (b, n, h, dv), the dtype of q
         gates: a (b, n, h), or (h,) if they are the same at all steps. Complex64 (complex128 for
-            float64 q), or real, in the dtype of q or float32: the state is then real, at half
-            the cost. Any value: 0 forgets everything before it, abs a = 1 nothing.
-        gate_logits: z (b, n, h, 2), real and imaginary part, the dtype of q or float32;
+            float64 q), or real, in the dtype of q, or float32 where q has 16 bits: the state is
+            then real, at half the cost. Any value: 0 forgets everything before it, abs a = 1
+            nothing.
+        gate_logits: z (b, n, h, 2), real and imaginary part, in a dtype of real gates;
             a = σ(abs z) · z / abs z, and ½ at z = 0. An infinite z has the gate 1 times the
             direction of its infinite parts. There is no gradient at 0 and at infinity. Logits
             cannot give a gate of 0. Or z (b, n, h), for the real gates a = σ(z). Exactly one of
@@ -141,12 +142,13 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
         check_tensor(where, "v", v, like=("q", q))
         sizes = check_shape(where, "v", v, "b n h dv", sizes)
         q, k, v = match_dtypes(where, q=q, k=k, v=v)
+    given = "gates" if gate_logits is None else "gate_logits.sigmoid()"
     if gates is None:
         gates, gate_logits = _check_logits(where, gate_logits, q, sizes)
     else:
         gates = _check_gates(where, gates, q, sizes)
     if initial_state is not None:
-        _check_state(where, initial_state, _state_dtype(q, gates), q, sizes)
+        _check_state(where, initial_state, _state_dtype(q, gates), given, q, sizes)
     wanted = needs_gradient(q, k, v, gates, gate_logits, initial_state)
     diagonal = sizes["dk"] == sizes["dv"] == 1
     every = CARRY_EVERY if diagonal else HEADS_CARRY_EVERY.get(q.device.type, CARRY_EVERY)
@@ -156,10 +158,10 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
 
 def _check_gates(where: str, gates: Any, q: Tensor, sizes: dict[str, int]) -> Tensor:
     """As (b, n, h)."""
-    is_complex = isinstance(gates, Tensor) and gates.is_complex()
-    check_tensor(where, "gates", gates, (wide_complex(q.dtype), *(() if is_complex else REAL)),
-                 like=("q", q))
-    if not is_complex:
+    real = isinstance(gates, Tensor) and gates.dtype in REAL
+    check_tensor(where, "gates", gates, REAL if real else (
+        wide_complex(q.dtype), *dict.fromkeys((q.dtype, wide(q.dtype)))), like=("q", q))
+    if real:
         gates = match_parameter(where, "gates", gates, ("q", q))
     b, n, h = sizes["b"], sizes["n"], sizes["h"]
     if gates.ndim != 1:
@@ -170,7 +172,7 @@ def _check_gates(where: str, gates: Any, q: Tensor, sizes: dict[str, int]) -> Te
             f"{where}: gates must have shape (b, n, h) = {(b, n, h)}, or (h,) = ({h},) if they are "
             f"the same at all steps, got {tuple(gates.shape)}: give one number per head")
     # Wide, so that the gradient is rounded once, after its sum over steps.
-    return (gates if is_complex else gates.to(wide(q.dtype))).expand(b, n, h)
+    return (gates.to(wide(q.dtype)) if real else gates).expand(b, n, h)
 
 
 def _check_logits(where: str, gate_logits: Any, q: Tensor,
@@ -205,15 +207,14 @@ def _check_steps(where: str, name: str, given: Tensor, layout: str, q: Tensor,
     check_shape(where, name, given, layout, sizes)
 
 
-def _check_state(where: str, state: Any, dtype: torch.dtype, q: Tensor,
+def _check_state(where: str, state: Any, dtype: torch.dtype, given: str, q: Tensor,
                  sizes: dict[str, int]) -> None:
-    """An initial state of the dtype that the gates ask for."""
+    """An initial state of the dtype that the gates ask for; `given` is how to write those that
+    were given, if they are real."""
     if isinstance(state, Tensor) and state.is_complex() != dtype.is_complex:
-        kind, advice = (
-            ("complex", "torch.complex(initial_state, torch.zeros_like(initial_state)) is")
-            if dtype.is_complex else
-            ("real", "a complex state goes on with complex gates, "
-                     "torch.complex(gates, torch.zeros_like(gates))"))
+        kind, advice = ("complex", f"give initial_state.to({dtype})") if dtype.is_complex else (
+            "real", "a complex state goes on with complex gates, give "
+                    f"gates={given}.to({wide_complex(q.dtype)})")
         raise TypeError(
             f"{where}: initial_state must be {dtype_name(dtype)} beside {kind} gates, got "
             f"{dtype_name(state.dtype)}: {advice}")

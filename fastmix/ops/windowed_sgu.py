@@ -69,7 +69,7 @@ def windowed_sgu(
         return_state: also return the state after x
         in_place: write into initial_state instead of copying its rows; without gradients
 
-    Parameters have the dtype of x or float32.
+    Parameters have the dtype of x, or float32 where x has 16 bits.
 
     Returns:
         (b, n, c) in the dtype of x, or (that, state) with return_state; sums are kept in
