@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from exactness import within
-from rows import HALF, compile_function, forced, halved, implementations, name_of, reason
+from rows import (
+    HALF,
+    both_shorter,
+    compile_function,
+    forced,
+    halved,
+    implementations,
+    name_of,
+    reason,
+)
 from timing import elapsed, peak_bytes, side_by_side, spread
 
 COMPILE_SECONDS = 25  # that a cold torch.compile of an original takes with its timing, two cores
@@ -242,8 +251,7 @@ def at_full_length(short, course, names, matmul_gflop_s, seconds, why):
                    "original": short["original"] | {"n": short["n"], "shortened": why}}
     if short["status"] != "ok":
         return row
-    row["reason"] = short["reason"] or (
-        f"losses and gradients of n={short['n']}, because the original {why} at n={course.n}")
+    row["reason"] = short["reason"] or both_shorter(row)
     name = short["implementation"]
     try:
         trainer = course.ours(name if names else None)

@@ -162,22 +162,24 @@ def add_times(contest, rows, steps, original, original_step, seconds):
 def original_length(make, n, dtype, device, seconds):
     """(the n to run the original at, what stands against more of it or None)."""
     needed, room = make(1).original_bytes * n, machine.room(device)
+    longest, why = n, None
     if needed > room:
-        return 1 << max(0, (n * room // 2 // needed).bit_length() - 1), (
-            f"needs about {needed / 1e9:.0f} GB")
-    whole = make(n)
+        longest = 1 << max(0, (n * room // 2 // needed).bit_length() - 1)
+        why = f"needs about {needed / 1e9:.0f} GB"
+    whole = make(longest)
     for part in 16, 4:  # a short call is mostly overhead, which does not grow with n
-        small = make(max(1, n // part))
+        small = make(max(1, longest // part))
         try:
             step = Contest(small, dtype, device).original(dtype)
             taken = min(stopwatch(step.forward_backward, device) for _ in range(2)) / 1e3
         except Exception:
-            return n, None  # judge_original says why
+            return longest, why  # judge_original says what came
         calls = ORIGINAL_CALLS * taken
-        taken *= max(n / small.steps(), whole.flops / small.flops if small.flops else 0)
+        taken *= max(longest / small.steps(), whole.flops / small.flops if small.flops else 0)
         if ORIGINAL_CALLS * taken <= seconds or 4 * calls > seconds:
             break
-    return halved(n, ORIGINAL_CALLS, taken, seconds)
+    shorter, slow = halved(longest, ORIGINAL_CALLS, taken, seconds)
+    return shorter, why or slow
 
 
 def halved(n, calls, taken, seconds):
@@ -245,6 +247,12 @@ def compile_function(owner, runs, baseline):
             if not whole:
                 raise
             baseline["reason"] = f"compiled with graph breaks: {reason(error)}"
+
+
+def both_shorter(row):
+    """What to say of a row whose original ran at fewer steps."""
+    return (f"both sides at n={row['original']['n']}, because the original "
+            f"{row['original']['shortened']} at n={row['n']}")
 
 
 def ratios(baseline, ours):

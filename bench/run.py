@@ -205,8 +205,8 @@ def main(argv=None):
     first_texts = {name for name, _, _ in texts}
     schedule = Schedule(
         float("inf") if options.check else minutes,
-        1 + len(cases) + (0 if options.check else len(cases) + len(courses)) + len(lengths)
-        + len(first_texts), len(courses), len(texts) - len(first_texts))
+        1 + len(cases) + len(lengths) + len(first_texts), len(courses),
+        len(texts) - len(first_texts) + (0 if options.check else len(cases) + len(courses)))
     schedule.share("measuring the machine")
     header = machine.header(device, dtype)
     report = {"header": header, "settings": vars(options), "operators": [], "models": [],
@@ -346,8 +346,11 @@ def add_texts(report, texts, options, schedule, seconds):
 
 
 def add_curves(report, cases, lengths, options, schedule, seconds):
-    """The operators at shorter lengths, for the plot; the longest only if there is time for it."""
+    """The operators at shorter lengths, for the plot; the longest only if there is time for it.
+    Originals are not among them where they were too slow, or took too much memory, for more."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    slow = {row["row"]: row["original"] for row in report["operators"]
+            if "shortened" in row.get("original", ())}
     spent = 0
     for i, length in enumerate(lengths):
         what = f"all operators at n={length}"
@@ -359,8 +362,11 @@ def add_curves(report, cases, lengths, options, schedule, seconds):
         for make, n in {make.args[0]: (make, n) for _, make, n in cases}.values():
             if length < n:
                 with schedule.whatever_comes(f"{make.args[0].__name__} n={length}"):
+                    original = slow.get(make(1).row)
+                    why = original["shortened"] if original and length >= original["n"] else None
                     report["curve"] += rows.operator_rows(
-                        make, length, options.impl, dtype, device, report["header"], seconds / 4)
+                        make, length, options.impl, dtype, device, report["header"], seconds / 4,
+                        why)
         spent = time.monotonic() - start
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from rows import both_shorter
 from timing import spread
 
 RED = "\x1b[31m{}\x1b[0m"
@@ -198,8 +199,7 @@ def against(baseline):
             return "left out"
         marks = ""
         if other.get("n", row["n"]) != row["n"]:
-            marks += notes.mark(f"both sides at n={other['n']}, because the original "
-                                f"{row['original']['shortened']} at n={row['n']}")
+            marks += notes.mark(both_shorter(row))
         if other.get("reason"):
             marks += notes.mark(other["reason"])
         value = row.get(f"ratio_{baseline}")
