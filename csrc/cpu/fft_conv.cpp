@@ -63,41 +63,42 @@ namespace {
 
 // Channels c0 … of a tensor like x.
 template <class C>
-Lanes<C> channels(const FftConv& f, const Source& s, int64_t b, int64_t c0, int64_t count) {
-  return lanes_of<C>(s, f.n, count,
-                     [&](int64_t i) { return address(s, b, 0, (c0 + i) / f.d, (c0 + i) % f.d); });
+Lanes<C> channels(const FftConv& args, const Source& s, int64_t b, int64_t c0, int64_t count) {
+  return lanes_of<C>(s, args.n, count, [&](int64_t i) {
+    return address(s, b, 0, (c0 + i) / args.d, (c0 + i) % args.d);
+  });
 }
 
 // Kernels b · h + head from `first` on, each in `repeat` lanes.
 template <class C>
-Lanes<C> kernels(const FftConv& f, int64_t first, int64_t count, int64_t repeat) {
-  return lanes_of<C>(f.kernel, f.lags, count * repeat, [&](int64_t i) {
+Lanes<C> kernels(const FftConv& args, int64_t first, int64_t count, int64_t repeat) {
+  return lanes_of<C>(args.kernel, args.lags, count * repeat, [&](int64_t i) {
     const int64_t index = first + i / repeat;
-    return address(f.kernel, index / f.h, 0, index % f.h, 0);
+    return address(args.kernel, index / args.h, 0, index % args.h, 0);
   });
 }
 
 // Writes channels c0 … of the output.
 template <class C>
 struct Channels {
-  const FftConv& f;
+  const FftConv& args;
   int64_t b, c0, count;
 
   FASTMIX_INLINE void operator()(int64_t t, Vector<C> v) const {
-    const int64_t at = (b * f.n + t) * f.out.channels + c0;
+    const int64_t at = (b * args.n + t) * args.out.channels + c0;
     if (count == Simd<C>::lanes) {
-      if (f.out.type == kType<C>) {
-        C* to = static_cast<C*>(f.out.data) + at;
-        return f.streaming ? stream(to, v) : store(to, v);
+      if (args.out.type == kType<C>) {
+        C* to = static_cast<C*>(args.out.data) + at;
+        return args.streaming ? stream(to, v) : store(to, v);
       }
       if constexpr (sizeof(C) == 4) {
-        if (f.out.type == Type::bf16) return store(static_cast<Bf16*>(f.out.data) + at, v);
-        if (f.out.type == Type::f16) return store(static_cast<F16*>(f.out.data) + at, v);
+        if (args.out.type == Type::bf16) return store(static_cast<Bf16*>(args.out.data) + at, v);
+        if (args.out.type == Type::f16) return store(static_cast<F16*>(args.out.data) + at, v);
       }
     }
     C values[Simd<C>::lanes];
     store(values, v);
-    write(f.out, b, t, c0, count, values);
+    write(args.out, b, t, c0, count, values);
   }
 };
 
@@ -220,15 +221,16 @@ struct Unit {
   int64_t b, head, heads, group, c0, count;
 };
 
-Unit unit_of(const FftConv& f, int64_t index) {
-  const int64_t sets = (f.h + f.heads - 1) / f.heads;
+Unit unit_of(const FftConv& args, int64_t index) {
+  const int64_t sets = (args.h + args.heads - 1) / args.heads;
   Unit u;
-  u.group = index % f.groups;
-  u.head = index / f.groups % sets * f.heads;
-  u.b = index / f.groups / sets;
-  u.heads = smaller(f.heads, f.h - u.head);
-  u.c0 = u.head * f.d + u.group * f.group;
-  u.count = f.kernels_in_lanes ? u.heads * f.d : smaller(f.group, f.d - u.group * f.group);
+  u.group = index % args.groups;
+  u.head = index / args.groups % sets * args.heads;
+  u.b = index / args.groups / sets;
+  u.heads = smaller(args.heads, args.h - u.head);
+  u.c0 = u.head * args.d + u.group * args.group;
+  u.count =
+      args.kernels_in_lanes ? u.heads * args.d : smaller(args.group, args.d - u.group * args.group);
   return u;
 }
 
@@ -251,35 +253,36 @@ struct Buffers {
 };
 
 // The place of a unit's first kernel among all.
-FASTMIX_INLINE int64_t kernel_index(const FftConv& f, const Unit& u) {
-  return (f.shared ? 0 : u.b * f.h) + u.head;
+FASTMIX_INLINE int64_t kernel_index(const FftConv& args, const Unit& u) {
+  return (args.shared ? 0 : u.b * args.h) + u.head;
 }
 
 // A channel's skip, over `length`, in each lane.
 template <class C>
-Vector<C> skips(const FftConv& f, int64_t c0, int64_t count, int64_t length) {
+Vector<C> skips(const FftConv& args, int64_t c0, int64_t count, int64_t length) {
   C numbers[Simd<C>::lanes] = {};
-  for (int64_t i = 0; f.skip != nullptr && i < count; ++i) numbers[i] = f.skip[c0 + i] / length;
+  for (int64_t i = 0; args.skip != nullptr && i < count; ++i)
+    numbers[i] = args.skip[c0 + i] / length;
   return load<Vector<C>>(numbers);
 }
 
 template <class C>
-void spectra(const FftConv& f, int64_t begin, int64_t end) {
+void spectra(const FftConv& args, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<C>::lanes;
-  const int64_t length = f.plan.length, all = (f.shared ? 1 : f.b) * f.h;
+  const int64_t length = args.plan.length, all = (args.shared ? 1 : args.b) * args.h;
   Buffers<C> buffers(1, length);
   for (int64_t i = begin * lanes; i < smaller(end * lanes, all); i += lanes) {
     const int64_t count = smaller(lanes, all - i);
-    const Lanes<C> in = kernels<C>(f, i, count, 1);
+    const Lanes<C> in = kernels<C>(args, i, count, 1);
     const auto accept = checked<C>([&](int, const Magnitudes<C>& largest) {
       Beginning<C> begins;
-      const Ints<C> refused = refusals<C>({in, f.lags, false}, largest, begins);
+      const Ints<C> refused = refusals<C>({in, args.lags, false}, largest, begins);
       for (int64_t j = 0; j < count; ++j)
-        f.beginnings[i + j] = {refused[j] != 0, begins.zeros[j], begins.ready[j]};
+        args.beginnings[i + j] = {refused[j] != 0, begins.zeros[j], begins.ready[j]};
       return true;
     });
-    transform(f.plan, &in, buffers.at, buffers.tile, 0,
-              Spectra<C>{static_cast<C*>(f.spectra) + i * 2 * length, count, length}, nullptr,
+    transform(args.plan, &in, buffers.at, buffers.tile, 0,
+              Spectra<C>{static_cast<C*>(args.spectra) + i * 2 * length, count, length}, nullptr,
               accept);
   }
 }
@@ -287,92 +290,95 @@ void spectra(const FftConv& f, int64_t begin, int64_t end) {
 // Calls g(lane, lags) for all that did not go through transforms of the gradients of `count`
 // kernels from `first` on.
 template <class C, class G>
-FASTMIX_INLINE void each_segmented(const FftConv& f, int64_t first, int64_t count, G g) {
+FASTMIX_INLINE void each_segmented(const FftConv& args, int64_t first, int64_t count, G g) {
   for (int64_t i = 0; i < count; ++i)
-    for (int64_t b = 0; b < (f.shared ? f.b : 1); ++b)
-      for (int64_t group = 0; group < f.groups; ++group)
-        if (const void* lags = f.segmented_lags[(b * f.h + first + i) * f.groups + group])
+    for (int64_t b = 0; b < (args.shared ? args.b : 1); ++b)
+      for (int64_t group = 0; group < args.groups; ++group)
+        if (const void* lags = args.segmented_lags[(b * args.h + first + i) * args.groups + group])
           g(i, static_cast<const C*>(lags));
 }
 
 // Adds grad_t x_{t-lag} of the last lags, of a vector of a unit's channels.
 template <class C>
-void add_early_lags(const FftConv& f, const Unit& u, const Sequence<C>& backwards,
+void add_early_lags(const FftConv& args, const Unit& u, const Sequence<C>& backwards,
                     const Sequence<C>& x, int64_t count) {
   Vector<C> a[kEarly], b[kEarly];
-  const int64_t end = smaller(kEarly, f.n);
+  const int64_t end = smaller(kEarly, args.n);
   for (int64_t t = 0; t < end; ++t) a[t] = backwards(t), b[t] = x(t);
   for (int64_t t = 0; t < end; ++t) {
     Vector<C> sum{};
     for (int64_t s = 0; s <= t; ++s) sum += a[s] * b[t - s];
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t head = u.head + (f.kernels_in_lanes ? i / f.d : 0);
-      C* const lags = static_cast<C*>(f.early_lags);
-      lags[((u.b * f.h + head) * f.groups + u.group) * kEarly + t] += sum[i];
+      const int64_t head = u.head + (args.kernels_in_lanes ? i / args.d : 0);
+      C* const lags = static_cast<C*>(args.early_lags);
+      lags[((u.b * args.h + head) * args.groups + u.group) * kEarly + t] += sum[i];
     }
   }
 }
 
 // The gradient of a kernel's lag that is among the last.
 template <class C>
-C early_lag(const FftConv& f, int64_t kernel, int64_t lag) {
+C early_lag(const FftConv& args, int64_t kernel, int64_t lag) {
   C sum = 0;
-  for (int64_t b = 0; b < (f.shared ? f.b : 1); ++b)
-    for (int64_t group = 0; group < f.groups; ++group)
+  for (int64_t b = 0; b < (args.shared ? args.b : 1); ++b)
+    for (int64_t group = 0; group < args.groups; ++group)
       sum += static_cast<const C*>(
-          f.early_lags)[((b * f.h + kernel) * f.groups + group) * kEarly + f.n - 1 - lag];
+          args.early_lags)[((b * args.h + kernel) * args.groups + group) * kEarly + args.n - 1 -
+                           lag];
   return sum;
 }
 
 // The gradients of `count` kernels from `first` on, from the sums of their spectra.
 template <class C>
-void write_lags(const FftConv& f, Buffers<C>& buffers, int64_t first, int64_t count,
+void write_lags(const FftConv& args, Buffers<C>& buffers, int64_t first, int64_t count,
                 const C* sums) {
-  const int64_t spectrum = 2 * f.plan.length, step = f.groups * spectrum;
+  const int64_t spectrum = 2 * args.plan.length, step = args.groups * spectrum;
   bool segmented = false;
-  each_segmented<C>(f, first, count, [&](int64_t, const C*) { segmented = true; });
+  each_segmented<C>(args, first, count, [&](int64_t, const C*) { segmented = true; });
   const auto put = [&](int64_t lag, Vector<C> v) {
     C values[Simd<C>::lanes];
     store(values, v);
-    if (f.early_lags != nullptr && lag < f.lags && lag >= f.n - kEarly)
-      for (int64_t i = 0; i < count; ++i) values[i] = early_lag<C>(f, first + i, lag);
-    if (segmented && lag < f.lags)
-      each_segmented<C>(f, first, count, [&](int64_t i, const C* lags) { values[i] += lags[lag]; });
+    if (args.early_lags != nullptr && lag < args.lags && lag >= args.n - kEarly)
+      for (int64_t i = 0; i < count; ++i) values[i] = early_lag<C>(args, first + i, lag);
+    if (segmented && lag < args.lags)
+      each_segmented<C>(args, first, count,
+                        [&](int64_t i, const C* lags) { values[i] += lags[lag]; });
     for (int64_t i = 0, run; i < count; i += run) {
-      const int64_t head = (first + i) % f.h;
-      run = smaller(count - i, f.h - head);
-      write(f.grad_kernel, (first + i) / f.h, lag, head, run, values + i);
+      const int64_t head = (first + i) % args.h;
+      run = smaller(count - i, args.h - head);
+      write(args.grad_kernel, (first + i) / args.h, lag, head, run, values + i);
     }
   };
-  transform(
-      f.plan, static_cast<const Lanes<C>*>(nullptr), buffers.at, buffers.tile, f.lags,
-      Sums<C>{sums, count, f.plan.length, step, f.groups, spectrum, f.shared ? f.b : 1, f.h * step},
-      put);
-  for (int64_t lag = f.lags; lag < f.grad_kernel.n_size; ++lag) put(lag, Vector<C>{});
+  transform(args.plan, static_cast<const Lanes<C>*>(nullptr), buffers.at, buffers.tile, args.lags,
+            Sums<C>{sums, count, args.plan.length, step, args.groups, spectrum,
+                    args.shared ? args.b : 1, args.h * step},
+            put);
+  for (int64_t lag = args.lags; lag < args.grad_kernel.n_size; ++lag) put(lag, Vector<C>{});
 }
 
 // Channels c0 … and a chunk of their steps, where one transform cannot take them.
 template <class C>
 struct SegmentedChunk {
-  const FftConv& f;
+  const FftConv& args;
   const Unit& u;
   const Channels<C>& out;
   Sequence<C> kernel;
   Buffers<C> buffers;
   C* sum;
 
-  SegmentedChunk(const FftConv& f, const Unit& u, const Channels<C>& out)
-      : f(f), u(u), out(out), buffers(2, f.plan.length),
-        sum(buffers.scratch.template take<C>(f.plan.length * Simd<C>::lanes)) {
-    const Lanes<C> lanes = f.kernels_in_lanes ? kernels<C>(f, kernel_index(f, u), u.heads, f.d)
-                                              : kernels<C>(f, kernel_index(f, u), 1, out.count);
-    kernel = {lanes, f.lags, false};
+  SegmentedChunk(const FftConv& args, const Unit& u, const Channels<C>& out)
+      : args(args), u(u), out(out), buffers(2, args.plan.length),
+        sum(buffers.scratch.template take<C>(args.plan.length * Simd<C>::lanes)) {
+    const Lanes<C> lanes = args.kernels_in_lanes
+                               ? kernels<C>(args, kernel_index(args, u), u.heads, args.d)
+                               : kernels<C>(args, kernel_index(args, u), 1, out.count);
+    kernel = {lanes, args.lags, false};
   }
 
   void convolve(const Sequence<C>& a, const Sequence<C>& b) {
     Product<C, false, true> product{};
-    product.scale = C(1) / f.plan.length;
-    causal_product(f.plan, a, b, a.count, sum, buffers.at, buffers.tile, product);
+    product.scale = C(1) / args.plan.length;
+    causal_product(args.plan, a, b, a.count, sum, buffers.at, buffers.tile, product);
   }
 
   Vector<C> at(int64_t t) const { return load<Vector<C>>(sum + t * Simd<C>::lanes); }
@@ -382,9 +388,9 @@ struct SegmentedChunk {
     before = smaller(before, start);
     const Lanes<C> x = all.window(start - before, start + count);
     convolve({x, before + count, false}, kernel);
-    const Vector<C> skip = skips<C>(f, out.c0, out.count, 1);
+    const Vector<C> skip = skips<C>(args, out.c0, out.count, 1);
     for (int64_t t = before; t < before + count; ++t)
-      out(start + t - before, f.skip == nullptr ? at(t) : at(t) + skip * x(t));
+      out(start + t - before, args.skip == nullptr ? at(t) : at(t) + skip * x(t));
   }
 
   // dx of `count` steps from `start` on, from as many of x and `reach` of the gradient; adds to
@@ -393,17 +399,18 @@ struct SegmentedChunk {
                 int64_t reach, double* grad_skips) {
     const Sequence<C> backwards{grad, reach, true};
     convolve(backwards, kernel);
-    const Vector<C> skip = skips<C>(f, out.c0, out.count, 1);
+    const Vector<C> skip = skips<C>(args, out.c0, out.count, 1);
     for (int64_t t = 0; t < count; ++t) {
       const Vector<C> v = at(reach - 1 - t);
-      out(start + t, f.skip == nullptr ? v : v + skip * grad(t));
+      out(start + t, args.skip == nullptr ? v : v + skip * grad(t));
     }
     convolve(backwards, {x, count, false});
     for (int64_t i = 0; i < out.count; ++i) {
-      C* const to = lags_of(f.kernels_in_lanes ? i / f.d : 0);
-      for (int64_t lag = 0; lag < smaller(f.lags, reach); ++lag) to[lag] += at(reach - 1 - lag)[i];
+      C* const to = lags_of(args.kernels_in_lanes ? i / args.d : 0);
+      for (int64_t lag = 0; lag < smaller(args.lags, reach); ++lag)
+        to[lag] += at(reach - 1 - lag)[i];
     }
-    for (int64_t t = 0; f.skip != nullptr && t < count; ++t) {
+    for (int64_t t = 0; args.skip != nullptr && t < count; ++t) {
       const Vector<C> g = grad(t), v = x(t);
       for (int64_t i = 0; i < out.count; ++i) grad_skips[i] += double(g[i]) * double(v[i]);
     }
@@ -411,8 +418,8 @@ struct SegmentedChunk {
 
   // The lags of a head of the unit, zero at first.
   C* lags_of(int64_t head) const {
-    void*& lags = f.segmented_lags[(u.b * f.h + u.head + head) * f.groups + u.group];
-    if (lags == nullptr) lags = calloc(f.lags, sizeof(C));
+    void*& lags = args.segmented_lags[(u.b * args.h + u.head + head) * args.groups + u.group];
+    if (lags == nullptr) lags = calloc(args.lags, sizeof(C));
     if (lags == nullptr) abort();
     return static_cast<C*>(lags);
   }
@@ -425,138 +432,143 @@ bool fits(Vector<C> skip) {
 }
 
 template <class C, bool backward, bool in_lanes>
-void units(const FftConv& f, int64_t begin, int64_t end) {
+void units(const FftConv& args, int64_t begin, int64_t end) {
   using Leaf = Product<C, backward, in_lanes>;
-  const int64_t length = f.plan.length;
+  const int64_t length = args.plan.length;
   Buffers<C> buffers(Leaf::buffers, length);
-  const bool alone = backward && f.sums == nullptr;
-  C* const own = alone ? buffers.scratch.template take<C>(f.heads * 2 * length) : nullptr;
+  const bool alone = backward && args.sums == nullptr;
+  C* const own = alone ? buffers.scratch.template take<C>(args.heads * 2 * length) : nullptr;
   for (int64_t i = begin; i < end; ++i) {
-    const Unit u = unit_of(f, i);
+    const Unit u = unit_of(args, i);
     Leaf leaf{};
-    if (!in_lanes) leaf.spectrum = static_cast<C*>(f.spectra) + kernel_index(f, u) * 2 * length;
+    if (!in_lanes)
+      leaf.spectrum = static_cast<C*>(args.spectra) + kernel_index(args, u) * 2 * length;
     leaf.scale = C(1) / length;
     leaf.heads = u.heads;
-    leaf.d = f.d;
-    leaf.sums_step = f.groups * 2 * length;
+    leaf.d = args.d;
+    leaf.sums_step = args.groups * 2 * length;
     if (backward) {
       leaf.sums = alone ? own
-                        : static_cast<C*>(f.sums) +
-                              ((u.b * f.h + u.head) * f.groups + u.group) * 2 * length;
+                        : static_cast<C*>(args.sums) +
+                              ((u.b * args.h + u.head) * args.groups + u.group) * 2 * length;
       memset(leaf.sums, 0, u.heads * 2 * length * sizeof(C));
     }
     each_lanes<C>(u, [&](int64_t c0, int64_t count) {
-      const Lanes<C> x = channels<C>(f, f.x, u.b, c0, count);
-      const Lanes<C> grad = backward ? channels<C>(f, f.grad, u.b, c0, count) : x;
-      const Channels<C> out{f, u.b, c0, count};
+      const Lanes<C> x = channels<C>(args, args.x, u.b, c0, count);
+      const Lanes<C> grad = backward ? channels<C>(args, args.grad, u.b, c0, count) : x;
+      const Channels<C> out{args, u.b, c0, count};
       double points[Simd<C>::lanes] = {}, segmented_points[Simd<C>::lanes] = {};
-      leaf.skip = skips<C>(f, c0, count, length);
+      leaf.skip = skips<C>(args, c0, count, length);
       leaf.lane_sums = points;
-      const Lanes<C> kernel = in_lanes ? kernels<C>(f, kernel_index(f, u), u.heads, f.d)
-                                       : kernels<C>(f, kernel_index(f, u), 1, count);
-      const Vector<C> skip = skips<C>(f, c0, count, 1);
+      const Lanes<C> kernel = in_lanes ? kernels<C>(args, kernel_index(args, u), u.heads, args.d)
+                                       : kernels<C>(args, kernel_index(args, u), 1, count);
+      const Vector<C> skip = skips<C>(args, c0, count, 1);
       Beginning<C> begins[3];  // of the inputs, the kernel last
       bool whole = fits<C>(skip);
       if (!in_lanes) {
-        const KernelBeginning& of_kernel = f.beginnings[kernel_index(f, u)];
+        const KernelBeginning& of_kernel = args.beginnings[kernel_index(args, u)];
         begins[1 + backward] = {ints<C>(of_kernel.zeros), ints<C>(of_kernel.ready)};
         whole &= !of_kernel.refused;
       }
       Lanes<C> in[3];
       if (in_lanes) in[1 + backward] = kernel;
-      for (int64_t start = 0; start < f.n; start += f.chunk) {
+      for (int64_t start = 0; start < args.n; start += args.chunk) {
         // y needs the lags before a chunk, dx and the kernel's gradient those after it.
-        const int64_t stop = smaller(start + f.chunk, f.n);
-        const int64_t before = backward || f.chunk == f.n ? 0 : f.lags - 1;
-        in[0] = backward ? grad.window(start, f.n) : x.window(start - before, f.n);
+        const int64_t stop = smaller(start + args.chunk, args.n);
+        const int64_t before = backward || args.chunk == args.n ? 0 : args.lags - 1;
+        in[0] = backward ? grad.window(start, args.n) : x.window(start - before, args.n);
         if (backward) in[1] = x.window(start, stop);
-        const int64_t reach =
-            backward ? smaller(stop - start + f.lags - 1, f.n - start) : before + stop - start;
-        const int64_t steps[3] = {reach, backward ? stop - start : f.lags, f.lags};
+        const int64_t reach = backward ? smaller(stop - start + args.lags - 1, args.n - start)
+                                       : before + stop - start;
+        const int64_t steps[3] = {reach, backward ? stop - start : args.lags, args.lags};
         EarlyOutputs<C> early;
         const auto accept = checked<C>([&](int input, const Magnitudes<C>& largest) {
           const Sequence<C> sequence{in[input], steps[input], backward && input == 0};
           if (any(refusals(sequence, largest, begins[input]))) return false;
           if (input + 1 < Leaf::inputs) return true;
-          early.compute({in[0], reach, backward}, begins[0], {kernel, f.lags, false},
-                        begins[1 + backward], f.skip == nullptr ? nullptr : &skip);
+          early.compute({in[0], reach, backward}, begins[0], {kernel, args.lags, false},
+                        begins[1 + backward], args.skip == nullptr ? nullptr : &skip);
           return true;
         });
         if (whole && transform(
-                         f.plan, in, buffers.at, buffers.tile, before + stop - start, leaf,
+                         args.plan, in, buffers.at, buffers.tile, before + stop - start, leaf,
                          [&](int64_t t, Vector<C> v) FASTMIX_LAMBDA {
                            if (t < before) return;
                            const int64_t step = backward ? reach - 1 - t : t;
                            out(start + t - before, step < early.end ? early(step, v) : v);
                          },
                          accept)) {
-          if (backward && f.early_lags != nullptr)
-            add_early_lags<C>(f, u, {in[0], reach, true}, {in[1], stop, false}, count);
+          if (backward && args.early_lags != nullptr)
+            add_early_lags<C>(args, u, {in[0], reach, true}, {in[1], stop, false}, count);
           continue;
         }
-        SegmentedChunk<C> segmented(f, u, out);
+        SegmentedChunk<C> segmented(args, u, out);
         if (backward)
           segmented.backward(in[0], in[1], start, stop - start, reach, segmented_points);
         else segmented.forward(x, start, before, stop - start);
       }
-      if (backward && f.grad_skip != nullptr)
+      if (backward && args.grad_skip != nullptr)
         for (int64_t i = 0; i < count; ++i)
-          f.grad_skip[u.b * f.out.channels + c0 + i] = points[i] / length + segmented_points[i];
+          args.grad_skip[u.b * args.out.channels + c0 + i] =
+              points[i] / length + segmented_points[i];
     });
     if constexpr (backward && in_lanes)
-      if (alone) write_lags<C>(f, buffers, kernel_index(f, u), u.heads, own);
+      if (alone) write_lags<C>(args, buffers, kernel_index(args, u), u.heads, own);
   }
-  if (f.streaming) streamed();
+  if (args.streaming) streamed();
 }
 
 template <class C, bool backward>
-void convolve(const FftConv& f, int64_t begin, int64_t end) {
-  f.kernels_in_lanes ? units<C, backward, true>(f, begin, end)
-                     : units<C, backward, false>(f, begin, end);
+void convolve(const FftConv& args, int64_t begin, int64_t end) {
+  args.kernels_in_lanes ? units<C, backward, true>(args, begin, end)
+                        : units<C, backward, false>(args, begin, end);
 }
 
 template <class C>
-void lags(const FftConv& f, int64_t begin, int64_t end) {
+void lags(const FftConv& args, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<C>::lanes;
-  const int64_t all = (f.shared ? 1 : f.b) * f.h, step = f.groups * 2 * f.plan.length;
-  Buffers<C> buffers(1, f.plan.length);
+  const int64_t all = (args.shared ? 1 : args.b) * args.h,
+                step = args.groups * 2 * args.plan.length;
+  Buffers<C> buffers(1, args.plan.length);
   for (int64_t first = begin * lanes; first < smaller(end * lanes, all); first += lanes)
-    write_lags(f, buffers, first, smaller(lanes, all - first),
-               static_cast<const C*>(f.sums) + first * step);
+    write_lags(args, buffers, first, smaller(lanes, all - first),
+               static_cast<const C*>(args.sums) + first * step);
 }
 
 // ---- Few lags: the products themselves ----
 
 template <class C>
-void direct(const FftConv& f, int64_t begin, int64_t end) {
+void direct(const FftConv& args, int64_t begin, int64_t end) {
   using V = Vector<C>;
   constexpr int64_t lanes = Simd<C>::lanes, steps = 128, at_once = 8;
   Scratch scratch;
-  C* kernel = scratch.take<C>(f.lags * lanes);
-  C* rows = scratch.take<C>((steps + f.lags) * lanes);
+  C* kernel = scratch.take<C>(args.lags * lanes);
+  C* rows = scratch.take<C>((steps + args.lags) * lanes);
   for (int64_t i = begin; i < end; ++i) {
-    const Unit u = unit_of(f, i);
+    const Unit u = unit_of(args, i);
     each_lanes<C>(u, [&](int64_t c0, int64_t count) {
-      const auto k = f.kernels_in_lanes ? kernels<C>(f, kernel_index(f, u), u.heads, f.d)
-                                        : kernels<C>(f, kernel_index(f, u), 1, count);
-      for (int64_t j = 0; j < f.lags; ++j)
-        store(kernel + j * lanes, j == 0 ? k(0) + skips<C>(f, c0, count, 1) : k(j));
-      const Lanes<C> x = channels<C>(f, f.x, u.b, c0, count);
-      const Channels<C> out{f, u.b, c0, count};
-      for (int64_t start = 0; start < f.n; start += steps) {
-        const int64_t stop = smaller(start + steps, f.n), from = larger(0, start - f.lags + 1);
+      const auto k = args.kernels_in_lanes
+                         ? kernels<C>(args, kernel_index(args, u), u.heads, args.d)
+                         : kernels<C>(args, kernel_index(args, u), 1, count);
+      for (int64_t j = 0; j < args.lags; ++j)
+        store(kernel + j * lanes, j == 0 ? k(0) + skips<C>(args, c0, count, 1) : k(j));
+      const Lanes<C> x = channels<C>(args, args.x, u.b, c0, count);
+      const Channels<C> out{args, u.b, c0, count};
+      for (int64_t start = 0; start < args.n; start += steps) {
+        const int64_t stop = smaller(start + steps, args.n),
+                      from = larger(0, start - args.lags + 1);
         for (int64_t s = from; s < stop; ++s) store(rows + (s - from) * lanes, x(s));
         for (int64_t t = start; t < stop; t += at_once) {
           V y[at_once] = {};
           const int64_t last = smaller(t + at_once, stop);
-          for (int64_t s = larger(from, t - f.lags + 1); s < last; ++s) {
+          for (int64_t s = larger(from, t - args.lags + 1); s < last; ++s) {
             const V in = load<V>(rows + (s - from) * lanes);
             const int64_t lag = t - s;  // of y[0]
-            if (lag >= 0 && lag + at_once <= f.lags) {
+            if (lag >= 0 && lag + at_once <= args.lags) {
               for (int r = 0; r < at_once; ++r) y[r] += in * load<V>(kernel + (lag + r) * lanes);
             } else {
               for (int r = 0; r < at_once; ++r)
-                if (lag + r >= 0 && lag + r < f.lags)
+                if (lag + r >= 0 && lag + r < args.lags)
                   y[r] += in * load<V>(kernel + (lag + r) * lanes);
             }
           }
@@ -565,31 +577,31 @@ void direct(const FftConv& f, int64_t begin, int64_t end) {
       }
     });
   }
-  if (f.streaming) streamed();
+  if (args.streaming) streamed();
 }
 
 }  // namespace
 
-void fft_conv_spectra(const FftConv& f, int64_t begin, int64_t end) {
-  f.x.type == Type::f64 ? spectra<double>(f, begin, end) : spectra<float>(f, begin, end);
+void fft_conv_spectra(const FftConv& args, int64_t begin, int64_t end) {
+  args.x.type == Type::f64 ? spectra<double>(args, begin, end) : spectra<float>(args, begin, end);
 }
 
-void fft_conv_lags(const FftConv& f, int64_t begin, int64_t end) {
-  f.x.type == Type::f64 ? lags<double>(f, begin, end) : lags<float>(f, begin, end);
+void fft_conv_lags(const FftConv& args, int64_t begin, int64_t end) {
+  args.x.type == Type::f64 ? lags<double>(args, begin, end) : lags<float>(args, begin, end);
 }
 
-void fft_conv_forward(const FftConv& f, int64_t begin, int64_t end) {
-  f.x.type == Type::f64 ? convolve<double, false>(f, begin, end)
-                        : convolve<float, false>(f, begin, end);
+void fft_conv_forward(const FftConv& args, int64_t begin, int64_t end) {
+  args.x.type == Type::f64 ? convolve<double, false>(args, begin, end)
+                           : convolve<float, false>(args, begin, end);
 }
 
-void fft_conv_backward(const FftConv& f, int64_t begin, int64_t end) {
-  f.x.type == Type::f64 ? convolve<double, true>(f, begin, end)
-                        : convolve<float, true>(f, begin, end);
+void fft_conv_backward(const FftConv& args, int64_t begin, int64_t end) {
+  args.x.type == Type::f64 ? convolve<double, true>(args, begin, end)
+                           : convolve<float, true>(args, begin, end);
 }
 
-void fft_conv_direct(const FftConv& f, int64_t begin, int64_t end) {
-  f.x.type == Type::f64 ? direct<double>(f, begin, end) : direct<float>(f, begin, end);
+void fft_conv_direct(const FftConv& args, int64_t begin, int64_t end) {
+  args.x.type == Type::f64 ? direct<double>(args, begin, end) : direct<float>(args, begin, end);
 }
 
 }  // namespace fastmix::FASTMIX_CPU
@@ -670,7 +682,7 @@ Source kernel_source(const Tensor& kernel) {
 
 // What forward and backward share: the sizes, how work is cut, the plan and its table.
 struct FftConvCall {
-  FftConv f{};
+  FftConv args{};
   int64_t lanes, units, kernel_units;
   std::vector<double> table, skip;
   std::vector<float> narrow;
@@ -684,52 +696,53 @@ struct FftConvCall {
 
   FftConvCall(const Tensor& x, const Tensor& kernel, const OptionalTensor& skip_of_channel) {
     if (skip_of_channel) skip = values(*skip_of_channel);
-    f.skip = skip_of_channel ? skip.data() : nullptr;
-    f.b = x.size(0);
-    f.n = x.size(1);
-    f.h = x.size(2);
-    f.d = x.size(3);
-    f.lags = std::min(f.n, kernel.size(-2));
-    f.shared = kernel.dim() == 2;
-    f.x = source(x);
-    f.kernel = kernel_source(kernel);
+    args.skip = skip_of_channel ? skip.data() : nullptr;
+    args.b = x.size(0);
+    args.n = x.size(1);
+    args.h = x.size(2);
+    args.d = x.size(3);
+    args.lags = std::min(args.n, kernel.size(-2));
+    args.shared = kernel.dim() == 2;
+    args.x = source(x);
+    args.kernel = kernel_source(kernel);
     lanes = (16 << instruction_set()) / (is_double(x) ? 8 : 4);
-    f.kernels_in_lanes = 2 * f.d <= lanes;
-    f.heads = f.kernels_in_lanes ? lanes / f.d : 1;
+    args.kernels_in_lanes = 2 * args.d <= lanes;
+    args.heads = args.kernels_in_lanes ? lanes / args.d : 1;
     // Each group sums its own spectra of the kernels' gradients: no more than make work for many.
-    f.group = f.kernels_in_lanes ? f.d : f.b * f.h * f.d < 512 ? 16 : 32;
-    f.groups = (f.d + f.group - 1) / f.group;
-    units = f.b * ((f.h + f.heads - 1) / f.heads) * f.groups;
-    kernel_units = ((f.shared ? 1 : f.b) * f.h + lanes - 1) / lanes;
+    args.group = args.kernels_in_lanes ? args.d : args.b * args.h * args.d < 512 ? 16 : 32;
+    args.groups = (args.d + args.group - 1) / args.group;
+    units = args.b * ((args.h + args.heads - 1) / args.heads) * args.groups;
+    kernel_units = ((args.shared ? 1 : args.b) * args.h + lanes - 1) / lanes;
   }
 
   // Streams where every vector is a whole cache line.
   void writes(const Tensor& out) {
-    f.out = sink(out, f.n, f.h * f.d);
-    const bool full =
-        f.kernels_in_lanes ? lanes % f.d == 0 && f.h % f.heads == 0 : f.d % lanes == 0;
-    f.streaming = instruction_set() == 2 && full && f.out.streaming &&
-                  reinterpret_cast<uintptr_t>(f.out.data) % 64 == 0;
+    args.out = sink(out, args.n, args.h * args.d);
+    const bool full = args.kernels_in_lanes ? lanes % args.d == 0 && args.h % args.heads == 0
+                                            : args.d % lanes == 0;
+    args.streaming = instruction_set() == 2 && full && args.out.streaming &&
+                     reinterpret_cast<uintptr_t>(args.out.data) % 64 == 0;
   }
 
   void plan() {
-    const bool whole = f.n < 2 * kFitting || f.n < 16 * f.lags;
-    f.plan = plan_for(whole ? f.n : std::max(kFitting, 4 * f.lags), table);
-    f.chunk = whole ? f.n : f.plan.length - f.lags + 1;
-    beginnings = std::make_unique<KernelBeginning[]>((f.shared ? 1 : f.b) * f.h);
-    f.beginnings = beginnings.get();
+    const bool whole = args.n < 2 * kFitting || args.n < 16 * args.lags;
+    args.plan = plan_for(whole ? args.n : std::max(kFitting, 4 * args.lags), table);
+    args.chunk = whole ? args.n : args.plan.length - args.lags + 1;
+    beginnings = std::make_unique<KernelBeginning[]>((args.shared ? 1 : args.b) * args.h);
+    args.beginnings = beginnings.get();
     narrow.assign(table.begin(), table.end());
-    f.plan.table = f.x.type == Type::f64 ? static_cast<const void*>(table.data()) : narrow.data();
+    args.plan.table =
+        args.x.type == Type::f64 ? static_cast<const void*>(table.data()) : narrow.data();
   }
 };
 
 // The kernels' spectra, unless each unit makes its own.
 Tensor transformed(FftConvCall& call, const Tensor& x) {
-  FftConv& f = call.f;
-  if (f.kernels_in_lanes) return nothing(x);
-  Tensor spectra = fresh(x, {(f.shared ? 1 : f.b) * f.h, 2 * f.plan.length}, wide(x));
-  f.spectra = spectra.mutable_data_ptr();
-  spread(FASTMIX_KERNELS(fft_conv_spectra), f, call.kernel_units);
+  FftConv& args = call.args;
+  if (args.kernels_in_lanes) return nothing(x);
+  Tensor spectra = fresh(x, {(args.shared ? 1 : args.b) * args.h, 2 * args.plan.length}, wide(x));
+  args.spectra = spectra.mutable_data_ptr();
+  spread(FASTMIX_KERNELS(fft_conv_spectra), args, call.kernel_units);
   return spectra;
 }
 
@@ -738,13 +751,13 @@ Tensor fft_conv(const Tensor& x, const Tensor& kernel, const OptionalTensor& ski
   if (x.numel() == 0) return out;
   FftConvCall call(x, kernel, skip);
   call.writes(out);
-  if (call.f.lags - call.f.lags * call.f.lags / (2 * call.f.n) <= kFewLags) {
-    spread(FASTMIX_KERNELS(fft_conv_direct), call.f, call.units);
+  if (call.args.lags - call.args.lags * call.args.lags / (2 * call.args.n) <= kFewLags) {
+    spread(FASTMIX_KERNELS(fft_conv_direct), call.args, call.units);
     return out;
   }
   call.plan();
   const Tensor spectra = transformed(call, x);
-  spread(FASTMIX_KERNELS(fft_conv_forward), call.f, call.units);
+  spread(FASTMIX_KERNELS(fft_conv_forward), call.args, call.units);
   return out;
 }
 
@@ -755,25 +768,27 @@ std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(const Tensor& grad, const T
   if (x.numel() == 0) return {grad_x, totals({}, kernel), skip ? totals({}, *skip) : nothing(x)};
   Tensor grad_kernel = fresh(kernel);
   FftConvCall call(x, kernel, skip);
-  FftConv& f = call.f;
-  std::vector<double> by_sample(f.b * call.skip.size());
-  f.grad_skip = skip ? by_sample.data() : nullptr;
-  f.grad = source(grad);
+  FftConv& args = call.args;
+  std::vector<double> by_sample(args.b * call.skip.size());
+  args.grad_skip = skip ? by_sample.data() : nullptr;
+  args.grad = source(grad);
   call.writes(grad_x);
-  f.grad_kernel = sink(grad_kernel, kernel.size(-2), f.h);
+  args.grad_kernel = sink(grad_kernel, kernel.size(-2), args.h);
   call.plan();
-  const bool alone = f.d == 1 && (f.b == 1 || !f.shared);
-  const Tensor sums =
-                   alone ? nothing(x) : fresh(x, {f.b, f.h, f.groups, 2 * f.plan.length}, wide(x)),
+  const bool alone = args.d == 1 && (args.b == 1 || !args.shared);
+  const Tensor sums = alone
+                          ? nothing(x)
+                          : fresh(x, {args.b, args.h, args.groups, 2 * args.plan.length}, wide(x)),
                spectra = transformed(call, x);
-  f.sums = alone ? nullptr : sums.mutable_data_ptr();
+  args.sums = alone ? nullptr : sums.mutable_data_ptr();
   std::vector<double> early_lags;
-  if (f.chunk == f.n && f.lags > f.n - kEarly) early_lags.resize(f.b * f.h * f.groups * kEarly);
-  f.early_lags = early_lags.empty() ? nullptr : early_lags.data();
-  call.segmented_lags.resize(f.b * f.h * f.groups);
-  f.segmented_lags = call.segmented_lags.data();
-  spread(FASTMIX_KERNELS(fft_conv_backward), f, call.units);
-  if (!alone) spread(FASTMIX_KERNELS(fft_conv_lags), f, call.kernel_units);
+  if (args.chunk == args.n && args.lags > args.n - kEarly)
+    early_lags.resize(args.b * args.h * args.groups * kEarly);
+  args.early_lags = early_lags.empty() ? nullptr : early_lags.data();
+  call.segmented_lags.resize(args.b * args.h * args.groups);
+  args.segmented_lags = call.segmented_lags.data();
+  spread(FASTMIX_KERNELS(fft_conv_backward), args, call.units);
+  if (!alone) spread(FASTMIX_KERNELS(fft_conv_lags), args, call.kernel_units);
   return {grad_x, grad_kernel, skip ? totals(by_sample, *skip) : nothing(x)};
 }
 

@@ -407,24 +407,24 @@ std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(Tensor grad, Tensor x, Tens
 
 }  // namespace
 
-#define DEFINE(name, m) STABLE_TORCH_LIBRARY(name, m)
-#define IMPLEMENT(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+#define FASTMIX_DEFINE(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define FASTMIX_IMPLEMENT(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 #ifdef FASTMIX_HOST
-#define NAMESPACE fastmix_cuda_host
-#define KEY CPU
+#define FASTMIX_NAMESPACE fastmix_cuda_host
+#define FASTMIX_KEY CPU
 #else
-#define NAMESPACE fastmix_cuda
-#define KEY CUDA
+#define FASTMIX_NAMESPACE fastmix_cuda
+#define FASTMIX_KEY CUDA
 #endif
 
-DEFINE(NAMESPACE, m) {
+FASTMIX_DEFINE(FASTMIX_NAMESPACE, m) {
   m.def("fft_conv(Tensor x, Tensor kernel, Tensor? skip) -> Tensor");
   m.def(
       "fft_conv_backward(Tensor grad, Tensor x, Tensor kernel, Tensor? skip) "
       "-> (Tensor, Tensor, Tensor)");
 }
 
-IMPLEMENT(NAMESPACE, KEY, m) {
+FASTMIX_IMPLEMENT(FASTMIX_NAMESPACE, FASTMIX_KEY, m) {
   m.impl("fft_conv", TORCH_BOX(&fft_conv));
   m.impl("fft_conv_backward", TORCH_BOX(&fft_conv_backward));
 }
@@ -435,20 +435,20 @@ IMPLEMENT(NAMESPACE, KEY, m) {
 // its threads, bytes of shared memory, and channels at once. Whether it is transformed (1),
 // multiplied with a kernel of the same numbers (2), or goes through scratch (0).
 extern "C" __attribute__((visibility("default"))) int fastmix_fft_conv_shape(
-    int64_t n, int64_t shared, int capability, int bytes, int backward, int* found) {
+    int64_t n, int64_t shared, int capability, int bytes, int backward, int* block) {
   using namespace fastmix::cuda;
   if (bytes == 2 && takes_product(n, n, kTile, capability)) {
     Toeplitz conv{};
     conv.batch = conv.heads = 1, conv.steps = conv.lags = n, conv.channels = kTile;
-    found[0] = kThreads, found[2] = kTile;
-    found[1] = backward ? Diagonals<Type::bf16>::shared(conv) : Product<Type::bf16>::shared(conv);
+    block[0] = kThreads, block[2] = kTile;
+    block[1] = backward ? Diagonals<Type::bf16>::shared(conv) : Product<Type::bf16>::shared(conv);
     return 2;
   }
   const int length = length_for(n, shared);
   if (length == 0) return 0;
   const Type type = bytes == 4 ? Type::f32 : Type::bf16;
   auto tell = [&](auto kernel, auto shape) {
-    found[0] = shape.threads, found[1] = kernel.shared, found[2] = shape.at_once;
+    block[0] = shape.threads, block[1] = kernel.shared, block[2] = shape.at_once;
   };
   if (backward)
     with_shape<Kernel::backward>(type, length, shared,

@@ -143,7 +143,7 @@ struct Forward {
                      queue.of(thread));
     });
     const int all = S::at_once < conv.channels ? S::at_once : conv.channels;
-    ROLLED for (int c = 0; c < all; ++c) {
+    FASTMIX_ROLLED for (int c = 0; c < all; ++c) {
       work.forward(queue, type);
       if constexpr (S::r == 1) {
         block.phase([&](int thread) {
@@ -210,7 +210,7 @@ struct Backward {
     auto sums = [&](int thread) { return conv.sums + int64_t{unit(thread)} * S::length; };
     typename W::template Own<Queue<S>> x(block), grad(block);
     block.phase([&](int thread) { work.tabulate(thread); });
-    ROLLED for (int c = 0; c < conv.share; ++c) {
+    FASTMIX_ROLLED for (int c = 0; c < conv.share; ++c) {
       if (c % S::at_once == 0)
         block.own([&](int thread) {
           read<Block, S>(block, conv.x, conv.channels, conv.steps, at(thread, c), thread,
@@ -380,7 +380,7 @@ struct Skips {
       };
       const char *x = row(conv.x), *grad = row(conv.grad);
       float sum = 0;
-      ROLLED for (int t = 0; t < count; t += 8) {
+      FASTMIX_ROLLED for (int t = 0; t < count; t += 8) {
         float few = 0;
         unrolled<8>([&](auto j) {
           if (t + j >= count) return;

@@ -113,7 +113,7 @@ struct Columns {
     });
   }
 
-  static FASTMIX_HD int place(int p, int j, int thread) {
+  static FASTMIX_HD int slot(int p, int j, int thread) {
     return tables + (p * B + j) * across + thread % across;
   }
 
@@ -148,7 +148,7 @@ struct ColumnsIn {
       read<Block, S>(block, S::from(conv.view, tile), conv.channels, conv.steps - tile * S::across,
                      at, thread, queue.of(thread));
     });
-    ROLLED for (int c = 0; c < at.count; ++c) {
+    FASTMIX_ROLLED for (int c = 0; c < at.count; ++c) {
       Complex* to = conv.columns + S::column(conv, unit, c, tile);
       block.phase([&](int thread) {
         const float nothing[16] = {};
@@ -165,7 +165,7 @@ struct ColumnsIn {
       if constexpr (S::B > 1)
         block.phase([&](int thread) {
           S::second(thread, [&](int p, Complex* v) {
-            unrolled<S::B>([&](auto j) { v[j] = table.get(S::place(p, j, thread)); });
+            unrolled<S::B>([&](auto j) { v[j] = table.get(S::slot(p, j, thread)); });
             transform<S::B, -1>(v);
             unrolled<S::B>([&](auto q) {
               block.store_complex(to + thread % S::across + (p + 16 * q) * S::T,
@@ -196,7 +196,7 @@ struct ColumnsOut {
           [&](auto i) { unrolled<S::words>([&](auto k) { queue.of(thread).word[i][k] = 0; }); });
     });
     // A group of fewer channels than others fills up with whatever comes.
-    ROLLED for (int c = 0; c < conv.width; ++c) {
+    FASTMIX_ROLLED for (int c = 0; c < conv.width; ++c) {
       const Complex* from = conv.columns + S::column(conv, unit, c < at.count ? c : 0, tile);
       if constexpr (S::B > 1)
         block.phase([&](int thread) {
@@ -206,7 +206,7 @@ struct ColumnsOut {
                      conj(S::turn_second(table, q, thread));
             });
             transform<S::B, 1>(v);
-            unrolled<S::B>([&](auto j) { table.put(S::place(p, j, thread), v[j]); });
+            unrolled<S::B>([&](auto j) { table.put(S::slot(p, j, thread), v[j]); });
           });
         });
       block.phase([&](int thread) {
@@ -367,7 +367,8 @@ struct RowBackward {
           block.load_pair(rows.of(conv.sums, rows.item) + rows.pair(thread, 2 * i), sum);
       });
     });
-    ROLLED for (int channel = kernel_at * all + part * conv.share; channel < end; ++channel) {
+    FASTMIX_ROLLED for (int channel = kernel_at * all + part * conv.share; channel < end;
+                        ++channel) {
       const Channels at = conv.at(channel / conv.width);
       if (channel % conv.width >= at.count) continue;
       const float skip = skip_of(block, conv, at, channel % conv.width);

@@ -181,7 +181,7 @@ FASTMIX_HD void read(Block& block, const View& view, int channels, int steps, Ch
     each_row<S>(view, steps, at, thread, queue,
                 [&](const char* from, uint32_t* row) { block.template load<S::words>(from, row); });
   } else {
-    ROLLED for (int c = 0; c < S::at_once; ++c) each_row<S>(
+    FASTMIX_ROLLED for (int c = 0; c < S::at_once; ++c) each_row<S>(
         view, steps, at, block.again(thread), queue, [&](const char* row, uint32_t* to) {
           const char* from = row + c * S::bytes * view.d;
           queue_up<S>(to, c < at.count ? block.template load_one<S::bytes>(from) : 0);
@@ -198,7 +198,7 @@ FASTMIX_HD void write(Block& block, const View& view, int channels, int steps, C
   } else {
     // Of fewer channels than fit, all are at the end.
     const int skipped = channels < S::at_once ? S::at_once - channels : 0;
-    ROLLED for (int k = 0; k < S::words; ++k)
+    FASTMIX_ROLLED for (int k = 0; k < S::words; ++k)
         each_row<S>(view, steps, at, block.again(thread), queue, [&](char* to, uint32_t* row) {
           uint32_t word = row[0];
           unrolled<S::words>([&](auto i) { word = i == k ? row[i] : word; });

@@ -19,10 +19,10 @@
 
 #ifdef __CUDACC__
 #define FASTMIX_HD __host__ __device__ __forceinline__
-#define ROLLED _Pragma("unroll 1")
+#define FASTMIX_ROLLED _Pragma("unroll 1")
 #else
 #define FASTMIX_HD inline
-#define ROLLED
+#define FASTMIX_ROLLED
 #endif
 
 namespace fastmix::cuda {

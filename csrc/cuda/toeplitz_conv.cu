@@ -100,15 +100,15 @@ struct Block {
                                            Lanes<uint32_t> a1, Lanes<uint32_t> a2,
                                            Lanes<uint32_t> a3, Lanes<uint32_t> b0,
                                            Lanes<uint32_t> b1) {
-#define MULTIPLY(type)                                                                     \
+#define FASTMIX_MULTIPLY(type)                                                             \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                               \
       ".f32 "                                                                              \
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                    \
       : "+f"(sums[0].value), "+f"(sums[1].value), "+f"(sums[2].value), "+f"(sums[3].value) \
       : "r"(a0.value), "r"(a1.value), "r"(a2.value), "r"(a3.value), "r"(b0.value), "r"(b1.value))
-    if constexpr (type == Type::bf16) MULTIPLY("bf16");
-    else MULTIPLY("f16");
-#undef MULTIPLY
+    if constexpr (type == Type::bf16) FASTMIX_MULTIPLY("bf16");
+    else FASTMIX_MULTIPLY("f16");
+#undef FASTMIX_MULTIPLY
   }
 
   template <Type type>

@@ -19,9 +19,9 @@
 #include "fft_conv.h"
 
 #ifdef __CUDACC__
-#define UNROLLED _Pragma("unroll")
+#define FASTMIX_UNROLLED _Pragma("unroll")
 #else
-#define UNROLLED
+#define FASTMIX_UNROLLED
 #endif
 
 namespace fastmix::cuda {
@@ -90,7 +90,7 @@ template <class Block>
 FASTMIX_HD void copy_tile(Block& block, const Rows16& rows, int tile, int to, int thread) {
   const int chunk = thread % 8, first = thread / 8;
   const char* from = rows.data + (tile * kTile + first) * rows.step + 16 * chunk;
-  UNROLLED for (int k = 0; k < kTile * 8 / kThreads; ++k) {
+  FASTMIX_UNROLLED for (int k = 0; k < kTile * 8 / kThreads; ++k) {
     const int row = first + kThreads / 8 * k;
     block.copy(to + place(row, chunk), from, 2 * rows.count(tile * kTile + row, chunk));
     from += kThreads / 8 * rows.step;
@@ -104,9 +104,9 @@ struct Sums {
 
   FASTMIX_HD void clear(Block& block) {
     block.lanes([&](int lane) {
-      UNROLLED for (int i = 0; i < 4; ++i) {
-        UNROLLED for (int j = 0; j < 8; ++j) {
-          UNROLLED for (int e = 0; e < 4; ++e) of[i][j][e].of(lane) = 0;
+      FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
+        FASTMIX_UNROLLED for (int j = 0; j < 8; ++j) {
+          FASTMIX_UNROLLED for (int e = 0; e < 4; ++e) of[i][j][e].of(lane) = 0;
         }
       }
     });
@@ -153,7 +153,7 @@ struct Product {
         block.commit(thread);
       });
     };
-    ROLLED for (int i = 0; i < buffers - 1; ++i) queue(first + i);
+    FASTMIX_ROLLED for (int i = 0; i < buffers - 1; ++i) queue(first + i);
 
     const int top = kTile * (kWarps + wide) - 1, second = 4 * words_of_lags(kWarps + wide);
     const int head = unit / tiles_of_channels(conv);
@@ -162,14 +162,14 @@ struct Product {
         2 * (head / conv.heads * conv.kernel.b + head % conv.heads * conv.kernel.d);
     block.own([&](int thread) {
       constexpr int at_once = 8;  // loads
-      ROLLED for (int first = thread; first < top + kTile; first += at_once * kThreads) {
+      FASTMIX_ROLLED for (int first = thread; first < top + kTile; first += at_once * kThreads) {
         uint32_t k[at_once];
-        UNROLLED for (int i = 0; i < at_once; ++i) {
+        FASTMIX_UNROLLED for (int i = 0; i < at_once; ++i) {
           const int lag = top - first - i * kThreads;
           const bool known = lag >= 0 && lag < conv.lags;
           k[i] = known ? block.template load_one<2>(kernel + 2 * lag * conv.kernel.n) : 0;
         }
-        UNROLLED for (int i = 0; i < at_once; ++i) {
+        FASTMIX_UNROLLED for (int i = 0; i < at_once; ++i) {
           const int at = first + i * kThreads;
           if (at < top + kTile) {
             block.put_half(lags_at + 2 * at, k[i]);
@@ -181,7 +181,7 @@ struct Product {
 
     typename Block::template OfWarp<Sums<Block>> sums(block);
     block.warps([&](int warp) { sums.of(warp).clear(block); });
-    ROLLED for (int tile = first; tile < end; ++tile) {
+    FASTMIX_ROLLED for (int tile = first; tile < end; ++tile) {
       block.template wait<buffers - 2>();
       queue(tile + buffers - 1);
       block.warps([&](int warp) {
@@ -191,19 +191,19 @@ struct Product {
         block.lanes([&](int lane) {
           const int g = lane / 4, q = lane % 4, word = (top - kTile * down - 57) / 2 - g / 2 + q;
           const int at = lags_at + (g % 2 ? 0 : second) + 4 * word;
-          UNROLLED for (int u = 0; u < 15; ++u) {
+          FASTMIX_UNROLLED for (int u = 0; u < 15; ++u) {
             block.template get<1>(at + 16 * u, &t[u].of(lane));
           }
         });
         const int from = ((tile - first) & (buffers - 1)) * kTileBytes;
-        UNROLLED for (int k = 0; k < 4; ++k) {
-          UNROLLED for (int pair = 0; pair < 4; ++pair) {
+        FASTMIX_UNROLLED for (int k = 0; k < 4; ++k) {
+          FASTMIX_UNROLLED for (int pair = 0; pair < 4; ++pair) {
             block.template load_matrices<true>(b, [&](int lane) {
               return from + place(16 * k + lane % 16, 2 * pair ^ lane / 16);
             });
-            UNROLLED for (int i = 0; i < 4; ++i) {
+            FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
               const int u = 7 - 2 * i + 2 * k;
-              UNROLLED for (int j = 0; j < 2; ++j) {
+              FASTMIX_UNROLLED for (int j = 0; j < 2; ++j) {
                 block.template multiply<type>(sums.of(warp).of[i][2 * pair + j], t[u], t[u - 1],
                                               t[u + 1], t[u], b[2 * j], b[2 * j + 1]);
               }
@@ -215,13 +215,13 @@ struct Product {
             conv.skip + head % conv.heads * conv.channels + unit % tiles_of_channels(conv) * kTile;
         block.lanes([&](int lane) {
           const int row = lane / 4, q = lane % 4;
-          UNROLLED for (int j = 0; j < 8; ++j) {
+          FASTMIX_UNROLLED for (int j = 0; j < 8; ++j) {
             float d[2];
-            UNROLLED for (int e = 0; e < 2; ++e) {
+            FASTMIX_UNROLLED for (int e = 0; e < 2; ++e) {
               const int c = 8 * j + 2 * q + e;
               d[e] = c < x.channels ? block.load_float(skip + c) : 0;
             }
-            UNROLLED for (int i = 0; i < 8; ++i) {
+            FASTMIX_UNROLLED for (int i = 0; i < 8; ++i) {
               uint32_t both;
               block.template get<1>(from + place(8 * i + row, j) + 4 * q, &both);
               auto* sum = sums.of(warp).of[i / 2][j] + 2 * (i % 2);
@@ -235,9 +235,9 @@ struct Product {
 
     block.template wait<0>();
     block.warps([&](int warp) {
-      UNROLLED for (int i = 0; i < 4; ++i) {
-        UNROLLED for (int j = 0; j < 8; ++j) {
-          UNROLLED for (int half = 0; half < 2; ++half) {
+      FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
+        FASTMIX_UNROLLED for (int j = 0; j < 8; ++j) {
+          FASTMIX_UNROLLED for (int half = 0; half < 2; ++half) {
             auto* pair = sums.of(warp).of[i][j] + 2 * half;
             block.lanes([&](int lane) {
               const int row = kTile * warp + 16 * i + 8 * half + lane / 4;
@@ -252,13 +252,13 @@ struct Product {
     const Rows16 out(conv.out, conv, unit);
     const bool whole = has_whole_chunks(conv.out);
     block.own([&](int thread) {
-      ROLLED for (int i = thread; i < kWarps * kTile * 8; i += kThreads) {
+      FASTMIX_ROLLED for (int i = thread; i < kWarps * kTile * 8; i += kThreads) {
         const int row = i / 8, chunk = i % 8, t = above * kTile + row, count = out.count(t, chunk);
         char* to = out.data + t * out.step + 16 * chunk;
         uint32_t words[4];
         block.template get<4>(place(row, chunk), words);
         if (whole && count == 8) block.template store<4>(to, words);
-        else UNROLLED for (int e = 0; e < 8; ++e) {
+        else FASTMIX_UNROLLED for (int e = 0; e < 8; ++e) {
             if (e < count) block.template store_one<2>(to + 2 * e, words[e / 2] >> 16 * (e % 2));
           }
       }
@@ -314,14 +314,14 @@ struct Diagonals {
       });
     };
     block.own([&](int thread) {
-      ROLLED for (int i = 0; i < kWarps - 1; ++i) queue_grad(thread, first + down + i, i);
+      FASTMIX_ROLLED for (int i = 0; i < kWarps - 1; ++i) queue_grad(thread, first + down + i, i);
     });
-    ROLLED for (int i = 0; i < ahead; ++i) queue(first + i, i, kWarps - 1 + i);
+    FASTMIX_ROLLED for (int i = 0; i < ahead; ++i) queue(first + i, i, kWarps - 1 + i);
 
     typename Block::template OfWarp<Sums<Block>> sums(block);
     block.warps([&](int warp) { sums.of(warp).clear(block); });
     int x_buffer = 0, grad_buffer = 0;
-    ROLLED for (int tile = first; tile < end; ++tile) {
+    FASTMIX_ROLLED for (int tile = first; tile < end; ++tile) {
       block.template wait<ahead - 1>();
       // What is read next lies where the last tile's were.
       queue(tile + ahead, x_buffer == 0 ? x_buffers - 1 : x_buffer - 1,
@@ -331,19 +331,19 @@ struct Diagonals {
         const int mine = grad_buffer + warp,
                   buffer = mine < grad_buffers ? mine : mine - grad_buffers,
                   of_grad = grad_at + buffer * kTileBytes, of_x = x_buffer * kTileBytes;
-        UNROLLED for (int k = 0; k < 4; ++k) {
+        FASTMIX_UNROLLED for (int k = 0; k < 4; ++k) {
           Word a[4][4], b[4];
-          UNROLLED for (int i = 0; i < 4; ++i) {
+          FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
             block.template load_matrices<false>(a[i], [&](int lane) {
               return of_grad + place(16 * i + lane % 16, 2 * k ^ lane / 16);
             });
           }
-          UNROLLED for (int pair = 0; pair < 4; ++pair) {
+          FASTMIX_UNROLLED for (int pair = 0; pair < 4; ++pair) {
             block.template load_matrices<false>(b, [&](int lane) {
               return of_x + place(16 * pair + lane / 16 * 8 + lane % 8, 2 * k ^ lane / 8 % 2);
             });
-            UNROLLED for (int i = 0; i < 4; ++i) {
-              UNROLLED for (int j = 0; j < 2; ++j) {
+            FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
+              FASTMIX_UNROLLED for (int j = 0; j < 2; ++j) {
                 block.template multiply<type>(sums.of(warp).of[i][2 * pair + j], a[i][0], a[i][1],
                                               a[i][2], a[i][3], b[2 * j], b[2 * j + 1]);
               }
@@ -358,14 +358,14 @@ struct Diagonals {
     // Eight by eight places of a diagonal are in the same lane: those are summed first.
     block.template wait<0>();
     block.warps([&](int warp) {
-      UNROLLED for (int u = 0; u < 17; ++u) {
+      FASTMIX_UNROLLED for (int u = 0; u < 17; ++u) {
         const int far = u - 8;  // rows of eight below the diagonal
         const int least = far < 0 ? 0 : far, most = far < 0 ? 8 + far : 8;
         block.lanes([&](int lane) {
           float pair[2] = {0, 0};
-          UNROLLED for (int i = 0; i < most - least; ++i) {
+          FASTMIX_UNROLLED for (int i = 0; i < most - least; ++i) {
             const int row = least + i, column = row - far;
-            UNROLLED for (int e = 0; e < 2; ++e) {
+            FASTMIX_UNROLLED for (int e = 0; e < 2; ++e) {
               pair[e] += sums.of(warp).of[row / 2][column][row % 2 * 2 + e].of(lane);
             }
           }
@@ -397,7 +397,7 @@ struct Diagonals {
   template <class Block>
   FASTMIX_HD static float diagonal(Block& block, int warp, int lag) {
     float sum = 0;
-    UNROLLED for (int g = 0; g < 8; ++g) {
+    FASTMIX_UNROLLED for (int g = 0; g < 8; ++g) {
       const int c = (g - lag) & 7, u = (lag - g + c) / 8 + 8;
       uint32_t bits;
       block.template get<1>(4 * diagonal(warp, u, g, c), &bits);

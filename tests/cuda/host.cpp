@@ -181,24 +181,26 @@ template const char* launch<Kernel::row_lags>(int, const LongConv&, const Device
 
 }  // namespace fastmix::cuda
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
+#define FASTMIX_EXPORTED extern "C" __attribute__((visibility("default")))
 
-EXPORTED void fastmix_host_start(int64_t shared, int capability) {
+FASTMIX_EXPORTED void fastmix_host_start(int64_t shared, int capability) {
   fastmix::cuda::counts = {};
   fastmix::cuda::pretended_shared = shared;
   fastmix::cuda::pretended_capability = capability;
 }
 
-EXPORTED void fastmix_host_scratch(int64_t bytes) { fastmix::cuda::pretended_scratch = bytes; }
+FASTMIX_EXPORTED void fastmix_host_scratch(int64_t bytes) {
+  fastmix::cuda::pretended_scratch = bytes;
+}
 
 // blocks, barriers, accesses of shared memory by so many threads as take a turn, turns waited,
 // products of matrices, loads of matrices
-EXPORTED void fastmix_host_counts(int64_t* to) {
+FASTMIX_EXPORTED void fastmix_host_counts(int64_t* to) {
   const auto& c = fastmix::cuda::counts;
   to[0] = c.blocks, to[1] = c.barriers, to[2] = c.shared, to[3] = c.waits;
   to[4] = c.products, to[5] = c.matrices;
 }
 
-EXPORTED int64_t fastmix_host_global(const char* what) {
+FASTMIX_EXPORTED int64_t fastmix_host_global(const char* what) {
   return fastmix::cuda::counts.global[what];
 }
