@@ -151,6 +151,7 @@ def _raising(operator: str, implementation: str, device: str,
     """A kernel that raises the reason why there is none."""
     def kernel(*args: object) -> NoReturn:
         raise RuntimeError(f"{operator} was asked to run on {implementation!r}, which cannot "
-                           f"on {device}: {reason}")
+                           f"on {device}: {reason} (without fastmix.force and "
+                           "FASTMIX_IMPLEMENTATION another implementation runs)")
 
     return kernel

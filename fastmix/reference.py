@@ -124,7 +124,7 @@ def windowed_sgu(
     mixed = torch.stack(rows, dim=1).flatten(-2)
     if gate_residual is not None:
         mixed = mixed + gate_residual
-    activate = activation if callable(activation) else ACTIVATIONS[activation or "identity"]
+    activate = activation if callable(activation) else ACTIVATIONS[activation or "identity"].forward
     return activate(mixed) * res
 
 

@@ -450,7 +450,7 @@ def test_tensors_without_kernels_are_told_why():
     if torch.cuda.is_available():
         assert actual is None or "nvcc" in actual or "compute capability" in actual
     else:
-        assert actual == "torch finds no CUDA device here"
+        assert actual.startswith("torch finds no CUDA device here")
     assert fastmix.implementations("gate_loop", "cuda")["native"] == (
         "gate_loop has no CUDA C++ kernel")
     assert "x is float64" in cuda.why_not_for(torch.empty(1, 2, 3, 4, dtype=torch.float64))

@@ -111,7 +111,7 @@ def normalize_backward(grad: Tensor, gate: Tensor, mean: Tensor, weight: Tensor 
 
 def finish(mixed: Tensor, res: Tensor, activation: str) -> Tensor:
     """What the unit returns: the mixed gate itself for an activation outside."""
-    return mixed if activation == OUTSIDE else ACTIVATIONS[activation](mixed) * res
+    return mixed if activation == OUTSIDE else ACTIVATIONS[activation].forward(mixed) * res
 
 
 def finish_backward(grad: Tensor, mixed: Any, res: Tensor, activation: str, dmixed: Tensor,
@@ -121,14 +121,8 @@ def finish_backward(grad: Tensor, mixed: Any, res: Tensor, activation: str, dmix
         dmixed.copy_(grad)
         dres.zero_()
         return
-    activated = ACTIVATIONS[activation](mixed)
+    forward, backward = ACTIVATIONS[activation]
+    activated = forward(mixed)
     torch.mul(grad, activated, out=dres)
     torch.mul(grad, res, out=dmixed)
-    if activation == "tanh":
-        torch.ops.aten.tanh_backward(dmixed, activated, grad_input=dmixed)
-    elif activation == "sigmoid":
-        torch.ops.aten.sigmoid_backward(dmixed, activated, grad_input=dmixed)
-    elif activation == "gelu":
-        torch.ops.aten.gelu_backward(dmixed, mixed, grad_input=dmixed)
-    elif activation == "silu":
-        torch.ops.aten.silu_backward(dmixed, mixed, grad_input=dmixed)
+    backward(dmixed, mixed, activated)

@@ -81,7 +81,8 @@ def cxxflags() -> list[str]:
     try:
         return shlex.split(os.environ.get("CXXFLAGS", ""))
     except ValueError as error:
-        raise RuntimeError(f"CXXFLAGS cannot be split into arguments: {error}") from error
+        raise RuntimeError(f"CXXFLAGS cannot be split into arguments: {error}; quote "
+                           "it as a shell would want it") from error
 
 
 def parallel_jobs() -> int:

@@ -38,8 +38,9 @@ def why_not_on(device: torch.device) -> str | None:
     """Loads the library and tries it. Why it cannot be used on that device, or None."""
     if library.why_not_gpu() is not None:
         return library.why_not_gpu()
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the kernels need compute capability 8.0"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return library.too_old(*capability)
     try:
         library.load("cuda")
         for dtype in (torch.float32, torch.bfloat16):  # by transforms, and by products
@@ -58,7 +59,7 @@ def why_not_on(device: torch.device) -> str | None:
 def why_not_for(x: Tensor) -> str | None:
     """Why the CUDA kernels of fft_conv cannot take x (b, n, h, d), or None."""
     if x.dtype == torch.float64:
-        return "its CUDA kernels compute in float32, and x is float64"
+        return "its CUDA kernels compute in float32, and x is float64: x.float() they take"
     if x.shape[1] > LONGEST:
         return f"its CUDA kernels take up to {LONGEST} steps, x has {x.shape[1]}"
     if x.shape[0] * x.shape[2] * x.shape[3] > 1 << 30:

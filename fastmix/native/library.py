@@ -106,16 +106,21 @@ def _gpu_code() -> list[str]:
 def why_not_gpu() -> str | None:
     """Why no GPU can run the CUDA kernels, or None."""
     if torch.version.hip:
-        return "the CUDA kernels are not for ROCm"
+        return "the CUDA kernels are not for ROCm: there the fallback runs"
     if not torch.cuda.is_available():
-        return "torch finds no CUDA device here"
+        return ("torch finds no CUDA device here: python -m torch.utils.collect_env tells what "
+                "torch is built for, and what is there")
     try:
         best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     except RuntimeError as error:  # in a process that was forked when CUDA was in use
-        return f"CUDA cannot be used: {error}"
-    if best < (8, 0):
-        return "the kernels need compute capability 8.0, here is {}.{}".format(*best)
-    return None
+        return f"CUDA cannot be used: {error}; where a process was forked, spawn it instead"
+    return too_old(*best) if best < (8, 0) else None
+
+
+def too_old(major: int, minor: int) -> str:
+    """The reason why a GPU of that compute capability has no kernels."""
+    return ("the kernels need a GPU of compute capability 8.0 or newer, this one has "
+            f"{major}.{minor}")
 
 
 def why_not(device_type: str = "cpu") -> str | None:
@@ -259,8 +264,10 @@ def _choose(library: Path, name: str | None) -> None:
     global _chosen
     kernels = ctypes.CDLL(str(library))
     index = -1 if name is None else INSTRUCTION_SETS.index(name)
-    if index > kernels.fastmix_best_instruction_set():
-        raise RuntimeError(f"this machine has no {name}")
+    best = kernels.fastmix_best_instruction_set()
+    if index > best:
+        raise RuntimeError(f"this machine has no {name}: choose one of "
+                           f"{', '.join(INSTRUCTION_SETS[: best + 1])}")
     if name is not None and index < kernels.fastmix_least_instruction_set():
         raise RuntimeError(f"the kernels for {name} have not been compiled: set "
                            "FASTMIX_INSTRUCTION_SETS=all before the first call")

@@ -147,7 +147,8 @@ class Operator:
         """The fallback, for what `implementation` cannot take; RuntimeError if it was forced."""
         if forced:
             raise RuntimeError(f"{self.name} was asked to run on {implementation!r}, which "
-                               f"cannot: {reason}")
+                               f"cannot: {reason} (without fastmix.force and "
+                               "FASTMIX_IMPLEMENTATION another implementation runs)")
         return (self.run_fallback_backward if backward else self.run_fallback)(*args)
 
     def _fake_backward(self, *args: Any) -> Any:

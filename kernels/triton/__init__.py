@@ -49,13 +49,16 @@ def why_not(operator: str, device_type: str) -> str | None:
 def _why_not_on(device_type: str, index: int | None = None) -> str | None:
     """Why the device of that type and index, or the current one, cannot run the kernels here."""
     if device_type not in DEVICES:
-        return f"the Triton kernels are for {' and '.join(DEVICES)}, not for {device_type}"
+        return (f"the Triton kernels are for {' and '.join(DEVICES)}, not for {device_type}: "
+                "move the tensors to one of these")
     if not getattr(torch, device_type).is_available():
-        return f"torch finds no {device_type} device here"
+        return (f"torch finds no {device_type} device here: python -m torch.utils.collect_env "
+                "tells what torch is built for, and what is there")
     if device_type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
-            return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
+            return ("the kernels need a GPU of compute capability 8.0 or newer, this one has "
+                    f"{major}.{minor}")
     return None
 
 
