@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastmix
-from cases import complex_dtype, distance, implementations, largest, random_decays
+from cases import complex_dtype, distance, implementations, largest, leaves, random_decays
 from fastmix import ops, reference
 from fastmix.ops._register import OPERATORS
 from refusal import check_refusal
@@ -45,6 +45,30 @@ def test_all_gates_zero_keep_only_the_present(dk, dv):
     q, k, v = draw(130, dk=dk, dv=dv)
     out = ops.gate_loop(q, k, v, torch.zeros(2, 130, 3, dtype=torch.complex128))
     assert distance(out, (q * k).sum(-1, keepdim=True) * v) < 1e-13
+
+
+@pytest.mark.parametrize("implementation", ["fallback"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("first", [1e30, 3e38])
+@pytest.mark.parametrize("dk, dv, n", [(1, 1, 4), (1, 1, 70), (3, 3, 4), (24, 20, 70)])
+def test_a_first_gate_multiplies_nothing(dk, dv, n, first, dtype, implementation):
+    """Also where products from it on are beyond the range of numbers, which no state is."""
+    gates = torch.ones(1, n, 2, dtype=dtype)
+    gates[0, :4] = torch.tensor([first, 1e30, 0, 1])[:, None]
+    tensors = {"q": torch.ones(1, n, 2, dk), "k": torch.ones(1, n, 2, dk),
+               "v": torch.ones(1, n, 2, dv), "gates": gates}
+
+    def results(run, dtype):
+        asked = leaves({name: t.to(torch.promote_types(t.dtype, dtype))
+                        for name, t in tensors.items()})
+        out = run(**asked)
+        return out, *torch.autograd.grad(out.sum(), asked.values(), create_graph=True), \
+            *torch.autograd.grad(out.sum(), asked.values())
+
+    with fastmix.force(implementation):
+        actual = results(ops.gate_loop, torch.float32)
+    for ours, exact in zip(actual, results(reference.gate_loop, F64), strict=True):
+        torch.testing.assert_close(ours, exact.to(ours.dtype), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dk, dv", HEADS)
