@@ -62,9 +62,9 @@ class Count(TorchDispatchMode):
         self.work = {}
 
     def add(self, kernel, programs, **counts):
-        found = self.work.setdefault(kernel, dict.fromkeys(("programs", *COUNTS), 0))
+        sums = self.work.setdefault(kernel, dict.fromkeys(("programs", *COUNTS), 0))
         for key, count in dict(counts, programs=programs).items():
-            found[key] += round(count)
+            sums[key] += round(count)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
@@ -128,9 +128,9 @@ class Count(TorchDispatchMode):
             run(executor, *args, **options)
         all_of = count / some
         self.add(executor.fn.__name__, count, flops=flops * all_of,
-                 asked=sum(sum(found.values()) for found in touched.values()) * all_of,
-                 **{kind: sum(min(moved * all_of, sizes[tensor]) for tensor, moved in found.items())
-                    for kind, found in touched.items()})
+                 asked=sum(sum(each.values()) for each in touched.values()) * all_of,
+                 **{kind: sum(min(moved * all_of, sizes[tensor]) for tensor, moved in each.items())
+                    for kind, each in touched.items()})
 
 
 class Held(TorchDispatchMode):
@@ -166,8 +166,8 @@ class Address:
         return self.at
 
 
-def tensors(found):
-    for item in found:
+def tensors(values):
+    for item in values:
         if isinstance(item, torch.Tensor):
             yield item
         elif isinstance(item, (list, tuple)):
@@ -211,7 +211,7 @@ def counting():
     with launching(count, lambda executor, *args, **options:
                    count.launch(executor, run, args, options)), \
             patch.object(windowed_sgu, "SCRATCH", 1 << 62), \
-            patch.object(interpreter.ScanOps, "apply_impl", lambda scan, found: found):
+            patch.object(interpreter.ScanOps, "apply_impl", lambda scan, x: x):
         yield count
 
 
@@ -238,28 +238,28 @@ def measure(build, batch, n, dim, heads, dtype):
     with meta:
         case = build(batch, n, dim, heads)
         contest = rows.Contest(case, getattr(torch, dtype), meta)
-    found = []
+    measured = []
     for mode, (floor_bytes, floor_flops) in case.necessary(contest.inputs).items():
         with counting() as count:
             getattr(contest.ours(None), mode)()
-        found.append(dict(
+        measured.append(dict(
             row=case.row, batch=batch, n=n, dtype=dtype, mode=mode,
             elements=contest.incoming.numel(), floor_bytes=floor_bytes, floor_flops=floor_flops,
             moved=sum(work["read"] + work["written"] for work in count.work.values()),
             flops=sum(work["flops"] for work in count.work.values()), work=count.work))
-    found[-1]["held"], found[-1]["original_held"] = held_at_peak(build, batch, n, dim, heads)
-    return found
+    measured[-1]["held"], measured[-1]["original_held"] = held_at_peak(build, batch, n, dim, heads)
+    return measured
 
 
 def all_of(shapes, dtype):
-    found = []
+    measured = []
     for *shape, names in shapes:
         for build in (build for name in names for build in operators.ROWS[name]):
             if build is operators.gate_loop and shape[2] == shape[3]:
                 continue  # the diagonal row already
             print(build.__name__, *shape, file=sys.stderr, flush=True)
-            found += measure(build, *shape, dtype)
-    return found
+            measured += measure(build, *shape, dtype)
+    return measured
 
 
 # ---- what is printed
@@ -276,15 +276,15 @@ def megabytes(key):
     return lambda row, _: f"{row[key] / 1e6:.0f}" if row.get(key) else "–"
 
 
-def text(found, copy_gb_s, matmul_gflop_s):
+def text(measured, copy_gb_s, matmul_gflop_s):
     def time(moved, flops):
         return max(moved / copy_gb_s, flops / matmul_gflop_s) / 1e3
 
-    kernels = [dict(row, kernel=kernel, **work) for row in found
+    kernels = [dict(row, kernel=kernel, **work) for row in measured
                for kernel, work in row["work"].items()]
     for row in kernels:
         row["us"] = time(row["read"] + row["written"], row["flops"])
-    for row in found:
+    for row in measured:
         row["us"] = sum(kernel["us"] for kernel in kernels if kernel["work"] is row["work"])
         row["floor_us"] = time(row["floor_bytes"], row["floor_flops"])
     kernels = [row for row in kernels if row["us"] >= 0.05]
@@ -302,19 +302,20 @@ def text(found, copy_gb_s, matmul_gflop_s):
              ("written", per_element("written")), ("asked", per_element("asked")),
              ("flops", per_element("flops")), ("µs", lambda row, _: f"{row['us']:.1f}")]
     return "\n\n".join([
-        table.grid(found, whole, None, False), table.grid(kernels, parts, None, False),
-        f"{found[0]['dtype']}; bytes and flops of matrix products, for each element of the result; "
-        "every tensor of a kernel counts\nonce, `asked` are all loads and stores. Times are at "
-        f"{copy_gb_s:.0f} GB/s and {matmul_gflop_s / 1e3:.0f} TFLOP/s, kernels one after another.\n"
+        table.grid(measured, whole, None, False), table.grid(kernels, parts, None, False),
+        f"{measured[0]['dtype']}; bytes and flops of matrix products, for each element of the "
+        "result; every tensor of a kernel counts\nonce, `asked` are all loads and stores. Times "
+        f"are at {copy_gb_s:.0f} GB/s and {matmul_gflop_s / 1e3:.0f} TFLOP/s, kernels one after "
+        "another.\n"
         "MB are held at its peak, beside the inputs, by a training step in float32."])
 
 
-def worse(found, known):
-    """Lines that say which of `found` does more than the committed table."""
+def worse(measured, known):
+    """Lines that say which of `measured` does more than the committed table."""
     who = ("row", "batch", "n", "dtype", "mode")
     known = {tuple(row[key] for key in who): row for row in known}
     lines = []
-    for row in found:
+    for row in measured:
         before = known.get(tuple(row[key] for key in who))
         name = " ".join(str(row[key]) for key in who)
         if before is None:
@@ -344,12 +345,12 @@ def main(argv=None):
         return bool(lines)
     if options.ops:
         shape = options.batch, options.seq, options.dim, options.heads, options.ops
-        found = all_of([shape], options.dtype)
+        measured = all_of([shape], options.dtype)
     else:
-        found = all_of(SHAPES, "bfloat16")
-        known = {"rows": found + all_of(SHORT, "bfloat16")}
+        measured = all_of(SHAPES, "bfloat16")
+        known = {"rows": measured + all_of(SHORT, "bfloat16")}
         TABLE.write_text(table.lines_of_json(known))
-    print(text(found, options.copy_gb_s, options.matmul_gflop_s))
+    print(text(measured, options.copy_gb_s, options.matmul_gflop_s))
     return 0
 
 

@@ -155,7 +155,7 @@ def step(function, tensors, device, incoming=None):
     return Step(function, leaves, leaves, incoming)
 
 
-def found_by(peer, batch, n, dim, heads, dtype, device, seconds):
+def compare(peer, batch, n, dim, heads, dtype, device, seconds):
     """The row of one peer."""
     row = {"row": peer.operator, "n": n, "implementation": peer.function, "status": "failed",
            "reason": None}
@@ -219,12 +219,12 @@ def main(argv=None):
     parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args(argv)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    found = [found_by(peer, options.batch, options.seq, options.dim, options.heads, dtype, device,
-                      SECONDS) for peer in PEERS]
-    print(table.grid(found, COLUMNS, None, False))
+    compared = [compare(peer, options.batch, options.seq, options.dim, options.heads, dtype, device,
+                        SECONDS) for peer in PEERS]
+    print(table.grid(compared, COLUMNS, None, False))
     print("\nForward / forward and backward.")
     if options.json:
-        table.write_json({"settings": vars(options), "rows": found}, options.json)
+        table.write_json({"settings": vars(options), "rows": compared}, options.json)
     return 0
 
 

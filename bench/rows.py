@@ -87,13 +87,13 @@ class Contest:
 
     def times(self, steps, seconds):
         """{name: {mode_ms: timing}} of steps run in turns."""
-        found = {name: {} for name in steps}
+        timings = {name: {} for name in steps}
         for mode in MODES:
             functions = {name: (step.surroundings, getattr(step, mode))
                          for name, step in steps.items()}
             for name, timing in side_by_side(functions, seconds, self.device).items():
-                found[name][f"{mode}_ms"] = timing
-        return found
+                timings[name][f"{mode}_ms"] = timing
+        return timings
 
 
 def operator_rows(make, n, names, dtype, device, rates=None, seconds=0, why_shorter=None):

@@ -208,9 +208,9 @@ def check(case, device):
     row = {"operator": make.__name__, "shape": shape, "how": how, "dtype": name}
     torch.manual_seed(0)
     try:
-        found = errors(make, shape, how, getattr(torch, name), torch.device(device))
+        compared = errors(make, shape, how, getattr(torch, name), torch.device(device))
         # NaN compares as wrong.
-        row |= {"errors": found, "ok": all(error <= limit for error, limit in found)}
+        row |= {"errors": compared, "ok": all(error <= limit for error, limit in compared)}
     except Exception as error:  # the others are still to be seen
         row |= {"ok": False, "reason": f"{type(error).__name__}: {error}"}
     torch.cuda.empty_cache()  # the others want memory too

@@ -91,11 +91,11 @@ def _why_not(module: nn.Module, published: Any) -> str | None:
         return f"a subclass of {published.__name__} with a forward of its own"
     package, version = VERSIONS[published.__module__.partition(".")[0]]
     try:
-        found = importlib.metadata.version(package)
+        installed = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return f"{package} has no version: fastmix knows {version}"
-    if found != version:
-        return f"of {package} {found}: fastmix knows {version}"
+    if installed != version:
+        return f"of {package} {installed}: fastmix knows {version}"
     return None
 
 

@@ -82,8 +82,8 @@ def classify(call, outcome, definition):
         if not call.wrong:
             return "wrong", f"it was taken, the definition says {definition!r}"[:300]
         return "unclear", f"it was taken, the definition says {definition!r}"[:300]
-    found = call.judge(outcome, definition)
-    return ("wrong", found) if found else ("ok", "")
+    wrong = call.judge(outcome, definition)
+    return ("wrong", wrong) if wrong else ("ok", "")
 
 
 def draw(seed, index, implementations):

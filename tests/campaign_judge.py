@@ -155,9 +155,9 @@ def wrong(call, results, definition):
         if ours.is_complex() != exact.is_complex():
             return f"{what} is {ours.dtype}, the definition's is {exact.dtype}"
         if call.mode not in ("fake", "meta") and not ours.is_meta:
-            found = differs(call, what, ours, definition)
-            if found:
-                return f"{what}: {found}"
+            difference = differs(call, what, ours, definition)
+            if difference:
+                return f"{what}: {difference}"
     return None
 
 

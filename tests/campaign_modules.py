@@ -105,19 +105,19 @@ class ModuleCall:
             return True
         return False
 
-    def judge(self, found, definition):
+    def judge(self, outcome, definition):
         """What is wrong with the results, or None."""
         if definition is None:
             return None  # nothing to hold it against
         exact, plain = definition
         if self.wrong:
-            return None if found["output"].shape == exact["output"].shape else "another shape"
-        missing = [what for what in exact if what not in found and exact[what].any()]
+            return None if outcome["output"].shape == exact["output"].shape else "another shape"
+        missing = [what for what in exact if what not in outcome and exact[what].any()]
         if missing:
             return f"{missing} did not come back"
         gradients = [t for what, t in exact.items() if what != "output" and not t.is_meta]
         floor = 0.05 * max((t.abs().max().item() for t in gradients if t.numel()), default=0)
-        for what, ours in found.items():
+        for what, ours in outcome.items():
             if what not in exact:
                 continue  # of what the original leaves out, as it multiplies by nothing
             if ours.shape != exact[what].shape:

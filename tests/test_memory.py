@@ -65,10 +65,10 @@ def measure(build, longest=16384, heads=8, **options):
             file.write("5")  # the highest so far is forgotten
         before = kilobytes("VmRSS")
         out = case.call(ops, *inputs)
-        found = [out, *torch.autograd.grad(out, inputs, weight)]
+        results = [out, *torch.autograd.grad(out, inputs, weight)]
         held = 1024 * (kilobytes("VmHWM") - before)
         del out
-    print(build.__name__, held - bytes_of(found), bytes_of([*found, *inputs, weight]))
+    print(build.__name__, held - bytes_of(results), bytes_of([*results, *inputs, weight]))
 
 for name, builds in operators.ROWS.items():
     for build in builds:

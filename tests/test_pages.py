@@ -120,11 +120,11 @@ def test_the_checklist_has_every_file_that_knows_all_operators():
     folders = "fastmix", "csrc", "kernels", "tests", "bench", "docs"
     everywhere = [*ROOT.glob("*.*"), *(path for folder in folders
                                        for path in (ROOT / folder).rglob("*"))]
-    found = {str(path.relative_to(ROOT)) for path in everywhere
+    known = {str(path.relative_to(ROOT)) for path in everywhere
              if path.suffix in (".py", ".cpp", ".h", ".sh", ".md", ".yml")
              and named_in(path) == {*ops.__all__}}
-    assert len(found) > 20
-    assert found <= {file for file, *_ in checklist()} | {"CONTRIBUTING.md"}
+    assert len(known) > 20
+    assert known <= {file for file, *_ in checklist()} | {"CONTRIBUTING.md"}
 
 
 def test_what_decides_how_gate_loop_runs_is_where_the_design_says():

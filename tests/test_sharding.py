@@ -70,10 +70,10 @@ def test_shards_run_by_themselves(mesh, name, way):
     with CommDebugMode() as sent:
         out = as_tuple(getattr(ops, name)(**shards, **options))[0]
         weight = DTensor.from_local(2 * expected.detach(), mesh, out.placements, run_check=False)
-        found = torch.autograd.grad(out, list(shards.values()), weight)
+        gradients = torch.autograd.grad(out, list(shards.values()), weight)
     assert sent.get_total_counts() == 0
     assert torch.allclose(out.to_local(), expected)
-    for grad, e, (_, axes) in zip(found, grads, arguments.values(), strict=True):
+    for grad, e, (_, axes) in zip(gradients, grads, arguments.values(), strict=True):
         assert grad.placements == ((Partial() if axes[way] is None else Shard(axes[way])),)
         assert torch.allclose(grad.to_local(), e)
 

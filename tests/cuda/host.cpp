@@ -70,12 +70,12 @@ struct Block {
     for (int t = 0; t < threads; ++t)
       for (const Access& a : accesses[t])
         if (a.written) {
-          auto [found, fresh] = written.emplace(a.place, t);
-          if (!fresh && found->second != t) counts.error = "two threads write one place";
+          auto [entry, fresh] = written.emplace(a.place, t);
+          if (!fresh && entry->second != t) counts.error = "two threads write one place";
         }
     for (int t = 0; t < threads; ++t)
       for (const Access& a : accesses[t])
-        if (auto found = written.find(a.place); found != written.end() && found->second != t)
+        if (auto entry = written.find(a.place); entry != written.end() && entry->second != t)
           counts.error = "a thread reads what another writes in the same phase";
     // Eight bytes a thread: half a warp at a time, sixteen banks of that width.
     for (int first = 0; first < threads; first += 16) {
