@@ -13,7 +13,7 @@ from fastmix.nn._published import REPLACEMENTS, VERSIONS
 
 @dataclass
 class Report:
-    """What `accelerate` did: prints as a table.
+    """The account of what `accelerate` did; it prints as a table.
 
     replaced: (name of the module in the model, its class, what it runs on now)
     left: (name, class, why it was left alone)

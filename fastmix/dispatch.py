@@ -1,4 +1,4 @@
-"""Which implementation an operator runs on, and how to force one.
+"""Reports which implementation an operator runs on, and forces one.
 
 PyTorch's dispatcher chooses: an implementation registered for the tensors' device runs
 before the fallback, which is registered for all. This file only reports that choice and

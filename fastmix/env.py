@@ -1,4 +1,4 @@
-"""What is available here, and what is not and why: `python -m fastmix.env`.
+"""`python -m fastmix.env` says what is available here, and what is not and why.
 
 Made to be pasted into a bug report. `--quick` leaves the self-test out, `--json` prints the same
 for a program.
@@ -54,7 +54,7 @@ def processor() -> tuple[str, list[str]]:
 
 
 def commit() -> str:
-    """That of the checkout that fastmix is imported from, or 'no checkout'."""
+    """The commit of the checkout that fastmix is imported from, or 'no checkout'."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return "no checkout"
@@ -86,7 +86,7 @@ def devices() -> dict[str, str]:
 
 
 def runs(reasons: dict[str, str | None]) -> str:
-    """What an operator runs on, from what `fastmix.implementations` says of it."""
+    """The implementation that an operator runs on, from what `fastmix.implementations` says."""
     chosen = forced()
     if chosen is None:
         return next(name for name, reason in reasons.items() if reason is None)
@@ -94,7 +94,7 @@ def runs(reasons: dict[str, str | None]) -> str:
 
 
 def fft_conv_lines() -> list[str]:
-    """How fft_conv's CUDA kernels cut their work on the first GPU."""
+    """Lines that say how fft_conv's CUDA kernels cut their work on the first GPU."""
     properties: Any = torch.cuda.get_device_properties(0)
     major, minor = torch.cuda.get_device_capability(0)
     shapes = cuda.fft_conv_shapes(properties.shared_memory_per_block_optin, 10 * major + minor)

@@ -63,7 +63,7 @@ class Cache:
         self.state = state
 
     def get_seq_length(self) -> int:
-        """How many tokens the first row has had: all have, in generate."""
+        """The number of tokens that the first row has had, and in generate all."""
         return int(self.state.steps[0])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -72,7 +72,7 @@ class Cache:
 
 @dataclass
 class Output(ModelOutput):
-    """What FastmixForCausalLM returns; the cache is under the names of all versions."""
+    """The output of FastmixForCausalLM; the cache is under the names of all versions."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None

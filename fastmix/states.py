@@ -127,7 +127,7 @@ def _mapped(state: Any, select: Any) -> Any:
 
 
 class Rows(NamedTuple):
-    """What attention keeps, and whatever else looks back at every step."""
+    """The cache of attention, and of whatever else looks back at every step."""
 
     steps: Tensor
     """(b,): how many steps there were, int64"""

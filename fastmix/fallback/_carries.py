@@ -11,7 +11,7 @@ from fastmix.fallback._segments import concatenated
 
 
 def segment_carries(states: Tensor, entry: Tensor, every: int, reverse: bool = False) -> Tensor:
-    """Those of a segment (b, m, …) that is entered from `entry` (b, …): (b, ⌈m / every⌉, …)."""
+    """The carries (b, ⌈m / every⌉, …) of a segment (b, m, …) entered from `entry` (b, …)."""
     if every == 0:
         return entry.unsqueeze(1)[:, :0]
     first = entry.unsqueeze(1)
@@ -21,6 +21,6 @@ def segment_carries(states: Tensor, entry: Tensor, every: int, reverse: bool = F
 
 
 def all_carries(by_segment: Sequence[Tensor], state: Tensor) -> Tensor:
-    """Those of all segments, and the last state of the sequence."""
+    """The carries of all segments, and the last state of the sequence."""
     last = state.unsqueeze(1)[:, : 1 if by_segment[0].shape[1] else 0]
     return concatenated([*by_segment, last])

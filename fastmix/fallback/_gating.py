@@ -1,4 +1,4 @@
-"""What the two spatial gating units share: layer norm, activation, product."""
+"""The parts that the two spatial gating units share: layer norm, activation, product."""
 
 from typing import Any
 
@@ -110,7 +110,7 @@ def normalize_backward(grad: Tensor, gate: Tensor, mean: Tensor, weight: Tensor 
 
 
 def finish(mixed: Tensor, res: Tensor, activation: str) -> Tensor:
-    """What the unit returns: the mixed gate itself for an activation outside."""
+    """The unit's output from the mixed gate; that itself for an activation outside."""
     return mixed if activation == OUTSIDE else ACTIVATIONS[activation].forward(mixed) * res
 
 

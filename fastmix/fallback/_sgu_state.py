@@ -154,7 +154,7 @@ def _unrolled(count: Tensor, w: int) -> Tensor:
 
 
 def _mixed_step(weight: Tensor, rows: Tensor, count: Tensor, place: Tensor) -> Tensor:
-    """What the step at `count`, whose row is in the ring already, mixes: (b, 1, c)."""
+    """The mixture (b, 1, c) of the step at `count`, whose row is in the ring already."""
     w = weight.shape[1]
     column = _unrolled(count, w)  # its own inverse
     known = (column <= (w + place)[:, None]) & (column >= (w + place - count)[:, None])
@@ -165,7 +165,7 @@ def _mixed_step(weight: Tensor, rows: Tensor, count: Tensor, place: Tensor) -> T
 
 def _mixed_windows(weight: Tensor, rows: Tensor, normed: Tensor, count: Tensor,
                    place: Tensor) -> Tensor:
-    """What n steps mix from `count` on, in whole windows: (b, n, c).
+    """The mixtures (b, n, c) of n steps from `count` on, in whole windows.
 
     Every batch entry is laid out so that its windows begin at multiples of w: the one before,
     the one under way, and as many more as n steps may reach.

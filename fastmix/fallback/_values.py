@@ -1,6 +1,8 @@
-"""Which algorithm is right may depend on the numbers that come. To look at them costs a pass, and a
-wait where a device computes by itself, so this is done on CPUs only. On other devices, and while a
-program is compiled, they count as ordinary. What vmap hides of a CPU's may be anything.
+"""Looks at the numbers that come, on which it may depend which algorithm is right.
+
+That costs a pass, and a wait where a device computes by itself, so it is done on CPUs only. On
+other devices, and while a program is compiled, numbers count as ordinary. Those that vmap hides on
+a CPU may be anything.
 """
 
 import math

@@ -70,8 +70,9 @@ def why_not_for(x: Tensor) -> str | None:
 
 def fft_conv_shapes(shared: int, capability: int, path: Path | str | None = None
                     ) -> list[tuple[int, int, str, str, int, int, int]]:
-    """How the CUDA kernels of fft_conv cut their work on GPUs of a compute capability (90 for
-    9.0) where blocks may have `shared` bytes, by the library at `path` (by default this one's).
+    """The ways in which fft_conv's CUDA kernels cut their work, by the library at `path` (by
+    default this one's), on GPUs of a compute capability (90 for 9.0) where blocks may have `shared`
+    bytes.
 
     [(longest sequence, bytes of a number, "forward" or "backward", "transforms" or "products",
     threads of a block, its shared bytes, channels it takes at once)]. Products on tensor cores

@@ -75,7 +75,7 @@ def candidates(device_type: str) -> Iterator[Path]:
 
 
 def _names_in_cache(device_type: str) -> list[str]:
-    """What is compiled here, and for CPUs a library of all instruction sets, which does too."""
+    """Names of what is compiled here, and for CPUs of a library of all sets, which does too."""
     if device_type == "cuda":
         return [build.compiled_name("cuda", _gpu_code())]
     own = build.own_instruction_sets()
@@ -245,7 +245,7 @@ def best_instruction_set() -> int:
 
 
 def available_instruction_sets() -> tuple[str, ...]:
-    """Those of INSTRUCTION_SETS that the library has and this machine runs, the best one last."""
+    """The INSTRUCTION_SETS that the library has and this machine runs, the best one last."""
     least = ctypes.CDLL(str(load())).fastmix_least_instruction_set()
     return INSTRUCTION_SETS[least : best_instruction_set() + 1]
 

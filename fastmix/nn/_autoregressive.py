@@ -1,4 +1,4 @@
-"""What the published packages' AutoregressiveWrappers share: the same tokens under one seed."""
+"""The base of the published packages' AutoregressiveWrappers: the same tokens under one seed."""
 
 import inspect
 from collections.abc import Callable
@@ -62,7 +62,7 @@ class PaddingWrapper(Wrapper):
 
     @property
     def window(self) -> int | None:
-        """How many of the last tokens net sees; all if None."""
+        """The number of the last tokens that net sees; all if None."""
         return None
 
     def generate(

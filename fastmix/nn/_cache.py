@@ -1,4 +1,4 @@
-"""What a module keeps of the steps so far, so that the next ones follow from it.
+"""Caches: a module keeps in them what the next steps need of those so far.
 
 A cache is a tensor, None or a tuple of caches. Each module makes its own out of its operators'
 states and of its children's caches, and hands these back to them: it never looks into a child's.
@@ -19,7 +19,7 @@ Cache = Any
 
 
 class ModelCache(NamedTuple):
-    """What a language model keeps."""
+    """The cache of a language model."""
 
     steps: Tensor
     """(b,): how many tokens there were, int64"""
@@ -39,7 +39,7 @@ def call(
 def call_operator(
     operator: Callable, *args: Any, cache: Cache, return_cache: bool, **kwargs: Any
 ) -> tuple[Tensor, Cache]:
-    """What the operator returns, and its state if that is asked for."""
+    """The operator's output, and its state if that is asked for."""
     out = operator(*args, initial_state=cache, return_state=return_cache, **kwargs)
     return out if return_cache else (out, None)
 
@@ -57,7 +57,7 @@ def split_cache(where: str, cache: Cache, count: int) -> Sequence[Cache]:
 def split_model_cache(
     where: str, x: Tensor, cache: Cache, count: int, max_length: int | None = None
 ) -> tuple[Tensor, Sequence[Cache]]:
-    """How many tokens each row of x (b, n) has had, (b,), and the caches of `count` mixers.
+    """The numbers of tokens (b,) that the rows of x (b, n) have had, and `count` mixers' caches.
 
     ValueError on CPUs where these and x are more than max_length.
     """
@@ -135,6 +135,6 @@ def last_rows(rows: Rows, count: int) -> Rows:
 
 
 def step_numbers(rows: Rows) -> Tensor:
-    """Which step of its sequence each row is, (b, m); negative before the first."""
+    """The numbers (b, m) of the rows' steps in their sequences; negative before the first."""
     m = rows.tensors[0].shape[1]
     return rows.steps[:, None] + torch.arange(-m, 0, device=rows.steps.device)

@@ -1,4 +1,4 @@
-"""What modules ask of their sizes and of their input.
+"""Checks of modules' sizes and of their input.
 
 Checks look at what arrives and hold it against integers that were stored when the module was
 built. They never look into a child: its parameters may be elsewhere, empty or of another shape

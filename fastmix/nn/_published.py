@@ -1,4 +1,4 @@
-"""What `fastmix.accelerate` runs in the place of published classes' forward.
+"""Functions that `fastmix.accelerate` runs in the place of published classes' forward.
 
 Each function takes a published module in the place of `self`, calls the children that the
 published forward calls, and gives its numbers. Where a child only moves axes about (a Rearrange),

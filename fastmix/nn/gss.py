@@ -73,7 +73,7 @@ def _kernel(re: Tensor, im: Tensor, c: Tensor, n: int) -> Tensor:
 
 
 def convolve(dss: Any, x: Tensor, n: int) -> Tensor:
-    """What a DSS, ours or the published one, does to x (b, n, dim)."""
+    """The convolution of a DSS, ours or the published one, with x (b, n, dim)."""
     u = dss.norm(x)
     # In float32 at least, autocast or not: rounded rates of decay forget at other times.
     with no_autocast([x]):

@@ -99,7 +99,7 @@ def _within_block(convolve: Convolve, x: Tensor, kernel: Tensor,
 
 def _ahead(convolve: Convolve, block: FFTConvBlock, state: FFTConvState,
            kernel: Tensor) -> Tensor:
-    """What a block adds to the outputs of as many steps after it."""
+    """The part that a block adds to the outputs of as many steps after it."""
     m = block.x.shape[1]
     lags = kernel if state.kernel is None else state.kernel
     ahead = convolve(_padded(block.x, m), lags[..., : 2 * m, :])[:, m:]

@@ -1,4 +1,4 @@
-"""What `torch.utils.flop_counter` counts for an operator and for its backward.
+"""Formulas by which `torch.utils.flop_counter` counts an operator and its backward.
 
 A multiplication and an addition count as one operation each, a complex multiplication as six and
 a complex addition as two. Counted is what the definition needs, whichever implementation runs:

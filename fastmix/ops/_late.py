@@ -1,4 +1,4 @@
-"""What waits until somebody imports a part of torch for which `import fastmix` is not to wait."""
+"""Registers what must wait until somebody imports a part of torch; `import fastmix` does not."""
 
 import importlib.abc
 import importlib.util

@@ -1,4 +1,4 @@
-"""How an operator becomes a torch operator.
+"""Makes torch operators of fastmix's.
 
 An `Operator` registers `fastmix::<name>` and `fastmix::<name>_backward`. PyTorch's dispatcher
 picks their implementation by device; the fallback serves where nothing faster is registered.
@@ -161,7 +161,7 @@ class Operator:
 
 
 def _tensors(count: int) -> str:
-    """What a schema returns that returns `count` tensors."""
+    """The return type of a schema that returns `count` tensors."""
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
 
 

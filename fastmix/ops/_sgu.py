@@ -1,4 +1,4 @@
-"""What the two spatial gating units share: schema, fake, checks and states."""
+"""The parts that the two spatial gating units share: schema, fake, checks and states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How operators run on DTensors: which shards each rank works on by itself.
+"""Tells DTensors which shards of an operator's tensors each rank works on by itself.
 
 Over the batch, and over heads and channels where an operator keeps them apart, forward and
 backward communicate nothing; gradients of what all ranks share are partial sums. A shard of time

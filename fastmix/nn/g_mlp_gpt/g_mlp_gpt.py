@@ -263,7 +263,7 @@ def _mix(gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _mix_rows(rows: Rows, n: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """What _mix makes of the newest n of `rows`, which each begin where their sequence is."""
+    """As _mix, of the newest n of `rows`, which each begin where their sequence is."""
     (gate,), steps = rows.tensors, step_numbers(rows)
     h, w, columns = weight.shape
     at = steps[:, -n:, None]

@@ -229,7 +229,7 @@ class SequentialSequence(nn.Module):
 def _go_on(
     x: Tensor, layers: list, cache: Cache, return_cache: bool
 ) -> Tensor | tuple[Tensor, Cache]:
-    """What ReversibleSequence computes, from a cache on."""
+    """As ReversibleSequence, from a cache on."""
     caches, kept = split_cache("ReversibleSequence", cache, len(layers)), []
     a = b = x
     for (block, (f_kwargs, g_kwargs)), cache in zip(layers, caches):

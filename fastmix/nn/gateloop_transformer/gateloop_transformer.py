@@ -56,7 +56,7 @@ def _gate_logits(z: Tensor, frac_gradient: float, ablate_complex: bool) -> Tenso
 
 
 def _gates(z: Tensor, frac_gradient: float, ablate_complex: bool) -> dict[str, Any]:
-    """What ops.gate_loop makes its gates of: logits z (b, n, h, 2), or real gates if asked, which
+    """The argument for ops.gate_loop: logits z (b, n, h, 2), or real gates if asked, which
     are σ(|z|) with the sign of z's real part."""
     z = _gate_logits(z, frac_gradient, False)
     if not ablate_complex:

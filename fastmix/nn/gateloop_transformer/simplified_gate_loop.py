@@ -77,7 +77,7 @@ class SimpleGateLoopLayer(nn.Module):
 def scan(
     layer: Any, q: Tensor, kv: Tensor, a: Tensor, cache: Cache | None, return_cache: bool
 ) -> Tensor | tuple[Tensor, Cache]:
-    """What a SimpleGateLoopLayer, ours or the published one, does to q, kv, a (b, n, dim)."""
+    """The scan of a SimpleGateLoopLayer, ours or the published one, of q, kv, a (b, n, dim)."""
     if return_cache and layer.reverse:
         raise ValueError(f"{WHERE}: return_cache must be False with reverse: a layer that runs "
                          "from the end has no state to go on from")

@@ -59,7 +59,7 @@ def conv1d_fft(x: Tensor, weights: Tensor, dim: int = -2, weight_dim: int = -1) 
 
 
 class MeanCenteringPool(nn.Module):
-    """How far the mean so far lies from each step, projected: x (b, n, dim) → (b, n, dim)."""
+    """Projects the difference of the mean so far and each step: x (b, n, dim) → (b, n, dim)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
