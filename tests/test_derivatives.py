@@ -102,7 +102,8 @@ def test_compiles_whole_with_dynamic_shapes(case):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["linear_scan-complex-reverse", "gate_loop-heads-logits",
-                                  "decay_conv", "fft_conv-per-sample", "windowed_sgu"])
+                                  "gate_loop-heads-decays", "decay_conv", "fft_conv-per-sample",
+                                  "windowed_sgu"])
 def test_compiles_with_inductor(name):
     case = CASES[name]
     call, values = positional(case, leaves(case.make(70, F64)))

@@ -96,12 +96,13 @@ def step_by_step(q, k, v, gates, state, grad):
     return out, last, *torch.autograd.grad(out, tensors, grad)
 
 
+@pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("dk, dv", [(1, 1), (3, 5), (24, 20)])
 @pytest.mark.parametrize("query, key, value, grad_size", [
     (1e20, 1e20, 1e-10, 1e-20), (1e-25, 1e-25, 1e20, 1e20), (1e35, 1e8, 1e-15, 1e-20),
     (1e-10, 1e30, 1e-15, 1.0), (1e20, 1e-38, 1e20, 1e-10)])
 def test_gate_loop_is_finite_where_its_steps_are(
-        implementation, dk, dv, query, key, value, grad_size):
+        implementation, dk, dv, real, query, key, value, grad_size):
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape):
@@ -112,6 +113,8 @@ def test_gate_loop_is_finite_where_its_steps_are(
     v, grad = value * random(b, n, h, dv), grad_size * random(b, n, h, dv)
     gates = 0.6 * torch.complex(random(b, n, h), random(b, n, h)).sgn()
     state = key * value * torch.complex(random(b, h, dk, dv), random(b, h, dk, dv))
+    if real:
+        gates, state = 0.6 * gates.real.sgn(), state.real
     k[:, 1::3] *= 1e-7  # sizes differ from step to step
     defined = step_by_step(q, k, v, gates, state, grad)
     tensors = [t.clone().requires_grad_() for t in (q, k, v, gates, state)]
@@ -127,7 +130,7 @@ def test_gate_loop_is_finite_where_its_steps_are(
 
 
 def not_finite(n):
-    """{operator: its arguments}, whose steps are n; time is axis 1."""
+    """{operator, and of what kind: its arguments}, whose steps are n; time is axis 1."""
     def random(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
@@ -139,6 +142,8 @@ def not_finite(n):
         "cumulative_mean": {"x": random(2, n, 3)},
         "gate_loop": {"q": random(2, n, 2, 3), "k": random(2, n, 2, 3), "v": random(2, n, 2, 4),
                       "gates": gates},
+        "gate_loop-real": {"q": random(2, n, 2, 3), "k": random(2, n, 2, 3),
+                           "v": random(2, n, 2, 4), "gates": gates.real},
         "causal_sgu": {"x": random(2, n, 12), "weight": random(3, n + 1, n + 1),
                        "bias": random(3, n + 1), "gate_residual": random(2, n, 6)},
         "windowed_sgu": {"x": random(2, n, 12), "weight": random(3, 8, 16),
@@ -149,7 +154,7 @@ def not_finite(n):
 def test_what_is_not_finite_reaches_what_depends_on_it_alone(implementation, operator):
     """NaN or infinity at a step of any argument, or of the gradient that arrives."""
     n = 20
-    tensors = not_finite(n)[operator]
+    tensors, operator = not_finite(n)[operator], operator.partition("-")[0]
     names = [*(name for name, t in tensors.items() if t.shape[:2] == (2, n)), "grad"]
     for name, value in zip(names, itertools.cycle([NAN, INF])):
         results = []
@@ -245,7 +250,7 @@ def test_calls_of_kernels_leave_no_memory_behind(operator):
     """Torch's own conversion of a string argument leaves 48 bytes."""
     memory = ctypes.CDLL(None)
     memory.mallinfo2.restype = Allocated
-    tensors = not_finite(3)[operator]
+    tensors, operator = not_finite(3)[operator], operator.partition("-")[0]
 
     def grown(calls):
         before = memory.mallinfo2().in_use

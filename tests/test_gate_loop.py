@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import fastmix
-from cases import complex_dtype, distance, implementations, largest, leaves, random_decays
+from cases import (
+    check_errors,
+    complex_dtype,
+    distance,
+    implementations,
+    largest,
+    leaves,
+    random_decays,
+    squared_errors,
+)
 from fastmix import ops, reference
 from fastmix.ops._register import OPERATORS
 from refusal import check_refusal
@@ -19,19 +28,22 @@ def draw(n=50, h=3, dk=2, dv=3, dtype=F64, b=2):
     return q, k, torch.randn(b, n, h, dv, dtype=dtype)
 
 
-def unit_gates(*shape, size=1.0):
+def unit_gates(*shape, size=1.0, real=False):
     angle = 6.3 * torch.rand(*shape, dtype=F64)
-    return torch.polar(torch.full_like(angle, size), angle)
+    gates = torch.polar(torch.full_like(angle, size), angle)
+    return size * gates.real.sgn() if real else gates
 
 
 HEADS = [(1, 1), (2, 3), (16, 16), (1, 5)]
+either_kind = pytest.mark.parametrize("real", [False, True])
 
 
+@either_kind
 @pytest.mark.parametrize("dk, dv", HEADS)
-def test_gate_of_zero_forgets_exactly(dk, dv):
+def test_gate_of_zero_forgets_exactly(dk, dv, real):
     """What came before a reset leaves no trace, however large."""
     q, k, v = draw(200, dk=dk, dv=dv)
-    gates = unit_gates(2, 200, 3)
+    gates = unit_gates(2, 200, 3, real=real)
     gates[:, 77] = 0
     v[:, :77] *= 1e200
     out = ops.gate_loop(q, k, v, gates)
@@ -40,10 +52,11 @@ def test_gate_of_zero_forgets_exactly(dk, dv):
     assert distance(out[:, 77:], late) < 1e-13
 
 
+@either_kind
 @pytest.mark.parametrize("dk, dv", HEADS)
-def test_all_gates_zero_keep_only_the_present(dk, dv):
+def test_all_gates_zero_keep_only_the_present(dk, dv, real):
     q, k, v = draw(130, dk=dk, dv=dv)
-    out = ops.gate_loop(q, k, v, torch.zeros(2, 130, 3, dtype=torch.complex128))
+    out = ops.gate_loop(q, k, v, torch.zeros(2, 130, 3, dtype=F64 if real else torch.complex128))
     assert distance(out, (q * k).sum(-1, keepdim=True) * v) < 1e-13
 
 
@@ -71,22 +84,25 @@ def test_a_first_gate_multiplies_nothing(dk, dv, n, first, dtype, implementation
         torch.testing.assert_close(ours, exact.to(ours.dtype), rtol=1e-5, atol=0)
 
 
+@either_kind
 @pytest.mark.parametrize("dk, dv", HEADS)
-def test_gates_of_one_are_plain_linear_attention(dk, dv):
+def test_gates_of_one_are_plain_linear_attention(dk, dv, real):
     q, k, v = draw(130, dk=dk, dv=dv)
-    out = ops.gate_loop(q, k, v, torch.ones(2, 130, 3, dtype=torch.complex128))
+    out = ops.gate_loop(q, k, v, torch.ones(2, 130, 3, dtype=F64 if real else torch.complex128))
     scores = torch.einsum("bihd,bjhd->bhij", q, k).tril()
     assert distance(out, torch.einsum("bhij,bjhd->bihd", scores, v)) < 1e-12
 
 
+@either_kind
 @pytest.mark.parametrize("dk, dv", [(1, 1), (4, 4)])
-def test_unit_gates_stay_accurate_over_65536_steps(dk, dv):
+def test_unit_gates_stay_accurate_over_65536_steps(dk, dv, real):
     """float32, abs a = 1 throughout: nothing decays, nothing may drift."""
     n = 65_536
     q, k, v = draw(n, h=1, dk=dk, dv=dv, b=1)
-    gates = unit_gates(1, n, 1)
+    gates = unit_gates(1, n, 1, real=real)
     exact = ops.gate_loop(q, k, v, gates)
-    actual = ops.gate_loop(q.float(), k.float(), v.float(), gates.to(torch.complex64))
+    actual = ops.gate_loop(q.float(), k.float(), v.float(),
+                           gates.to(torch.float32 if real else torch.complex64))
     assert actual.isfinite().all()
     assert distance(actual.double(), exact) < 2e-4
 
@@ -325,6 +341,56 @@ def test_real_logits_and_their_states(dtype):
     gates = z.to(wide).sigmoid()
     carries = torch.ops.fastmix.gate_loop(q, k, v, gates, None, None, 64)[2]
     assert (carries.dtype, carries.shape) == (wide, (2, 2, 3, 2, 3))
+
+
+@pytest.mark.parametrize("implementation", implementations("gate_loop"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dk, dv", [(1, 1), (24, 20)])
+def test_float32_gates_beside_half_precision(dk, dv, dtype, implementation):
+    """Values and gradients, those of gates in float32."""
+    def errors():
+        q, k, v = draw(70, dk=dk, dv=dv, dtype=dtype)
+        tensors = {"q": q, "k": k, "v": v, "gates": random_decays(2, 70, 3, dtype=torch.float32)}
+        weight, compared = torch.randn_like(v), []
+        for run, kind in ((ops.gate_loop, None), (reference.gate_loop, torch.float32),
+                          (reference.gate_loop, F64)):
+            asked = leaves({name: t.to(kind or t.dtype) for name, t in tensors.items()})
+            out = run(**asked)
+            compared.append([out.detach(), *torch.autograd.grad(out, asked.values(),
+                                                                weight.to(out.dtype))])
+        assert [t.dtype for t in compared[0]] == [*[dtype] * 4, torch.float32]
+        return squared_errors(*compared)
+
+    with fastmix.force(implementation):
+        check_errors(errors)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *implementations("gate_loop")])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 3)])
+def test_infinite_and_far_real_logits(dtype, implementation, heads):
+    """Derivatives there are 0, of any order, and a NaN stays one."""
+    z = torch.tensor([INF, -INF, 1e38, -1e38, 6e4, -6e4, 0.0, NAN], dtype=dtype)
+    expected = torch.tensor([1, 0, 1, 0, 1, 0, 0.5, NAN], dtype=dtype)
+    q = torch.ones(8, 2, 1, heads[0], dtype=dtype)
+    v = torch.ones(8, 2, 1, heads[1], dtype=dtype)
+    logits = torch.stack([torch.full_like(z, 9), z], 1)[..., None].requires_grad_()
+    state = torch.ones(8, 1, *heads, dtype=torch.promote_types(dtype, torch.float32))
+    run = reference.gate_loop if implementation == "reference" else ops.gate_loop
+    with contextlib.nullcontext() if implementation == "reference" else fastmix.force(
+            implementation):
+        _, last = run(q, 0 * q, v, gate_logits=logits, initial_state=state, return_state=True)
+        first = logits[:, 0, :, None, None].sigmoid()
+        torch.testing.assert_close(last, (first * expected[:, None, None, None]).expand_as(last),
+                                   rtol=4 * torch.finfo(dtype).eps, atol=0, equal_nan=True,
+                                   check_dtype=False)
+        (plain,) = torch.autograd.grad(last.sum(), logits, retain_graph=True)
+        (grad,) = torch.autograd.grad(last.sum(), logits, create_graph=True)
+        (second,) = torch.autograd.grad(grad[:, 1].sum(), logits)
+    for found in (plain, grad, second):
+        assert found[:7].isfinite().all() and found[7, 1].isnan()
+        assert largest(found[:6, 1]) == 0
+    assert (plain[6, 1] != 0).all()
 
 
 def test_autocast_promotes_real_gates():

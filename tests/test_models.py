@@ -106,6 +106,8 @@ MODELS = {
         num_tokens=32, dim=16, depth=2, seq_len=200, window=(8, 200), heads=2),
     "GateLoopTransformer": lambda: nn.GateLoopTransformer(
         num_tokens=32, dim=16, depth=2, gate_loop_heads=4, sub_ln=True),
+    "GateLoopTransformer ablated": lambda: nn.GateLoopTransformer(
+        num_tokens=32, dim=16, depth=2, gate_loop_heads=4, ablate_complex=True),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 

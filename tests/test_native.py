@@ -16,7 +16,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import fastmix
-from cases import CASES, complex_dtype, distance, leaves, randn, random_gates, weigh
+from cases import (
+    CASES,
+    complex_dtype,
+    distance,
+    leaves,
+    randn,
+    random_decays,
+    random_gates,
+    weigh,
+)
 from fastmix import native, ops
 from fastmix.native import build, library
 
@@ -102,8 +111,17 @@ def test_an_instruction_set_that_is_named_runs(name):
     assert first.startswith(f"{name} /") and first.endswith(f", {name} kernels") and then == name
 
 
+WIDE = [*native.KERNELS["cpu"], "gate_loop-real", "gate_loop-heads-real"]
+
+
 def wide(operator, dtype):
     """Arguments with channels and steps enough to be cut into units of work."""
+    if operator == "gate_loop-real":
+        q, k, v = randn(3, 1, 300, 700, 1, dtype=dtype)
+        return {"q": q, "k": k, "v": v, "gates": random_decays(1, 300, 700, dtype=dtype)}
+    if operator == "gate_loop-heads-real":
+        q, k, v = randn(3, 2, 600, 5, 20, dtype=dtype)
+        return {"q": q, "k": k, "v": v, "gates": random_decays(2, 600, 5, dtype=dtype)}
     if operator == "linear_scan":
         return {"gates": random_gates(1, 300, 700, dtype=dtype),
                 "inputs": randn(1, 300, 700, dtype=complex_dtype(dtype))}
@@ -128,7 +146,7 @@ def wide(operator, dtype):
 def check_bits(operator, tensors):
     """The same for 1, 2 and 5 threads."""
     def run(tensors):
-        out = getattr(ops, operator)(**tensors)
+        out = getattr(ops, operator.partition("-")[0])(**tensors)
         return out if isinstance(out, tuple) else (out,)
 
     threads = torch.get_num_threads()
@@ -143,7 +161,7 @@ def check_bits(operator, tensors):
         assert all(torch.equal(a, b) for a, b in zip(other, actual[0], strict=True))
 
 
-@pytest.mark.parametrize("operator", native.KERNELS["cpu"])
+@pytest.mark.parametrize("operator", WIDE)
 def test_the_same_bits_for_any_number_of_threads(operator):
     for dtype in (torch.float32, torch.bfloat16):
         check_bits(operator, wide(operator, dtype))
@@ -164,11 +182,11 @@ def test_the_same_bits_beside_a_logit_of_zero():
     check_bits("gate_loop", tensors)
 
 
-@pytest.mark.parametrize("operator", native.KERNELS["cpu"])
+@pytest.mark.parametrize("operator", WIDE)
 def test_units_of_work_meet(operator):
     """Arguments that are cut into units, against the fallback."""
     def run(tensors):
-        out = getattr(ops, operator)(**tensors)
+        out = getattr(ops, operator.partition("-")[0])(**tensors)
         return out if isinstance(out, tuple) else (out,)
 
     tensors = wide(operator, torch.float64)

@@ -22,7 +22,7 @@ def mesh():
     dist.destroy_process_group()
 
 
-# operator: {argument: (shape, sharded axis for each way of sharding)}; options
+# operator, and of what kind: {argument: (shape, sharded axis for each way of sharding)}; options
 CALLS = {
     "decay_conv": ({"x": ((2, 5, 4, 6), (0, 2, 3)), "decay": ((4,), (None, 0, None)),
                     "gain": ((4,), (None, 0, None)), "initial_state": ((2, 4, 6), (0, 1, 2))},
@@ -30,6 +30,13 @@ CALLS = {
     "gate_loop": ({"q": ((2, 5, 4, 3), (0, 2, None)), "k": ((2, 5, 4, 3), (0, 2, None)),
                    "v": ((2, 5, 4, 2), (0, 2, 3)), "gate_logits": ((2, 5, 4, 2), (0, 2, None))},
                   {}),
+    "gate_loop-real": ({
+        "q": ((2, 5, 4, 3), (0, 2, None)), "k": ((2, 5, 4, 3), (0, 2, None)),
+        "v": ((2, 5, 4, 2), (0, 2, 3)), "gates": ((2, 5, 4), (0, 2, None)),
+        "initial_state": ((2, 4, 3, 2), (0, 1, 3))}, {"return_state": True}),
+    "gate_loop-decays": ({
+        "q": ((2, 5, 4, 3), (0, 2, None)), "k": ((2, 5, 4, 3), (0, 2, None)),
+        "v": ((2, 5, 4, 2), (0, 2, 3)), "gates": ((4,), (None, 0, None))}, {}),
     "linear_scan": ({"gates": ((2, 5, 4), (0, 2, None)), "inputs": ((2, 5, 4, 2), (0, 2, 3)),
                      "initial_state": ((2, 4, 2), (0, 1, 2))}, {}),
     "cumulative_mean": ({"x": ((2, 5, 4), (0, 2))}, {}),
@@ -42,6 +49,10 @@ CALLS = {
 }
 
 
+def operator(name):
+    return getattr(ops, name.partition("-")[0])
+
+
 def own(tensor, axis):
     """The part of the first of two ranks."""
     return tensor if axis is None else tensor.chunk(2, axis)[0]
@@ -49,7 +60,7 @@ def own(tensor, axis):
 
 def differentiate(name, tensors, options):
     """The first output, and the gradients of its sum of squares."""
-    out = as_tuple(getattr(ops, name)(**tensors, **options))[0]
+    out = as_tuple(operator(name)(**tensors, **options))[0]
     return out, torch.autograd.grad(out.square().sum(), list(tensors.values()))
 
 
@@ -68,7 +79,7 @@ def test_shards_run_by_themselves(mesh, name, way):
             mine, mesh, [placement], run_check=False).requires_grad_()
     expected, grads = differentiate(name, local, options)
     with CommDebugMode() as sent:
-        out = as_tuple(getattr(ops, name)(**shards, **options))[0]
+        out = as_tuple(operator(name)(**shards, **options))[0]
         weight = DTensor.from_local(2 * expected.detach(), mesh, out.placements, run_check=False)
         gradients = torch.autograd.grad(out, list(shards.values()), weight)
     assert sent.get_total_counts() == 0
@@ -88,8 +99,9 @@ def test_a_shard_of_time_is_refused_in_words(mesh, name):
     whole = tensors[first].to_local()
     tensors[first] = DTensor.from_local(whole.tensor_split(2, 1)[0], mesh, [Shard(1)],
                                         run_check=False, shape=whole.shape, stride=whole.stride())
-    with pytest.raises(RuntimeError, match=f"{name}: DTensors must not be sharded along time, got"):
-        getattr(ops, name)(**tensors, **options)
+    with pytest.raises(RuntimeError, match=f"{name.partition('-')[0]}: DTensors must not be "
+                                           "sharded along time, got"):
+        operator(name)(**tensors, **options)
 
 
 @pytest.mark.long

@@ -129,7 +129,8 @@ def test_kernels_are_the_same_for_all_lengths_and_batches(name, sizes, monkeypat
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
 @pytest.mark.parametrize("name", [
-    "decay_conv", "linear_scan", "gate_loop-channels", "gate_loop-heads"])
+    "decay_conv", "linear_scan", "gate_loop-channels", "gate_loop-heads", "gate_loop-channels-real",
+    "gate_loop-heads-real"])
 def test_a_step_is_launched_like_a_sequence(name, monkeypatch):
     """With the same compiled kernels, and without a tensor's numbers on the host, of which meta
     tensors have none: a CUDA graph can hold a step.
