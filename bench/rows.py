@@ -164,7 +164,7 @@ def original_length(make, n, dtype, device, seconds):
     needed, room = make(1).original_bytes * n, machine.room(device)
     longest, why = n, None
     if needed > room:
-        longest = 1 << max(0, (n * room // 2 // needed).bit_length() - 1)
+        longest = 1 << max(0, (n * room // 4 // needed).bit_length() - 1)
         why = f"needs about {needed / 1e9:.0f} GB"
     whole = make(longest)
     for part in 16, 4:  # a short call is mostly overhead, which does not grow with n
@@ -182,12 +182,12 @@ def original_length(make, n, dtype, device, seconds):
     return shorter, why or slow
 
 
-def halved(n, calls, taken, seconds):
-    """(n, halved four times at most so that `calls` calls, each of `taken` seconds at n, take
-    `seconds`; what stands against n itself or None)."""
+def halved(n, calls, taken, seconds, at_once=1):
+    """(n, halved four times at most, `at_once` or more, so that `calls` calls, each of `taken`
+    seconds at n, take `seconds`; what stands against n itself or None)."""
     halvings = 0
     while halvings < 4 and n >> halvings > 1 and calls * taken / 2**halvings > seconds:
-        halvings += 1
+        halvings += at_once
     return n >> halvings, f"takes about {taken:.1f} s a call" if halvings else None
 
 

@@ -37,7 +37,8 @@ from progress import Progress
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SECONDS = 1.5      # to time a row for, forward and again with backward
-MODEL = 6          # as many times as much as an operator a model is given of the time
+MODEL = 6          # as many times as much as an operator a model is given of the time,
+LENGTH = 3         # and a length of the curves
 INTERRUPTED = 130  # the exit status that shells know for Ctrl-C
 
 
@@ -62,9 +63,9 @@ def arguments(argv):
     parser.add_argument("--text", help="file whose bytes the models learn; by default the "
                         "sources of Python's standard library")
     parser.add_argument("--minutes", type=float, help="to end by then, time fewer calls, then "
-                        "shorter originals, then one length less and fewer contexts; by default "
-                        "2.75, and more in proportion beyond 8192 tokens or depth 1. Compiling "
-                        "comes before")
+                        "shorter originals, then one length less and fewer contexts; no operator "
+                        "and no model is left out, however few they are. By default 2.75, and "
+                        "more in proportion beyond 8192 tokens or depth 1. Compiling comes before")
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--csv", metavar="PATH")
     parser.add_argument("--plot", metavar="PATH")
@@ -124,10 +125,10 @@ def why_not_written(flag, path):
 class Schedule:
     """Announces each piece of work, and shares the time that is left among those to come."""
 
-    def __init__(self, minutes, pieces, models, more=0):
+    def __init__(self, minutes, pieces, models, lengths, more=0):
         self.end = time.monotonic() + 60 * minutes
-        self.left = pieces + MODEL * models
-        self.progress = Progress(pieces + models + more)  # `more` may be left out
+        self.left = pieces + MODEL * models + LENGTH * lengths
+        self.progress = Progress(pieces + models + lengths + more)  # `more` may be left out
         self.refused, self.raised = [], []
 
     def share(self, what, pieces=1):
@@ -205,7 +206,7 @@ def main(argv=None):
     first_texts = {name for name, _, _ in texts}
     schedule = Schedule(
         float("inf") if options.check else minutes,
-        1 + len(cases) + len(lengths) + len(first_texts), len(courses),
+        1 + len(cases) + len(first_texts), len(courses), len(lengths),
         len(texts) - len(first_texts) + (0 if options.check else len(cases) + len(courses)))
     schedule.share("measuring the machine")
     header = machine.header(device, dtype)
@@ -281,8 +282,9 @@ def measure(report, cases, courses, texts, lengths, options, schedule, seconds):
         share = schedule.share(what)
         row_seconds = min(seconds, share / 8)
         with schedule.whatever_comes(what):
+            # Most originals take less than a share: two or three may take twice as much.
             shorter, why = rows.original_length(
-                make, n, dtype, device, max(1, share / 2)) if seconds else (n, None)
+                make, n, dtype, device, max(1, 2 * share)) if seconds else (n, None)
             measured = rows.operator_rows(make, n, options.impl, dtype, device, header,
                                           row_seconds, why)
             report["operators"] += measured
@@ -358,7 +360,7 @@ def add_curves(report, cases, lengths, options, schedule, seconds):
             break
         start = time.monotonic()
         if i < 3:
-            schedule.share(what)
+            schedule.share(what, LENGTH)
         for make, n in {make.args[0]: (make, n) for _, make, n in cases}.values():
             if length < n:
                 with schedule.whatever_comes(f"{make.args[0].__name__} n={length}"):
