@@ -16,7 +16,7 @@ import torch
 
 import fastmix
 import fastmix.nn
-from fastmix import env
+from fastmix import dispatch, env
 from fastmix.native import build
 from fastmix.ops._register import OPERATORS
 
@@ -118,6 +118,14 @@ def test_env_finds_an_implementation_that_is_wrong(monkeypatch):
     outcomes = env.self_test("cpu")
     assert outcomes["cumulative_mean"]["fallback"] == "RuntimeError: out of order"
     assert outcomes["decay_conv"]["fallback"] == "ok"
+
+
+def test_who_forces_what_cannot_run_is_told_what_else_to_do():
+    kernel = dispatch._raising("gate_loop", "native", "cuda", "no such kernel")
+    with pytest.raises(RuntimeError, match="no such kernel .without fastmix.force"):
+        kernel()
+    with pytest.raises(RuntimeError, match="too long .without fastmix.force"):
+        OPERATORS["gate_loop"].run_instead("native", "too long", True, False, ())
 
 
 def test_env_says_what_is_forced():
