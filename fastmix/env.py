@@ -111,8 +111,8 @@ STEPS = 9
 LARGEST_ERROR = 1e-4  # of the largest number; a kernel that is right stays below 1e-5 in float32
 
 
-def _cases() -> dict[str, dict[str, Tensor]]:
-    """Arguments for every operator, float64."""
+def _cases() -> list[tuple[str, dict[str, Tensor]]]:
+    """Every operator with its arguments, float64; gate_loop with real gates as well."""
     random = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -120,16 +120,17 @@ def _cases() -> dict[str, dict[str, Tensor]]:
 
     x = draw(2, STEPS, 2, 4)
     gating = {"x": draw(2, STEPS, 16), "bias": draw(2, STEPS)}
-    return {
-        "linear_scan": {"gates": draw(2, STEPS, 4).sigmoid(), "inputs": draw(2, STEPS, 4)},
-        "gate_loop": {"q": x, "k": draw(*x.shape), "v": draw(*x.shape),
-                      "gate_logits": draw(2, STEPS, 2, 2)},
-        "decay_conv": {"x": x, "decay": draw(2).sigmoid(), "gain": draw(2)},
-        "fft_conv": {"x": x, "kernel": draw(2, STEPS, 2)},
-        "windowed_sgu": gating | {"weight": draw(2, 4, 8), "bias": draw(2, 4)},
-        "causal_sgu": gating | {"weight": draw(2, STEPS, STEPS)},
-        "cumulative_mean": {"x": x[:, :, 0]},
-    }
+    attention = {"q": x, "k": draw(*x.shape), "v": draw(*x.shape)}
+    return [
+        ("linear_scan", {"gates": draw(2, STEPS, 4).sigmoid(), "inputs": draw(2, STEPS, 4)}),
+        ("gate_loop", attention | {"gate_logits": draw(2, STEPS, 2, 2)}),
+        ("gate_loop", attention | {"gates": draw(2, STEPS, 2).sigmoid()}),
+        ("decay_conv", {"x": x, "decay": draw(2).sigmoid(), "gain": draw(2)}),
+        ("fft_conv", {"x": x, "kernel": draw(2, STEPS, 2)}),
+        ("windowed_sgu", gating | {"weight": draw(2, 4, 8), "bias": draw(2, 4)}),
+        ("causal_sgu", gating | {"weight": draw(2, STEPS, STEPS)}),
+        ("cumulative_mean", {"x": x[:, :, 0]}),
+    ]
 
 
 def _results(module: Any, operator: str, arguments: dict[str, Tensor]) -> list[Tensor]:
@@ -148,23 +149,23 @@ def self_test(device: str) -> dict[str, dict[str, str]]:
     from fastmix import reference
 
     outcomes: dict[str, dict[str, str]] = {}
-    for operator, arguments in _cases().items():
+    for operator, arguments in _cases():
         exact = _results(reference, operator, arguments)
         single = {name: value.to(device, torch.float32) for name, value in arguments.items()}
-        outcomes[operator] = {}
+        found = outcomes.setdefault(operator, {})
         for name, reason in fastmix.implementations(operator, device).items():
-            if reason is not None:
+            if reason is not None or found.get(name, "ok") != "ok":
                 continue
             try:
                 with fastmix.force(name):
                     results = _results(ops, operator, single)
             except Exception as failure:  # whatever it is, it is the outcome
-                outcomes[operator][name] = f"{type(failure).__name__}: {failure}"
+                found[name] = f"{type(failure).__name__}: {failure}"
                 continue
             error = max(float((r - e).abs().max() / e.abs().max())
                         for r, e in zip(results, exact, strict=True))
-            outcomes[operator][name] = ("ok" if error <= LARGEST_ERROR else
-                                        f"wrong: {error:.1e} away from the definition")
+            found[name] = ("ok" if error <= LARGEST_ERROR else
+                           f"wrong: {error:.1e} away from the definition")
     return outcomes
 
 

@@ -119,6 +119,14 @@ def test_env_finds_an_implementation_that_is_wrong(monkeypatch):
     assert outcomes["cumulative_mean"]["fallback"] == "RuntimeError: out of order"
     assert outcomes["decay_conv"]["fallback"] == "ok"
 
+    forward = OPERATORS["gate_loop"].fallback.forward
+
+    def wrong_with_real_gates(q, k, v, gates, *others):
+        return forward(q, k, v if gates is None else 1.1 * v, gates, *others)
+
+    monkeypatch.setattr(OPERATORS["gate_loop"].fallback, "forward", wrong_with_real_gates)
+    assert "wrong" in env.self_test("cpu")["gate_loop"]["fallback"]
+
 
 def test_who_forces_what_cannot_run_is_told_what_else_to_do():
     kernel = dispatch._raising("gate_loop", "native", "cuda", "no such kernel")
