@@ -122,8 +122,9 @@ def test_real_gates_of_zero_reset_exactly_and_strides_are_read():
     assert not torch.equal(a[:, :40], b[:, :40])
 
 
-def test_more_channels_than_a_tile_holds():
-    check(draw(5, h=17, b=2))
+@pytest.mark.parametrize("kind", [draw, pytest.param(draw_real, marks=pytest.mark.long)])
+def test_more_channels_than_a_tile_holds(kind):
+    check(kind(5, h=17, b=2))
 
 
 def test_slices_of_one_projection_and_split_logits():
@@ -140,11 +141,13 @@ def test_slices_of_one_projection_and_split_logits():
             assert torch.equal(o, e)
 
 
-@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("kind", [
+    "logits", "gates", pytest.param("real", marks=pytest.mark.long)])
 @pytest.mark.parametrize("dtype, value, gradient", [(F64, 1e-12, 1e-11), *ROUNDING[:2]])
-def test_gradients_of_slices_of_one_projection(dtype, value, gradient, logits):
+def test_gradients_of_slices_of_one_projection(dtype, value, gradient, kind):
     """With gates and states that are every second number of wider tensors."""
-    tensors = draw(67, dtype, b=2, h=3, logits=logits)
+    tensors = (draw_real(67, dtype, b=2, h=3) if kind == "real" else
+               draw(67, dtype, b=2, h=3, logits=kind == "logits"))
     projection = torch.cat([tensors[name] for name in "qkv"], dim=2)
     tensors.update(zip("qkv", projection.chunk(3, dim=2)))
     for name in tensors.keys() - set("qkv"):

@@ -105,17 +105,18 @@ def test_definition_of_real_gates_in_float64(n, dk, dv, gates, state):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype, bound", [
-    (torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 2e-6)])
-def test_real_gates_in(dtype, bound):
-    """The gates in q's dtype: their gradients are rounded to it."""
-    tensors = draw_real(67, 20, 8, "gates", True, h=1)
-    tensors = {name: t.to(state_dtype(dtype) if name == "initial_state" else dtype)
-               for name, t in tensors.items()}
+@pytest.mark.parametrize("dtype, gates, bound", [
+    (torch.bfloat16, torch.bfloat16, 2e-2), (torch.float16, torch.float16, 2e-3),
+    (torch.float32, torch.float32, 2e-6), (torch.bfloat16, torch.float32, 2e-2)])
+def test_real_gates_in(dtype, gates, bound):
+    """The gradients of gates are rounded to their dtype. Heads of one block and of two."""
+    tensors = draw_real(67, 20, 36, "gates", True, h=1)
+    kinds = {"initial_state": state_dtype(dtype), "gates": gates}
+    tensors = {name: t.to(kinds.get(name, dtype)) for name, t in tensors.items()}
     weights = weights_for(tensors, dtype, real=True)
     exact = defined({name: t.to(F64) for name, t in tensors.items()}, [w.to(F64) for w in weights])
     actual = kernels(tensors, weights)
-    assert actual[1].dtype == state_dtype(dtype) and actual[-1].dtype == dtype
+    assert [t.dtype for t in actual[1:]] == [t.dtype for t in (weights[1], *tensors.values())]
     for a, e in zip(actual, exact, strict=True):
         assert distance(a.to(F64), e) < bound
 
@@ -156,9 +157,11 @@ def test_rounding_is_at_most_twice_the_definitions(dtype, logits):
     check_rounding(dtype, logits, 32 if dtype == torch.float32 else 64)
 
 
-def test_definition_of_heads_of_many_blocks():
-    tensors = draw(17, 80, 68, True, True, h=1)
-    weights = weights_for(tensors, F64)
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_definition_of_heads_of_many_blocks(real):
+    tensors = (draw_real(17, 80, 68, "gates", True, h=1) if real else
+               draw(17, 80, 68, True, True, h=1))
+    weights = weights_for(tensors, F64, real)
     for actual, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
         assert distance(actual, expected) < 1e-12
 
@@ -202,32 +205,38 @@ def test_rounding_with_the_chunks_and_parts_of(family, edge, dtype, logits, monk
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter: a GPU runs what is its own")
-def test_definition_with_weights_in_parts(monkeypatch):
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_definition_with_weights_in_parts(real, monkeypatch):
     """What only 16-bit data has on a GPU, exactly."""
     monkeypatch.setattr(target, "family", lambda: "sm90")
     monkeypatch.setattr(gate_loop_heads, "LAUNCH", target.Table(
         *gate_loop_heads.LAUNCH.rows,
         target.Row("*", "*", "float64", "*", dict(C=64, BK=64, BV=32), "for this test")))
-    tensors = draw(67, 5, 3, True, True)
+    tensors = draw_real(67, 5, 3, "gates", True) if real else draw(67, 5, 3, True, True)
     assert gate_loop_heads._chunk(tensors["q"], tensors["v"]) == 64
-    weights = weights_for(tensors, F64)
+    weights = weights_for(tensors, F64, real)
     for actual, expected in zip(kernels(tensors, weights), defined(tensors, weights), strict=True):
         assert distance(actual, expected) < 1e-12
 
 
-@pytest.mark.parametrize("n, dtype", [(70, torch.bfloat16), (17, F64)])
-def test_strides_are_read_and_buffers_filled(n, dtype):
+@pytest.mark.parametrize("n, dtype, real", [
+    (70, torch.bfloat16, False), (17, F64, False),
+    pytest.param(70, torch.bfloat16, True, marks=pytest.mark.long)])
+def test_strides_are_read_and_buffers_filled(n, dtype, real):
     """Slices of one projection, turned layouts, expanded gradients, NaN in fresh memory."""
     b, h, d = 2, 2, 6
-    made = in_dtype(draw(n, d, d, False, True, b=b, h=h), dtype)
-    weights = weights_for(made, dtype)
+    made = in_dtype(draw_real(n, d, d, "gates", True, b=b, h=h) if real else
+                    draw(n, d, d, False, True, b=b, h=h), dtype)
+    made["initial_state"] = made["initial_state"].to(
+        (state_dtype if real else complex_dtype)(dtype))
+    weights = weights_for(made, dtype, real)
     weights = [weights[0][:, :, :, :1].expand(b, n, h, d), weights[1].mT.contiguous().mT]
     expected = kernels(made, [w.contiguous() for w in weights])
     projection = torch.cat([made[name].flatten(2) for name in "qkv"], dim=-1).to(DEVICE)
     strided = dict(zip("qkv", (t.unflatten(-1, (h, d)) for t in projection.chunk(3, dim=-1))),
                    gates=made["gates"].to(DEVICE).permute(2, 1, 0).contiguous().permute(2, 1, 0),
                    initial_state=made["initial_state"].to(DEVICE).mT.contiguous().mT)
-    asked = {name: t.detach().requires_grad_() for name, t in strided.items()}
+    asked = {name: strided[name].detach().requires_grad_() for name in made}
     assert not any(t.is_contiguous() for t in asked.values())
     torch.use_deterministic_algorithms(True)
     try:

@@ -20,9 +20,12 @@ def first_use(monkeypatch):
     trial._why_not_trusted.cache_clear()
 
 
-def arguments(d, dtype=torch.float32, logits=True, initial=False):
+def arguments(d, dtype=torch.float32, logits=True, initial=False, real=False):
     q, k, v = torch.randn(3, 2, 5, 3, d, dtype=dtype, device=DEVICE)
     state = torch.randn(2, 3, d, d, dtype=torch.complex64, device=DEVICE) if initial else None
+    if real:
+        gates = torch.rand(2, 5, 3, device=DEVICE).to(dtype)
+        return q, k, v, gates, None, state if state is None else state.real, 0
     if logits:
         return q, k, v, None, torch.randn(2, 5, 3, 2, dtype=dtype, device=DEVICE), state, 0
     return q, k, v, random_gates(2, 5, 3, dtype=dtype).to(DEVICE), None, state, 0
@@ -35,26 +38,26 @@ def gradients(args):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("d, dtype, logits, initial", [
-    (16, torch.float32, True, False), (5, torch.bfloat16, True, False),
-    (3, torch.float16, False, True)])
-def test_right_kernels_pass(d, dtype, logits, initial):
-    args = arguments(d, dtype, logits, initial)
+@pytest.mark.parametrize("d, dtype, logits, initial, real", [
+    (16, torch.float32, True, False, False), (5, torch.bfloat16, True, False, False),
+    (3, torch.float16, False, True, False), (5, torch.bfloat16, False, True, True),
+    (3, torch.float32, False, False, True)])
+def test_right_kernels_pass(d, dtype, logits, initial, real):
+    args = arguments(d, dtype, logits, initial, real)
     for direction in "forward", "backward":
         assert trial.why_not("gate_loop", direction, gate_loop, *args) is None
     assert trial._why_not_trusted.cache_info().currsize == 2
 
 
 def test_real_gates_are_tried_with_real_gates_and_states():
-    q, k, v, gates, _, state, _ = arguments(3, torch.bfloat16, False, True)
-    args = q, k, v, gates.real.bfloat16(), None, state.real, 0
+    args = arguments(3, torch.bfloat16, initial=True, real=True)
     description, draw, *configuration = trial._of_gate_loop(*args)
     assert description == "heads of 3 and 3 in bfloat16 with real gates"
     drawn = draw(lambda *shape, dtype: torch.randn(shape).to(dtype), *configuration)
     assert [t.dtype if isinstance(t, torch.Tensor) else t for t in drawn[3:6]] == [
         torch.bfloat16, None, torch.float32]
     drawn = draw(lambda *shape, dtype: torch.randn(shape).to(dtype),
-                 *trial._of_gate_loop(q, k, v, gates, None, None, 0)[2:])
+                 *trial._of_gate_loop(*arguments(3, torch.bfloat16, False))[2:])
     assert drawn[3].is_complex() and drawn[5] is None
 
 
