@@ -185,6 +185,7 @@ class Worker:
 
     def __init__(self, options, first, triton, tell):
         self.options, self.first, self.triton, self.tell = options, first, triton, tell
+        self.stride = 1 if triton else options.processes  # nobody shares Triton's calls
         self.skip, self.deaths, self.memory = [], 0, []
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
@@ -201,7 +202,7 @@ class Worker:
     def live(self):
         """One process's life. True if it did all it was to do, or its time was over."""
         command = [sys.executable, __file__, "--work", str(self.first), "--workers",
-                   str(self.options.stride), "--seed", str(self.options.seed),
+                   str(self.stride), "--seed", str(self.options.seed),
                    "--last", str(self.options.last),
                    "--operators", *self.options.subjects, "--skip", *map(str, self.skip),
                    "--implementations", *(["triton"] if self.triton else [
@@ -238,7 +239,7 @@ class Worker:
                     self.options.end = time.time() + 60 * self.options.minutes
                 elif mark == "m":
                     self.memory.append(int(words[0]))
-                    self.first += BATCH * self.options.stride
+                    self.first += BATCH * self.stride
             status = process.wait()
             if status == 0 or "over" in hung:
                 return True
@@ -272,7 +273,6 @@ def campaign(options):
 
     print(f"campaign with seed {options.seed}", flush=True)
     plain = [i for i in options.implementations if i != "triton"]
-    options.stride = options.processes
     workers = [Worker(options, k * BATCH, False, tell) for k in range(options.processes)
                if plain]
     if "triton" in options.implementations:

@@ -86,7 +86,7 @@ def cxxflags() -> list[str]:
 
 
 def parallel_jobs() -> int:
-    """How many compilers run at once: $MAX_JOBS, or as many as the cores this process may use."""
+    """The number of compilers that run at once: $MAX_JOBS, or the cores this process may use."""
     named = os.environ.get("MAX_JOBS")
     if named:
         if not named.strip().isdecimal() or int(named) < 1:
@@ -125,7 +125,7 @@ def _quotas(membership: Path, root: Path) -> list[float]:
 
 
 def output_of(command: list[str]) -> str:
-    """What a command prints; nothing if it fails."""
+    """The output of a command; nothing if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     return "" if done.returncode else done.stdout
 
@@ -157,8 +157,8 @@ def name_built_ahead(cuda: bool) -> str:
 
 
 def own_instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """What to compile on first use: the best of INSTRUCTION_SETS that this processor has, or the
-    one that is named (see below); all where the system does not list what the processor has, or
+    """The sets to compile on first use: the best of INSTRUCTION_SETS that this processor has, or
+    the one that is named (see below); all where the system does not list what the processor has, or
     with FASTMIX_INSTRUCTION_SETS=all (for tests)."""
     named = named_instruction_set()
     listed = re.search(r"^flags\s*:(.*)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
@@ -290,8 +290,8 @@ def _commands(torch_folder: Path, flags: Sequence[str], cpu: bool, cuda: Sequenc
 
 
 def _cuda_parts(file: Path) -> list[str]:
-    """What of a CUDA source is compiled side by side: each kernel that the header of the same name
-    lists, and the rest."""
+    """The parts of a CUDA source that are compiled side by side: each kernel that the header of the
+    same name lists, and the rest."""
     kernels = re.search(r"enum class Kernel \{(.*?)\}", file.with_suffix(".h").read_text(), re.S)
     names = re.findall(r"^ *(\w+),", kernels[1], re.M) if kernels else []
     return [*names, "rest"]
