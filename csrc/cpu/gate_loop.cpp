@@ -19,6 +19,7 @@ namespace fastmix {
 struct GateLoop {
   int64_t n, h, dk, dv, block, carry_every;
   bool real;                                     // whether gates, and so states, are
+  bool from_zero;                                // without an initial state
   Source q, k, v, gates, logits, initial_state;  // of gates and logits, one; gates may be real
   Sink out, state, carries;                      // forward
   Source grad, grad_state, kept;
@@ -370,6 +371,8 @@ struct Chunk {
         logits[2 * s + 1] = source[1];
       }
     }
+    // Where nothing enters, the first gate multiplies nothing; in P it could leave the range.
+    if (t0 == 0 && args.from_zero) gate_re[0] = gate_im[0] = 0;
     for (int64_t s = 0; s < steps; ++s) {
       C *re = weight_re + s * steps_padded, *im = weight_im + s * steps_padded;
       const C x = gate_re[s], y = gate_im[s];
@@ -880,13 +883,14 @@ Source states(const Tensor& x, bool steps) {
 }
 
 GateLoop arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& gates,
-                   const OptionalTensor& logits, int64_t carry_every) {
+                   const OptionalTensor& logits, bool from_zero, int64_t carry_every) {
   GateLoop args{};
   args.n = q.size(1);
   args.h = q.size(2);
   args.dk = q.size(3);
   args.dv = v.size(3);
   args.block = args.dk == 1 && args.dv == 1 ? channel_block(q.size(0), args.h, 512) : 1;
+  args.from_zero = from_zero;
   args.carry_every = carry_every;
   args.q = source(q);
   args.k = source(k);
@@ -906,7 +910,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_loop(const Tensor& q, const Tensor& k, c
                                              const OptionalTensor& logits,
                                              const OptionalTensor& initial_state,
                                              int64_t carry_every) {
-  GateLoop args = arguments(q, k, v, gates, logits, carry_every);
+  GateLoop args = arguments(q, k, v, gates, logits, !initial_state, carry_every);
   const int64_t b = q.size(0), numbers = args.h * args.dk * args.dv;
   const int64_t carries = carry_count(args.n, carry_every);
   const ScalarType number = args.real ? wide(q) : wide_complex(q);
@@ -926,7 +930,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_loop_backward(
     const Tensor& grad, const Tensor& grad_state, const Tensor& carries, const Tensor& q,
     const Tensor& k, const Tensor& v, const OptionalTensor& gates, const OptionalTensor& logits,
     const OptionalTensor& initial_state, int64_t carry_every) {
-  GateLoop args = arguments(q, k, v, gates, logits, carry_every);
+  GateLoop args = arguments(q, k, v, gates, logits, !initial_state, carry_every);
   const int64_t numbers = args.h * args.dk * args.dv;
   Tensor grad_q = fresh(q), grad_k = fresh(k), grad_v = fresh(v),
          grad_gates = gates ? fresh(*gates) : nothing(q),

@@ -141,6 +141,9 @@ FASTMIX_INLINE void gemm_panels(int64_t m, int64_t n, int64_t k, Left<A> a, RowM
       gemm_columns<C, kVectors>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
     }
   }
+  if constexpr (kVectors > 2)
+    for (; j + 2 * lanes <= n; j += 2 * lanes)
+      gemm_columns<C, 2>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
   for (; j < n; j += lanes)
     gemm_columns<C, 1>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
 }
