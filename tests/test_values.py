@@ -129,8 +129,10 @@ def test_expanded_inputs_and_gradients(case):
     """Stride 0, forward and in what comes back: a sum sends one number to every output."""
     tensors = case.make(70, F64)
     one = {name: t[:1].expand_as(t) if t.ndim > 2 else t for name, t in tensors.items()}
+    # torch's sigmoid of real logits has other last bits where its elements are not side by side.
+    real_logits = case is CASES["gate_loop-diagonal-real"]
     for o, e in zip(case.run(one), case.run({k: t.contiguous() for k, t in one.items()})):
-        assert torch.equal(o, e)
+        assert torch.equal(o, e) or real_logits and distance(o, e) < 1e-14
     asked = leaves(tensors)
     outputs = case.run(asked)
     total = sum(o.real.sum() if o.is_complex() else o.sum() for o in outputs)
