@@ -318,7 +318,8 @@ def evaluate(function, call, tensors, mode):
         return named((), torch.func.grad(loss, argnums)(*values), call.wanted)
     if mode == "jvp":
         tangents = weights_of(call, values)
-        values = [v.contiguous() for v in values]  # torch's forward mode wants no stride of 0
+        # Torch's forward mode wants no stride of 0, not even that of a single number.
+        values = [v.clone(memory_format=torch.contiguous_format) for v in values]
         outputs, moved = torch.func.jvp(run, tuple(values), tuple(tangents))
         return named(outputs) | {f"tangent of {i}": t for i, t in enumerate(moved)}
     if mode == "vmap of grad":
