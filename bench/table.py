@@ -50,8 +50,7 @@ def text(report, colour, beside=""):
     if generation and timed:
         parts.append(TOKENS.format(depth=generation[0]["arguments"]["depth"]))
     if notes.texts:
-        parts.append("\n".join(textwrap.fill(f"[{i}] {note}", 100, subsequent_indent="    ")
-                               for i, note in enumerate(notes.texts, 1)))
+        parts.append(notes.lines())
     if report["left_out"]:
         parts.append("\n".join(textwrap.fill(f"left out: {what}", 100, subsequent_indent="    ")
                                for what in report["left_out"]))
@@ -153,6 +152,10 @@ class Notes:
         if note not in self.texts:
             self.texts.append(note)
         return f"[{self.texts.index(note) + 1}]"
+
+    def lines(self):
+        return "\n".join(textwrap.fill(f"[{i}] {note}", 100, subsequent_indent="    ")
+                         for i, note in enumerate(self.texts, 1))
 
 
 def grid(rows, columns, notes, colour):

@@ -575,6 +575,48 @@ def test_peers(monkeypatch, tmp_path, capsys):
     assert "not installed" in printed and "disagrees: differs by" in printed
 
 
+@pytest.mark.long
+def test_peers_on_cpus(monkeypatch, tmp_path, capsys):
+    """Ways of plain torch, and stand-ins for two packages: one is right, the other is not."""
+    monkeypatch.syspath_prepend(BENCH)
+    import peers_cpu
+
+    def linear_recurrence(a, initial, x):
+        rows = a if a.ndim == 2 else a[:, None].expand(x.shape)
+        return ops.linear_scan(rows.mT[None], x.mT[None])[0].mT
+
+    packages = {"philtorch.lpv": linear_recurrence, "philtorch.lti": lambda a, initial, x: a[:, None] * x}
+    for name, function in packages.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(linear_recurrence=function))
+    for name in "philtorch", "jax", "numba":
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name) if name < "numba" else None)
+    monkeypatch.setattr(peers_cpu, "SECONDS", 0.01)
+    names = ["linear_scan real", "gate_loop 2×16 real", "decay_conv", "fft_conv",
+             "windowed_sgu w=128", "causal_sgu", "cumulative_mean"]
+    monkeypatch.setattr(peers_cpu, "WAYS", {
+        make: [way for way in ways if way.name not in ("torch.compile", "torch associative_scan")]
+        for make, ways in peers_cpu.WAYS.items()})
+    path = tmp_path / "peers.json"
+    peers_cpu.main(["--batch", "2", "--seq", "150", "--dim", "32", "--heads", "2",
+                    "--ops", *names, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert list(dict.fromkeys(row["row"] for row in rows)) == names
+    statuses = {(row["implementation"], row["row"]): row["status"] for row in rows}
+    for (name, operator), status in statuses.items():
+        wanted = ("not installed" if name.startswith(("JAX", "numba"))
+                  else "disagrees" if (name, operator) == ("philtorch", "decay_conv") else "ok")
+        assert status == wanted, (name, operator)
+    for row in rows:
+        if row["status"] == "ok":
+            assert max(row["peer_errors"].values()) < 1e-5 and row["forward_ms"]["runs"] >= 3
+            assert ("forward_backward_ms" in row) == (not row["implementation"].startswith("scipy"))
+        else:
+            assert "forward_ms" not in row
+    layouts = {row["layout"] for row in rows if row["implementation"] == "torch in chunks of 64"}
+    assert layouts == {"(b, h, n, d)", "(b, n, h, d)"}
+    assert "disagrees" in capsys.readouterr().out
+
+
 def test_a_model_that_forgets_its_cache_is_wrong(uncompiled, monkeypatch, capsys):
     decay_conv = ops.decay_conv
     monkeypatch.setattr(ops, "decay_conv", lambda *arguments, initial_state=None, **others:
