@@ -4,9 +4,13 @@ Elsewhere, in an isolated build above all, the wheel is pure and fastmix compile
 sources on first use. pyproject.toml has everything else.
 """
 
+import atexit
 import importlib.util
+import os
 import runpy
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,5 +56,12 @@ class WheelForAnyPython(bdist_wheel):
         return ("py3", "none", tag[2]) if ahead else tag
 
 
-setup(distclass=Platform,
+here = Path(__file__).parent
+elsewhere = {}
+if not os.access(here, os.W_OK):  # setuptools builds in the checkout
+    folder = tempfile.mkdtemp(prefix="fastmix-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    elsewhere = {"build": {"build_base": folder}, "egg_info": {"egg_base": folder}}
+
+setup(distclass=Platform, options=elsewhere,
       cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": WheelForAnyPython})

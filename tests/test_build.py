@@ -324,6 +324,19 @@ def test_a_damaged_library_built_ahead_is_not_loaded(stand_in, tmp_path, monkeyp
     assert library.existing("cpu") == path != ahead
 
 
+def test_a_library_that_does_not_load_is_one_warning(stand_in):
+    """It is there, and whole: as one that was linked with another system's libraries."""
+    path = library._compiled("cpu")
+    path.write_bytes(99 * b"of another machine")
+    build.checksum_file(path).write_text(build._checksum(path))
+    assert library.existing("cpu") == path
+    ran = python(CALL.replace("out =", "fastmix.ops.cumulative_mean(torch.ones(1, 1)); out ="))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("1 fastmix runs its pure PyTorch fallback on the CPU: the C++ "
+                                 "kernels could not be built or loaded: ")
+    assert "invalid ELF header" in ran.stdout and str(path) in ran.stdout
+
+
 def test_a_full_disk_leaves_nothing_behind(stand_in, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")

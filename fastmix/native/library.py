@@ -183,8 +183,9 @@ def load(device_type: str = "cpu") -> Path:
                     _choose(path, build.named_instruction_set())
                 _loaded[device_type] = path
             except (RuntimeError, OSError) as error:
-                _failures[device_type] = (
-                    f"the C++ kernels could not be built or loaded: {error}")
+                cause = error.__cause__ if isinstance(error, OSError) else None  # torch's hides it
+                _failures[device_type] = ("the C++ kernels could not be built or loaded: "
+                                          f"{error}{f': {cause}' if cause else ''}")
                 raise RuntimeError(_failures[device_type]) from error
     return _loaded[device_type]
 
