@@ -585,7 +585,8 @@ def test_peers_on_cpus(monkeypatch, tmp_path, capsys):
         rows = a if a.ndim == 2 else a[:, None].expand(x.shape)
         return ops.linear_scan(rows.mT[None], x.mT[None])[0].mT
 
-    packages = {"philtorch.lpv": linear_recurrence, "philtorch.lti": lambda a, initial, x: a[:, None] * x}
+    packages = {"philtorch.lpv": linear_recurrence,
+                "philtorch.lti": lambda a, initial, x: a[:, None] * x}
     for name, function in packages.items():
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(linear_recurrence=function))
     for name in "philtorch", "jax", "numba":
