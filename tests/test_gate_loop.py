@@ -60,7 +60,7 @@ def test_all_gates_zero_keep_only_the_present(dk, dv, real):
     assert distance(out, (q * k).sum(-1, keepdim=True) * v) < 1e-13
 
 
-@pytest.mark.parametrize("implementation", ["fallback"])
+@pytest.mark.parametrize("implementation", implementations("gate_loop"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 @pytest.mark.parametrize("first", [1e30, 3e38])
 @pytest.mark.parametrize("dk, dv, n", [(1, 1, 4), (1, 1, 70), (3, 3, 4), (24, 20, 70)])
