@@ -84,6 +84,25 @@ def test_a_first_gate_multiplies_nothing(dk, dv, n, first, dtype, implementation
         torch.testing.assert_close(ours, exact.to(ours.dtype), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("implementation", ["fallback"])
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dk, dv", [(1, 1), (2, 3), (24, 20)])
+def test_a_first_gate_that_is_not_finite_gives_no_numbers(dk, dv, value, dtype, implementation):
+    """As in the definition, whose state of 0 it multiplies."""
+    q, k, v = draw(70, dk=dk, dv=dv)
+    gates = random_decays(2, 70, 3, dtype=F64).to(dtype)
+    gates[0, 0, 1] = value
+    results = []
+    for run in (ops.gate_loop, reference.gate_loop):
+        asked = leaves({"q": q, "k": k, "v": v, "gates": gates})
+        with fastmix.force(implementation):
+            out = run(**asked)
+            results.append([out, *torch.autograd.grad(out.sum(), asked.values())])
+    for ours, defined in zip(*results, strict=True):
+        assert torch.equal(ours.isfinite(), defined.isfinite())
+
+
 @either_kind
 @pytest.mark.parametrize("dk, dv", HEADS)
 def test_gates_of_one_are_plain_linear_attention(dk, dv, real):
