@@ -366,9 +366,9 @@ def add_curves(report, cases, lengths, options, schedule, seconds):
                 with schedule.whatever_comes(f"{make.args[0].__name__} n={length}"):
                     original = slow.get(make(1).row)
                     why = original["shortened"] if original and length >= original["n"] else None
-                    report["curve"] += rows.operator_rows(
+                    report["curve"] += map(table.point, rows.operator_rows(
                         make, length, options.impl, dtype, device, report["header"], seconds / 4,
-                        why)
+                        why))
         spent = time.monotonic() - start
 
 

@@ -294,6 +294,20 @@ WRITING = [*WHOSE, ("first token ms", time("first_ms")), ("× plain", rate("rati
 WRITTEN = [*WHOSE, ("result", verdict), ("off by", errors("errors")), ("allowed", errors("limits"))]
 
 
+# What a curve needs of a row that is right.
+POINT = ("row", "n", "implementation", "status", "forward_ms", "forward_backward_ms", "peak_bytes",
+         "original")
+
+
+def point(row):
+    """The row without what only tables show of it."""
+    if row["status"] in BAD:
+        return row
+    return {key: ({k: v for k, v in value.items() if k in (*POINT, "reason")}
+                  if key == "original" else value)
+            for key, value in row.items() if key in POINT}
+
+
 def write_json(report, path):
     Path(path).write_text(lines_of_json(plain(report)))
 
