@@ -72,4 +72,8 @@ if __name__ == "__main__":
     parser.add_argument("before")
     parser.add_argument("after")
     options = parser.parse_args()
-    print(text(read(options.after), read(options.before)))
+    try:
+        reports = read(options.after), read(options.before)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(text(*reports))

@@ -218,6 +218,9 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args(argv)
+    reason = table.why_not_written("json", options.json)
+    if reason:
+        parser.error(f"--json{reason}")
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     compared = [compare(peer, options.batch, options.seq, options.dim, options.heads, dtype, device,
                         SECONDS) for peer in PEERS]

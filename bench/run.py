@@ -13,7 +13,6 @@ measuring, and prints what there is.
 import argparse
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import sys
@@ -93,7 +92,7 @@ def arguments(argv):
     if options.text and not Path(options.text).is_file():
         parser.error(f"--text: no file {options.text}")
     for flag in ("json", "csv", "plot"):
-        reason = why_not_written(flag, getattr(options, flag))
+        reason = table.why_not_written(flag, getattr(options, flag))
         if reason:
             parser.error(f"--{flag}{reason}")
     if options.compare:
@@ -103,23 +102,6 @@ def arguments(argv):
             parser.error(f"--compare: {error}")
     options.seq = sorted(set(options.seq))
     return options
-
-
-def why_not_written(flag, path):
-    """What to say after the flag's name, or None: found before measuring, not after it."""
-    if path is None:
-        return None
-    path = Path(path)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        return f": {path} cannot be written; name a file in a folder that exists"
-    if flag == "plot":
-        if importlib.util.find_spec("matplotlib") is None:
-            return " needs matplotlib: pip install matplotlib"
-        from matplotlib.backend_bases import FigureCanvasBase
-        formats = FigureCanvasBase.get_supported_filetypes()
-        if path.suffix[1:].lower() not in formats:
-            return f": {path} must end with one of .{' .'.join(sorted(formats))}"
-    return None
 
 
 class Schedule:

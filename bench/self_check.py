@@ -20,6 +20,7 @@ import sys
 import torch
 
 import fastmix
+import table
 from fastmix import ops
 
 EVERY = ("float32", "float64", "bfloat16", "float16")
@@ -231,6 +232,9 @@ def main():
                         help="processes: compiling is what takes time")
     parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args()
+    reason = table.why_not_written("json", options.json)
+    if reason:
+        parser.error(f"--json{reason}")
     with concurrent.futures.ProcessPoolExecutor(
             options.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads,
             (1,)) as pool:

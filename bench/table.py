@@ -1,8 +1,10 @@
 """The report as text (markdown, red where a result is wrong), as JSON and as CSV."""
 
 import csv
+import importlib.util
 import json
 import math
+import os
 import textwrap
 from pathlib import Path
 
@@ -306,6 +308,23 @@ def point(row):
     return {key: ({k: v for k, v in value.items() if k in (*POINT, "reason")}
                   if key == "original" else value)
             for key, value in row.items() if key in POINT}
+
+
+def why_not_written(flag, path):
+    """What to say after the flag's name, or None: found before measuring, not after it."""
+    if path is None:
+        return None
+    path = Path(path)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        return f": {path} cannot be written; name a file in a folder that exists"
+    if flag == "plot":
+        if importlib.util.find_spec("matplotlib") is None:
+            return " needs matplotlib: pip install matplotlib"
+        from matplotlib.backend_bases import FigureCanvasBase
+        formats = FigureCanvasBase.get_supported_filetypes()
+        if path.suffix[1:].lower() not in formats:
+            return f": {path} must end with one of .{' .'.join(sorted(formats))}"
+    return None
 
 
 def write_json(report, path):

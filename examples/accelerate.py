@@ -20,6 +20,6 @@ with torch.no_grad():
     after = model(tokens)
 print(report)
 off = (after - before).abs().max() / before.abs().max()
-print(f"logits differ by {off:.1e} of the largest")
+print(f"logits differ by {off:.1e} of the largest: look for less than 1e-4")
 assert report.replaced and off < 1e-4
 fastmix.restore(model)

@@ -51,7 +51,8 @@ for step in range(60):
     losses.append(loss.item())
     if step % 20 == 0:
         print(f"step {step}: loss {loss.item():.3f}")
-print(f"the end: loss {losses[-1]:.3f}; guessing is {torch.tensor(8.0).log():.3f}")
+print(f"the end: loss {losses[-1]:.3f}; guessing is {torch.tensor(8.0).log():.3f}: "
+      "look for less")
 assert losses[-1] < losses[0]
 
 with torch.no_grad():
@@ -59,5 +60,6 @@ with torch.no_grad():
     whole, _ = mixer(x)
     _, state = mixer(x[:, :-1])
     last, _ = mixer(x[:, -1:], state)
-    print(f"one step from the state: off by {(last - whole[:, -1:]).abs().max():.1e}")
+    print(f"one step from the state: off by {(last - whole[:, -1:]).abs().max():.1e}: "
+          "look for less than 1e-5")
     assert torch.allclose(last, whole[:, -1:], atol=1e-5)

@@ -2,7 +2,8 @@
 
     python examples/long_conv.py
 
-With a kernel for every channel, h is the width and d is 1.
+With a kernel for every channel, h is the width and d is 1. Look for no gradient in later steps, to
+rounding: the layer is causal.
 """
 
 import torch
@@ -37,5 +38,6 @@ print(f"{tuple(x.shape)} -> {tuple(y.shape)}")
 # Causal: what comes out at step 250 has no gradient in later inputs.
 (grad,) = torch.autograd.grad(y[:, 250].sum(), x)
 later, before = grad[:, 251:].abs().max(), grad[:, :251].abs().max()
-print(f"the largest gradient in steps after 250 is {later:.1e}, before {before:.1e}")
+print(f"the largest gradient in steps after 250 is {later:.1e}, before {before:.1e}: "
+      "look for nearly none after, the layer is causal")
 assert later < 1e-5 < before

@@ -44,5 +44,6 @@ for step in range(60):
     losses.append(loss.item())
     if step % 20 == 0:
         print(f"step {step}: loss {loss.item():.3f}")
-print(f"the end: loss {losses[-1]:.3f}; guessing is {torch.tensor(8.0).log():.3f}")
+print(f"the end: loss {losses[-1]:.3f}; guessing is {torch.tensor(8.0).log():.3f}: "
+      "look for less")
 assert losses[-1] < losses[0]

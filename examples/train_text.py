@@ -114,7 +114,8 @@ def main():
     torch.save({"sizes": sizes, "losses": losses, "weights": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}, checkpoint)
     draw(losses, options.out / "loss.png")
-    print(f"loss {losses[-1]:.3f} after {len(losses)} steps; {checkpoint} and loss.png written")
+    print(f"loss {losses[-1]:.3f} after {len(losses)} steps; {checkpoint} and loss.png written. "
+          "Guessing costs 5.545: look for less")
     write(model, bytes(text[: min(16, sizes["seq"])].tolist()), options.sample, temperature=0.8)
 
 

@@ -41,6 +41,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+_refused: str | None = None  # why FASTMIX_IMPLEMENTATION could not be forced
+
 if not _modules:
     load()
     if os.environ.get("FASTMIX_IMPLEMENTATION"):
@@ -48,6 +50,8 @@ if not _modules:
         try:
             force(os.environ["FASTMIX_IMPLEMENTATION"]).__enter__()
         except (ValueError, RuntimeError) as error:
-            raise type(error)(f"FASTMIX_IMPLEMENTATION in the environment: {error}") from None
+            _refused = f"FASTMIX_IMPLEMENTATION in the environment: {error}"
+            if "fastmix.env" not in sys.orig_argv:  # python -m fastmix.env, which says so itself
+                raise type(error)(_refused) from None
     _modules.update((name, module) for name, module in sys.modules.items()
                     if name.partition(".")[0] == "fastmix")

@@ -188,6 +188,7 @@ def report(quick: bool = False) -> dict[str, Any]:
         "nvcc": shlex.join(build.cuda_compiler() or ["none found"]),
         "native_cuda": library.status("cuda"),
         "FASTMIX_IMPLEMENTATION": os.environ.get("FASTMIX_IMPLEMENTATION"),
+        "refused": fastmix._refused,
         "devices": {device: {
             "description": description,
             "operators": {operator: {"runs": runs(reasons), "reasons": reasons,
@@ -208,7 +209,9 @@ def lines(all_facts: dict[str, Any]) -> list[str]:
             "CUDA kernels": all_facts["native_cuda"]}
     named = all_facts["FASTMIX_IMPLEMENTATION"]
     if named:
-        rows["FASTMIX_IMPLEMENTATION"] = f"{named}: forced for all calls"
+        refused = all_facts["refused"]
+        rows["FASTMIX_IMPLEMENTATION"] = f"{named}: " + (
+            f"refused. {refused}" if refused else "forced for all calls")
     text += [f"{name:<24}{value}" for name, value in rows.items()]
     for device, facts in all_facts["devices"].items():
         text += ["", f"{device}: {facts['description']}"]
@@ -231,7 +234,8 @@ def lines(all_facts: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastmix.env", description=(
         "What is available here, and what is not and why; each operator is tried on each "
-        "implementation. The exit status is 1 if one of them is wrong."))
+        "implementation. The exit status is 1 if one of them is wrong, or "
+        "if FASTMIX_IMPLEMENTATION cannot be forced."))
     parser.add_argument("--quick", action="store_true", help="leave the trials out")
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
     options = parser.parse_args()
@@ -241,9 +245,9 @@ def main() -> int:
               flush=True)
     except BrokenPipeError:  # `| head`: there is nobody to print for, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return any(outcome != "ok" for facts in all_facts["devices"].values()
-               for states in facts["operators"].values()
-               for outcome in states["self_test"].values())
+    return fastmix._refused is not None or any(
+        outcome != "ok" for facts in all_facts["devices"].values()
+        for states in facts["operators"].values() for outcome in states["self_test"].values())
 
 
 if __name__ == "__main__":

@@ -715,6 +715,16 @@ def test_bad_flags(run, monkeypatch, capsys, flags, message):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command, message", [
+    (["peers.py", "--json", "/no/such/x.json"], "--json: /no/such/x.json cannot be written"),
+    (["self_check.py", "--json", "/no/such/x.json"], "--json: /no/such/x.json cannot be written"),
+    (["compare.py", "/no/such/x.json", "/no/such/y.json"], "No such file or directory")])
+def test_other_tools_refuse_paths_before_they_measure(command, message):
+    done = subprocess.run([sys.executable, BENCH / command[0], *command[1:]],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
 def test_command_line():
     done = subprocess.run(
         [sys.executable, BENCH / "run.py", *SIZES, "--check", "--ops", "fft_conv",

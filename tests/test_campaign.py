@@ -1,5 +1,6 @@
 """A minute of random calls, other ones every time, and the same under sanitizers."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -13,7 +14,13 @@ from fastmix.native import build
 CAMPAIGN = Path(__file__).parent / "campaign.py"
 
 
-def run(*options):
+@pytest.fixture
+def run(pytestconfig):
+    """run(*options) → what the campaign prints; it draws from the run's --seed."""
+    return functools.partial(campaign, "--seed", str(pytestconfig.option.seed))
+
+
+def campaign(*options):
     # Which instruction sets it compiles it chooses itself: under sanitizers only this machine's.
     environment = {name: value for name, value in os.environ.items()
                    if name != "FASTMIX_INSTRUCTION_SETS"}
@@ -27,14 +34,14 @@ def run(*options):
 
 
 @pytest.mark.long
-def test_a_minute_of_random_calls():
+def test_a_minute_of_random_calls(run):
     """None kills its process, hangs, or writes to its arguments."""
     run("--minutes", "1", "--processes", "2", "--fatal", "crash", "hang", "modified")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None,
                     reason="Triton is not installed: there are no wheels for it here")
-def test_random_calls_of_interpreted_kernels():
+def test_random_calls_of_interpreted_kernels(run):
     counted = run("--minutes", "1", "--calls", "6", "--processes", "2",
                   "--operators", "cumulative_mean", "--implementations", "triton",
                   "--fatal", "crash", "hang", "modified")
@@ -43,7 +50,7 @@ def test_random_calls_of_interpreted_kernels():
 
 @pytest.mark.long
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
-def test_sanitizers_find_nothing_in_2000_random_calls():
+def test_sanitizers_find_nothing_in_2000_random_calls(run):
     """Or in as many as three minutes allow."""
     run("--sanitize", "address", "--minutes", "3", "--calls", "290", "--processes", "2",
         "--operators", *("linear_scan gate_loop decay_conv fft_conv windowed_sgu causal_sgu "

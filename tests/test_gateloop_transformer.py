@@ -162,6 +162,10 @@ def test_tokens_that_are_no_part_of_the_loss():
     assert torch.allclose(model(x, return_loss=True, ignore_index=-1), counted)
     with pytest.raises(ValueError, match="Transformer: ignore_index=-1 .* return_loss must be"):
         model(x, ignore_index=-1)
+    with pytest.raises(IndexError, match=r"got -1 to \d+ \(ignore_index=… names the token"):
+        model(x, return_loss=True)
+    with pytest.raises(IndexError, match=r"got -1 to \d+$"):
+        model(x)
 
 
 @pytest.mark.parametrize("given", [5, -1])

@@ -142,6 +142,18 @@ def test_env_says_what_is_forced():
     assert "decay_conv            fallback, forced" in ran.stdout
 
 
+@pytest.mark.parametrize("name, why", [
+    ("fastest", "implementation must be one of"), ("triton", "no operator can run on 'triton'")])
+def test_env_starts_whatever_is_forced(name, why):
+    if name == "triton" and fastmix.implementations("gate_loop")["triton"] is None:
+        pytest.skip("Triton runs here")
+    ran = run_env("--quick", FASTMIX_IMPLEMENTATION=name)
+    assert ran.returncode == 1 and not ran.stderr
+    assert (f"FASTMIX_IMPLEMENTATION  {name}: refused. FASTMIX_IMPLEMENTATION in the environment: "
+            f"{why}") in ran.stdout
+    assert "forced" not in ran.stdout.partition("cpu: ")[2]
+
+
 def test_env_into_a_pipe_that_is_closed():
     with subprocess.Popen([sys.executable, "-m", "fastmix.env", "--quick"], text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:

@@ -29,8 +29,8 @@ def run(*command):
 @pytest.mark.parametrize("path", [
     path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem not in TEXT
 ], ids=lambda p: p.stem)
-def test_examples_run(path):
-    assert run(path)
+def test_examples_run_and_say_what_to_look_for(path):
+    assert "look for" in run(path)
 
 
 @pytest.mark.long
@@ -57,7 +57,7 @@ def test_text_of_every_model(model, tmp_path):
 
 def test_code_of_the_readme_runs():
     blocks = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3 and all(block.count("\n") <= 8 for block in blocks)
     run("-c", "\n".join(blocks))
 
 

@@ -79,9 +79,11 @@ def got_tokens(x: Tensor) -> str:
 
 
 def embed_tokens(
-    where: str, embedding: Callable[[Tensor], Tensor], x: Tensor, max_length: int | None = None
+    where: str, embedding: Callable[[Tensor], Tensor], x: Tensor, max_length: int | None = None,
+    advice: str = "",
 ) -> Tensor:
-    """embedding(x), where x holds token ids (b, n), integers, with 1 ≤ n ≤ max_length.
+    """embedding(x), where x holds token ids (b, n), integers, with 1 ≤ n ≤ max_length. `advice`
+    ends the error of a token that is out of range.
 
     Whatever was put in the embedding's place takes what it likes, (b, n, …): soft tokens for a
     Linear. A token that is out of range is an IndexError in words on CPUs; elsewhere to look
@@ -98,7 +100,8 @@ def embed_tokens(
     except IndexError as error:
         count = getattr(embedding, "num_embeddings", None)
         expected = "that the embedding has" if count is None else f"from 0 to {count - 1}"
-        raise IndexError(f"{where}: x must hold token ids {expected}{got_tokens(x)}") from error
+        raise IndexError(
+            f"{where}: x must hold token ids {expected}{got_tokens(x)}{advice}") from error
     if x.is_meta and not out.is_meta:  # torch would go on with whatever the memory holds
         raise ValueError(f"{where}: x must hold token ids, got one on meta, which holds none")
     return out

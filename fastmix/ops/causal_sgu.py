@@ -83,6 +83,12 @@ def causal_sgu(
     torch.Size([2, 10, 4])
     >>> torch.allclose(out, bias.new_tensor(1.0).tanh() * x[..., :4])
     True
+
+    A sequence in pieces, each entered from the state after the one before:
+
+    >>> first, state = causal_sgu(x[:, :7], weight, bias, return_state=True)
+    >>> causal_sgu(x[:, 7:], weight, bias, initial_state=state).shape
+    torch.Size([2, 3, 4])
     """
     return checked_call("causal_sgu", _operator, "s", x, weight, bias, norm_weight, norm_bias,
                         eps, gate_residual, activation, initial_state, return_state, in_place,

@@ -55,7 +55,8 @@ def decay_conv(x: Tensor, decay: Tensor, gain: Tensor | None = None, *,
     Linear in n, no FFT. Any real decay and gain are allowed.
 
     Args:
-        x: (b, n, h, d), float64, float32, bfloat16 or float16, any strides
+        x: (b, n, h, d), float64, float32, bfloat16 or float16, any strides. Time is axis 1,
+            before the heads: (b, h, n, d) must be transposed.
         decay: (h,), the dtype of x, or float32 where x has 16 bits
         gain: (h,) likewise; 1 if None
         initial_state: y_{-1} (b, h, d), float32 (float64 for float64 x); 0 if None

@@ -53,7 +53,8 @@ def fft_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None, *, revealed:
     Hyena, make every channel a head: h = dim, d = 1. O(n log n) time, linear memory.
 
     Args:
-        x: (b, n, h, d), float64, float32, bfloat16 or float16, any strides
+        x: (b, n, h, d), float64, float32, bfloat16 or float16, any strides. Time is axis 1,
+            before the heads: (b, h, n, d) must be transposed.
         kernel: (b, m, h), one per sample, or (m, h) for all; any m ≥ 1, lags from n on have
             no effect. The dtype of x, or float32 where x has 16 bits.
         skip: (h, d), a weight of each channel's own input, in a dtype of the kernel; nothing is

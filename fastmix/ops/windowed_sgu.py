@@ -87,6 +87,12 @@ def windowed_sgu(
     torch.Size([2, 10, 4])
     >>> bool((out == x[..., :4]).all())
     True
+
+    A sequence in pieces, each entered from the state after the one before:
+
+    >>> first, state = windowed_sgu(x[:, :7], weight, bias, return_state=True)
+    >>> torch.equal(windowed_sgu(x[:, 7:], weight, bias, initial_state=state), out[:, 7:])
+    True
     """
     return checked_call("windowed_sgu", _operator, "w", x, weight, bias, norm_weight, norm_bias,
                         eps, gate_residual, activation, initial_state, return_state, in_place,

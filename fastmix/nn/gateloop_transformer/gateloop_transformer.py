@@ -405,7 +405,9 @@ class Transformer(nn.Module):
         if ablate_state_transition is None:
             ablate_state_transition = self.ablate_state_transition
 
-        x = embed_tokens("Transformer", self.token_emb, x)
+        advice = (" (ignore_index=… names the token that does not count)"
+                  if return_loss and ignore_index is None else "")
+        x = embed_tokens("Transformer", self.token_emb, x, advice=advice)
         seen, caches = split_model_cache("Transformer", x, cache, len(self.layers))
         kept = []
         for (attn, ff), cache in zip(self.layers, caches):
