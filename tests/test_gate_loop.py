@@ -84,7 +84,7 @@ def test_a_first_gate_multiplies_nothing(dk, dv, n, first, dtype, implementation
         torch.testing.assert_close(ours, exact.to(ours.dtype), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("implementation", ["fallback"])
+@pytest.mark.parametrize("implementation", implementations("gate_loop"))
 @pytest.mark.parametrize("dtype", [F64, torch.complex128])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dk, dv", [(1, 1), (2, 3), (24, 20)])

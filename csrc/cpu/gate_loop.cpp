@@ -371,8 +371,11 @@ struct Chunk {
         logits[2 * s + 1] = source[1];
       }
     }
-    // Where nothing enters, the first gate multiplies nothing; in P it could leave the range.
-    if (t0 == 0 && args.from_zero) gate_re[0] = gate_im[0] = 0;
+    // Where nothing enters, the first gate multiplies 0; in P it could leave the range.
+    if (t0 == 0 && args.from_zero) {
+      gate_re[0] *= 0;  // NaN and infinity times 0 are NaN
+      gate_im[0] *= 0;
+    }
     for (int64_t s = 0; s < steps; ++s) {
       C *re = weight_re + s * steps_padded, *im = weight_im + s * steps_padded;
       const C x = gate_re[s], y = gate_im[s];
