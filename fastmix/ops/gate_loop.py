@@ -90,7 +90,7 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
         v: (b, n, h, dv), the dtype of q
         gates: a (b, n, h), or (h,) if they are the same at all steps. Complex64 (complex128 for
             float64 q), or real, in the dtype of q, or float32 where q has 16 bits: the state is
-            then real, at half the cost. Any value: 0 forgets everything before it, abs a = 1
+            then real, in half the memory. Any value: 0 forgets everything before it, abs a = 1
             nothing.
         gate_logits: z (b, n, h, 2), real and imaginary part, in a dtype of real gates;
             a = σ(abs z) · z / abs z, and ½ at z = 0. An infinite z has the gate 1 times the
