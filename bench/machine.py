@@ -23,13 +23,18 @@ def room(device, meminfo=Path("/proc/meminfo"), group=Path("/sys/fs/cgroup")):
     """Bytes that an original, or a prompt, may take: half of the memory that is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    text = meminfo.read_text() if meminfo.exists() else ""
-    available = re.search(r"MemAvailable:\s*(\d+) kB", text)
+    available = re.search(r"MemAvailable:\s*(\d+) kB", _text(meminfo))
     free = int(available[1]) << 10 if available else UNKNOWN
     most, used = group / "memory.max", group / "memory.current"  # of a container
     if most.exists() and used.exists() and most.read_text().strip() != "max":
-        free = min(free, max(0, int(most.read_text()) - int(used.read_text())))
+        files = re.search(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.M)
+        held = int(used.read_text()) - (int(files[1]) if files else 0)  # files' pages can be let go
+        free = min(free, max(0, int(most.read_text()) - held))
     return free // 2
+
+
+def _text(path):
+    return path.read_text() if path.exists() else ""
 
 
 def header(device, dtype):

@@ -60,7 +60,7 @@ def turned(t, axes, layout):
     return t.permute(order) if isinstance(t, torch.Tensor) else t.transpose(order)
 
 
-# ---- what runs a way: forward(), forward_backward(), and run(incoming) → (result, gradients)
+# ---- what runs a way: forward(), forward_backward(), and results() → (result, gradients)
 
 class Jax:
     surroundings = contextlib.nullcontext
@@ -84,7 +84,7 @@ class Jax:
     def forward_backward(self):
         self.ready(self.pull(self.incoming, *self.arguments))
 
-    def run(self, incoming):
+    def results(self):
         out, gradients = self.pull(self.incoming, *self.arguments)
         return from_numpy(out), [from_numpy(gradient) for gradient in gradients]
 
@@ -96,12 +96,11 @@ class Numpy:
 
     def __init__(self, function, tensors, incoming):
         self.function, self.arguments = function, [t.detach().numpy() for t in tensors]
-        self.incoming = incoming
 
     def forward(self):
         self.function(*self.arguments)
 
-    def run(self, incoming):
+    def results(self):
         return from_numpy(self.function(*self.arguments)), None
 
 
@@ -110,9 +109,13 @@ def from_numpy(array):
     return torch.from_numpy(numpy.array(array))
 
 
-def in_torch(function, tensors, incoming):
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    return Step(function, leaves, leaves, incoming)
+class Torch(Step):
+    def __init__(self, function, tensors, incoming):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        super().__init__(function, leaves, leaves, incoming)
+
+    def results(self):
+        return self.run(self.incoming)
 
 
 @dataclass
@@ -120,7 +123,7 @@ class Way:
     name: str
     make: Callable              # make() → function(*inputs); an ImportError says what is missing
     layout: Callable = same
-    runner: Callable = in_torch
+    runner: Callable = Torch
 
 
 # ---- scans
@@ -414,17 +417,15 @@ class Contest:
         self.inputs = [axes.split() for axes, _ in case.inputs.values()]
         self.leaves = case.tensors(torch.float32, torch.device("cpu"))
         self.incoming = torch.randn(case.output_shape(), dtype=self.leaves[0].dtype)
-        self.ours = Step(lambda *inputs: case.call(ops, *inputs), self.leaves, self.leaves,
-                         self.incoming)
+        self.ours = Torch(lambda *inputs: case.call(ops, *inputs), self.leaves, self.incoming)
         exact = case.tensors(torch.float64, torch.device("cpu"))
-        exact = [t.detach().to(one.dtype).to(t.dtype).requires_grad_()
-                 for t, one in zip(exact, self.leaves)]
+        exact = [one.detach().to(t.dtype) for t, one in zip(exact, self.leaves)]
         wide = self.incoming.to(exact[0].dtype)
-        self.truth = Step(lambda *inputs: case.call(ops, *inputs), exact, exact, wide).run(wide)
+        self.truth = Torch(lambda *inputs: case.call(ops, *inputs), exact, wide).results()
 
     def errors(self, step, back=lambda result: result):
         """{mode: error} of results and gradients."""
-        out, gradients = back(step.run(step.incoming))
+        out, gradients = back(step.results())
         true_out, true_gradients = self.truth
         errors = {"forward": off(out, true_out)}
         if gradients is not None:
@@ -522,10 +523,15 @@ def main(argv=None):
     parser.add_argument("--ops", nargs="+", metavar="ROW", help="rows, as the table calls them")
     parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args(argv)
+    refusal = table.why_not_written("json", options.json)
+    if refusal:
+        parser.error(f"--json{refusal}")
     sizes = options.batch, options.seq, options.dim, options.heads
-    header = machine.header(torch.device("cpu"), torch.float32)
     contests = [(make, ways) for make, ways in WAYS.items()
                 if not options.ops or make(1, 1, *sizes[2:]).row in options.ops]
+    if not contests:
+        parser.error("--ops must be of "
+                     + ", ".join(repr(make(1, 1, *sizes[2:]).row) for make in WAYS))
     measured, say = [], Progress(sum(map(len, dict(contests).values())))
     for make, ways in contests:
         contest = Contest(make, *sizes)
@@ -533,6 +539,7 @@ def main(argv=None):
             say(f"{contest.case.row} beside {way.name}")
             measured += contest.rows(way)
     say.close()
+    header = machine.header(torch.device("cpu"), torch.float32)
     report = {"header": header, "settings": vars(options) | {"seq": [options.seq],
                                                              "dtype": "float32"}, "rows": measured}
     notes = table.Notes()

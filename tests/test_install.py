@@ -77,7 +77,7 @@ def checkout(tmp_path):
 
 def copied(folder):
     return shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(
-        ".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "shared"))
+        ".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"))
 
 
 def stand_in(folder):
@@ -102,7 +102,8 @@ def cached(folder):
     folder.mkdir(mode=0o700)
     for file in path, build.checksum_file(path):
         shutil.copy(file, folder)
-    return {"FASTMIX_CACHE": str(folder), "CXX": "no-compiler"}
+    return {"FASTMIX_CACHE": str(folder), "CXX": "no-compiler",
+            "FASTMIX_INSTRUCTION_SETS": os.environ["FASTMIX_INSTRUCTION_SETS"]}
 
 
 def test_isolated(tmp_path, checkout):

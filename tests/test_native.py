@@ -82,6 +82,7 @@ def test_every_instruction_set(case, name):
         library.choose_instruction_set()
 
 
+@pytest.mark.skipif("avx512" not in library.INSTRUCTION_SETS, reason="another architecture")
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
     path = library.load()
     monkeypatch.setattr(library.ctypes, "CDLL", lambda path: types.SimpleNamespace(
@@ -92,7 +93,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(library, "existing", lambda device_type: path)
     monkeypatch.setattr(library, "_loaded", {"cuda": path})
     monkeypatch.setattr(library, "_failures", {})
-    with pytest.raises(RuntimeError, match="built or loaded: this machine has no avx512"):
+    with pytest.raises(RuntimeError, match="built or loaded: .*avx512"):
         library.load()
 
 
@@ -104,7 +105,8 @@ def test_an_instruction_set_that_is_named_runs(name):
     ran = python("-c", "import torch, fastmix; fastmix.ops.cumulative_mean(torch.ones(1, 2))\n"
                  "from fastmix.native import library\n"
                  "print(library.instruction_set(), library.status())\n"
-                 "library.choose_instruction_set('portable'), library.choose_instruction_set()\n"
+                 "library.choose_instruction_set(library.available_instruction_sets()[0])\n"
+                 "library.choose_instruction_set()\n"
                  "print(library.instruction_set())", environment={"FASTMIX_INSTRUCTION_SETS": name})
     assert ran.returncode == 0, ran.stderr
     first, then = ran.stdout.splitlines()

@@ -176,6 +176,8 @@ def load(device_type: str = "cpu") -> Path:
             if device_type in _failures:
                 raise RuntimeError(_failures[device_type])
             try:
+                if device_type == "cpu":
+                    build.own_instruction_sets()  # refuses a wrong name before kernels are there
                 path = existing(device_type) or _compiled(device_type)
                 if path not in _loaded.values():
                     torch.ops.load_library(str(path))
