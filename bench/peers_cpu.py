@@ -286,31 +286,32 @@ def chunks_of(size, t):
     return F.pad(t, (0, 0) * (t.ndim - 3) + (0, missing)).unflatten(2, (-1, size))
 
 
+def segments(logs):
+    """The products of gates from each step to each later one, (…, steps, steps)."""
+    total = logs.cumsum(-1)
+    return (total[..., None] - total[..., None, :]).tril().exp().tril()
+
+
 def chunked(size=64):
     """Products within chunks, and a state from each chunk to the next."""
     def loop(q, k, v, gates):  # (b, h, n, d)
         n = q.shape[2]
         q, k, v, logs = (chunks_of(size, t) for t in (q, k, v, gates.log()))
         total = logs.cumsum(-1)
-        weights = (total[..., None] - total[..., None, :]).tril().exp().tril()
-        out = ((q @ k.mT) * weights) @ v
+        out = ((q @ k.mT) * segments(logs)) @ v
         added = (k * (total[..., -1:] - total).exp()[..., None]).mT @ v
-        across, state, before = total[..., -1, None, None].exp(), added.new_zeros(()), []
+        across = total[..., -1, None, None].exp()
+        state, before = torch.zeros_like(added[:, :, 0]), []
         for i in range(added.shape[2]):
             before.append(state)
             state = across[:, :, i] * state + added[:, :, i]
-        out = out + (q * total.exp()[..., None]) @ torch.stack(
-            torch.broadcast_tensors(*before, added[:, :, 0])[:-1], 2)
+        out = out + (q * total.exp()[..., None]) @ torch.stack(before, 2)
         return out.flatten(2, 3)[:, :, :n]
     return loop
 
 
 def state_space_duality(size=256):
     """As Mamba-2 runs without its kernels: states of chunks are weighed by one more product."""
-    def segments(logs):
-        total = logs.cumsum(-1)
-        return (total[..., None] - total[..., None, :]).tril().exp().tril()
-
     def loop(q, k, v, gates):  # (b, h, n, d)
         n = q.shape[2]
         q, k, v, logs = (chunks_of(size, t) for t in (q, k, v, gates.log()))

@@ -9,6 +9,7 @@ from fastmix.nn._cache import (
     Cache,
     ModelCache,
     call,
+    call_layers,
     call_operator,
     refuse_reversed,
     split_model_cache,
@@ -121,11 +122,8 @@ class GatedExponentialSmoothingLM(nn.Module):
         where = "GatedExponentialSmoothingLM"
         x = embed_tokens(where, self.token_emb, x)
         seen, caches = split_model_cache(where, x, cache, len(self.layers))
-        kept = []
-        for layer, cache in zip(self.layers, caches):
-            x, cache = call(layer, x, cache, return_cache)
-            kept.append(cache)
+        x, kept = call_layers(self.layers, x, caches, return_cache)
         out = self.to_logits(x)
         if labels is not None:
             out = token_loss(where, out, labels)
-        return (out, ModelCache(seen + x.shape[1], tuple(kept))) if return_cache else out
+        return (out, ModelCache(seen + x.shape[1], kept)) if return_cache else out
