@@ -1,6 +1,7 @@
 """What stands beside the code: examples run, links lead somewhere, workflows are valid."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -61,8 +62,39 @@ def test_code_of_the_readme_runs():
     run("-c", "\n".join(blocks))
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+def test_the_readme_is_short_and_leads_to_every_page_of_a_first_day():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 120
+    first_day = {"docs/install.md", "docs/quickstart.md", "docs/troubleshooting.md", *(
+        page.relative_to(ROOT).as_posix() for page in PAGES
+        if page.parent.name in ("operators", "families") and page.stem != "index")}
+    assert len(first_day) > 15
+    assert first_day <= set(re.findall(r"\]\(([^)]+)\)", text))
+
+
+def test_ratios_of_the_readme_are_those_of_the_report_under_its_picture():
+    text = (ROOT / "README.md").read_text("utf-8")
+    picture, = re.findall(r"docs/img/(cpu-[\w-]+)\.png", text)
+    report = json.loads((ROOT / f"bench/results/{picture}-native.json").read_text("utf-8"))
+    rows = {row["operator"]: row for row in reversed(report["operators"])}  # each one's first
+    gate_loop, decay_conv = rows["gate_loop"], rows["decay_conv"]
+    steps = sorted(row["ratio_original"] for row in report["models"])
+    tokens = sorted(row["ratio_original"] for row in report["generation"])
+    held = {
+        r"`gate_loop` is (\S+) times": gate_loop["ratio_original"]["forward_backward"],
+        r"takes (\S+) MB": gate_loop["peak_bytes"] / 1e6,
+        r"MB instead of (\d+)": gate_loop["original"]["peak_bytes"] / 1e6,
+        r"`decay_conv` is (\S+) times": decay_conv["ratio_original"]["forward_backward"],
+        r"models are (\S+) to": steps[0], r"models are \S+ to (\S+) times": steps[-1],
+        r"tokens come (\S+) to": tokens[0], r"tokens come \S+ to (\S+) times": tokens[-1]}
+    for where, number in held.items():
+        said, = re.findall(where, text)
+        digits = len(said.replace(".", ""))
+        assert digits > 1 and float(said) == float(f"{number:.{digits}g}"), (where, number)
+    for row in gate_loop, decay_conv:  # no number that its own measuring cannot tell
+        assert row["ratio_original_spread"]["forward_backward"] < 0.2, row["row"]
+    processor = re.sub(r"\(R\)|\(TM\)| Processor.*", "", report["header"]["cpu"])
+    assert processor in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
