@@ -1,9 +1,11 @@
 """Every name of torch's that is not public, in one place: what to look at for a new torch."""
 
+import sys
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as _modules
 
 
 def transforms_active() -> bool:
@@ -59,3 +61,22 @@ def below_autograd() -> AbstractContextManager:
     takes longer than a step's arithmetic.
     """
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are set that run in every module, besides those of a ModuleTracker.
+
+    Those change nothing: by them FlopCounterMode knows in which module an operator runs.
+    """
+    if not _modules._has_any_global_hook():
+        return False
+    trackers = sys.modules.get("torch.utils.module_tracker")
+    if trackers is None or (
+            _modules._global_backward_pre_hooks or _modules._global_backward_hooks
+            or _modules._global_forward_hooks_always_called
+            or _modules._global_forward_hooks_with_kwargs):
+        return True
+    hooks = (*_modules._global_forward_pre_hooks.values(),
+             *_modules._global_forward_hooks.values())
+    return not all(isinstance(getattr(hook, "__self__", None), trackers.ModuleTracker)
+                   for hook in hooks)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from g_mlp_gpt import g_mlp_gpt
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,6 +88,32 @@ def test_operations_are_counted(name):
         out.sum().backward()
     assert counter.get_total_flops() == backward
     assert {name, f"{name}_backward"} <= FORMULAS.keys()
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_operations_are_counted_inside_models(accelerated):
+    """The counter's own hooks do not take gating units off their operators, others' do."""
+    model = (g_mlp_gpt.gMLPGPT if accelerated else fastmix.nn.gMLPGPT)(
+        num_tokens=32, dim=8, depth=2, seq_len=20, window=(4, 20))
+    if accelerated:
+        assert fastmix.accelerate(model).replaced
+    tokens = torch.randint(0, 32, (2, 11))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    counts = counter.get_flop_counts()
+    mixed = {name: 2 * 2 * 16 * sum(1 for t in range(11) for s in range(t + 1)
+                                    if t // w - s // w <= 1) for name, w in (
+        ("windowed_sgu", 4), ("causal_sgu", 20))}
+    for name, count in mixed.items():
+        for operator, expected in ((name, count), (f"{name}_backward", 2 * count)):
+            assert counts["Global"][getattr(torch.ops.fastmix, operator)] == expected
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: None)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(tokens)
+    finally:
+        handle.remove()
+    assert torch.ops.fastmix.causal_sgu not in counter.get_flop_counts()["Global"]
 
 
 def test_complex_scans_are_counted():

@@ -28,7 +28,7 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
         module._forward_pre_hooks or module._forward_hooks
         or module._backward_pre_hooks or module._backward_hooks
         or "forward" in module.__dict__
-        or torch.nn.modules.module._has_any_global_hook())
+        or _torch_private.has_global_hooks())
 
 
 def check_sizes(where: str, **sizes: int | None) -> None:
