@@ -5,7 +5,7 @@
 accelerated-scan has the scan, with time innermost; flash-linear-attention has scans and
 chunks with gates that are real and given as logarithms. Each gets its inputs in its own
 layout, made beforehand. What is not installed, fails, or gives another result is printed as
-such and has no time.
+such and has no time; of one whose gradients alone fail the forward has.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 
 import table
 from fastmix import ops
-from rows import MODES, Step, ratios, reason
+from rows import MODES, Step, reason
 
 SECONDS = 1.5
 # Largest difference / largest value: some keep what they sum in the data's precision.
@@ -173,26 +173,45 @@ def compare(peer, batch, n, dim, heads, dtype, device, seconds):
         shape = peer.back(converted[-1]).shape
         theirs = step(lambda *leaves: peer.run(function, *leaves), converted, device,
                       peer.back(incoming.reshape(shape)).contiguous())
-        row["off"] = off(ours, theirs, peer, shape)
-    except Exception as error:  # whatever a foreign kernel may raise
+    except Exception as error:  # whatever a foreign kernel may raise, here and below
         return row | {"reason": reason(error)}
-    if not row["off"] <= AGREE[dtype]:
-        return row | {"status": "disagrees", "reason": f"differs by {row['off']:.1e}"}
-    for mode in MODES if seconds else ():
-        times = timing.side_by_side(
-            {who: (one.surroundings, getattr(one, mode))
-             for who, one in (("ours", ours), ("theirs", theirs))}, seconds, device)
-        row[f"{mode}_ms"], row[f"peer_{mode}_ms"] = times["ours"], times["theirs"]
-    if seconds:
-        row["ratio"] = ratios({f"{mode}_ms": row[f"peer_{mode}_ms"] for mode in MODES}, row)
+    row |= {"off": 0.0, "ratio": {}}
+    for mode in MODES:
+        try:
+            apart = off(*(result(one, mode) for one in (ours, theirs)), peer, shape)
+            row["off"] = max(row["off"], apart)
+            status, why = (("ok", None) if apart <= AGREE[dtype]
+                           else ("disagrees", f"differs by {apart:.1e}"))
+        except Exception as error:
+            status, why = "failed", reason(error)
+        if status != "ok" and mode != "forward":
+            return row | {"status": "forward only", "reason": f"its gradients: {why}"}
+        if status != "ok":
+            return row | {"status": status, "reason": why}
+        if seconds:
+            add_times(row, mode, ours, theirs, device, seconds)
     return row | {"status": "ok"}
 
 
-def off(ours, theirs, peer, shape):
-    """How far results and the gradients of the last input are apart."""
-    (out, grads), (other, other_grads) = (one.run(one.incoming) for one in (ours, theirs))
-    return max(((mine.reshape(shape) - peer.back(t)).abs().max() / mine.abs().max()).item()
-               for mine, t in ((out, other), (grads[-1], other_grads[-1])))
+def result(step, mode):
+    """What is compared: the output, or the gradient of the last input."""
+    if mode == "forward":
+        with torch.no_grad():
+            return step.function(*step.arguments)
+    return step.run(step.incoming)[1][-1]
+
+
+def add_times(row, mode, ours, theirs, device, seconds):
+    times = timing.side_by_side(
+        {who: (one.surroundings, getattr(one, mode))
+         for who, one in (("ours", ours), ("theirs", theirs))}, seconds, device)
+    row[f"{mode}_ms"], row[f"peer_{mode}_ms"] = times["ours"], times["theirs"]
+    row["ratio"][mode] = times["theirs"]["median"] / times["ours"]["median"]
+
+
+def off(mine, other, peer, shape):
+    """How far apart the two are, in parts of the largest number."""
+    return ((mine.reshape(shape) - peer.back(other)).abs().max() / mine.abs().max()).item()
 
 
 def verdict(row, notes):
@@ -201,7 +220,7 @@ def verdict(row, notes):
 
 def medians(prefix):
     return lambda row, notes: table.number(
-        {mode: row[f"{prefix}{mode}_ms"]["median"] for mode in MODES}) if "ratio" in row else "–"
+        {mode: row.get(f"{prefix}{mode}_ms", {}).get("median") for mode in MODES})
 
 
 COLUMNS = [("operator", table.name), ("beside", lambda row, notes: row["implementation"]),

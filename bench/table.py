@@ -33,7 +33,8 @@ def text(report, colour, beside=""):
     timed = not settings["check"]
     parts = [heading(report["header"], settings)]
     if operators and timed:
-        parts += ["## Operators: speed", grid(operators, SPEED, notes, colour),
+        speed = SPEED + [("host µs", host)] * (report["header"]["device_type"] == "cuda")
+        parts += ["## Operators: speed", grid(operators, speed, notes, colour),
                   "## Operators: beside torch's own copy and matmul, and memory",
                   grid(operators, RATES, notes, colour), READING]
     if operators:
@@ -104,7 +105,8 @@ def essence(report):
 READING = """\
 Medians of calls taken in turns with the baselines, caches flushed before each call; ± is half
 of what lies between the 20th and the 80th percentile. Of two numbers, the first is forward
-without gradients, the second forward and backward. "% of torch's" is the time that torch's own
+without gradients, the second forward and backward. Times on a GPU are its own: it was busy until
+all was launched, and "host µs" is what that took. "% of torch's" is the time that torch's own
 copy takes for the bytes that every algorithm must move, or its matmul for the matrix products
 that none can avoid, whichever takes longer, in percent of the time measured: 100 is as fast as
 torch's, not a limit. Memory is the peak of forward and backward beyond the inputs."""
@@ -178,8 +180,8 @@ def significant(x):
 
 def number(value, scale=1):
     """One number, or one of each mode."""
-    values = [value[mode] for mode in MODES] if isinstance(value, dict) else [value]
-    return " / ".join(significant(v / scale) for v in values)
+    values = [value.get(mode) for mode in MODES] if isinstance(value, dict) else [value]
+    return " / ".join("–" if v is None else significant(v / scale) for v in values)
 
 
 def name(row, notes):
@@ -215,6 +217,11 @@ def against(baseline):
             shown += f" ±{100 * worst:.0f}%"
         return f"{shown} {marks}".strip()
     return cell
+
+
+def host(row, notes):
+    """What the host took to launch what GPUs were timed at."""
+    return number({mode: row.get(f"{mode}_ms", {}).get("host") for mode in MODES}, 1e-3)
 
 
 def rate(key, scale=1):

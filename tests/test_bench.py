@@ -534,6 +534,18 @@ def test_compiled_originals_are_left_out_where_time_is_over(run):
         assert any(f"compiled original of {name} n=64" in what for what in report["left_out"])
 
 
+class ForwardOnly(torch.autograd.Function):
+    """A kernel whose backward a compiler refuses."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no backward on this GPU.")
+
+
 def test_peers(monkeypatch, tmp_path, capsys):
     """Stand-ins for the packages, with their arguments and layouts, on the CPU."""
     monkeypatch.syspath_prepend(BENCH)
@@ -550,7 +562,7 @@ def test_peers(monkeypatch, tmp_path, capsys):
     install("accelerated_scan.scalar", scan=lambda forget, inputs: reference.linear_scan(
         forget.mT, inputs.mT).mT)
     install("fla.ops.hgrn", chunk_hgrn=lambda x, g, initial_state=None: (
-        reference.linear_scan(g.exp(), x), None))
+        ForwardOnly.apply(reference.linear_scan(g.exp(), x)), None))
     install("fla.ops.simple_gla", chunk_simple_gla=chunk_simple_gla)
     install("fla.ops.retention", chunk_retention=lambda q, k, v, scale=None: (q + k + v, None))
     monkeypatch.setitem(sys.modules, "accelerated_scan.complex", None)
@@ -567,12 +579,16 @@ def test_peers(monkeypatch, tmp_path, capsys):
                 "--device", "cpu", "--json", str(path)])
     *rows, retention = json.loads(path.read_text())["rows"]
     assert [row["status"] for row in rows] == [
-        "ok", "ok", "not installed", "ok", "ok", "ok", "ok"]
+        "ok", "forward only", "not installed", "ok", "forward only", "ok", "ok"]
     for row in rows:
-        if row["status"] == "ok":
+        if row["status"] in ("ok", "forward only"):
             assert row["off"] < 1e-4, row
-            assert row["ratio"]["forward"] == pytest.approx(
-                row["peer_forward_ms"]["median"] / row["forward_ms"]["median"])
+            for mode in MODES if row["status"] == "ok" else ("forward",):
+                assert row["ratio"][mode] == pytest.approx(
+                    row[f"peer_{mode}_ms"]["median"] / row[f"{mode}_ms"]["median"])
+        if row["status"] == "forward only":
+            assert row["reason"] == "its gradients: no backward on this GPU."
+            assert "forward_backward_ms" not in row
     assert retention["status"] == "disagrees" and "forward_ms" not in retention
     # Real logits, complex ones and decays.
     assert given == {(2, 40, 2), (2, 40, 2, 2), (2,)}
@@ -671,6 +687,56 @@ def test_turns_and_peak(monkeypatch):
         del a
         return b + 1
     assert timing.peak_bytes(two_then_one, torch.device("cpu")) // (4 << 20) == 2
+
+
+class Gpu:
+    """A torch.cuda that notes what is asked of it. A call takes 3 ms on it, and 1 ms to launch; it
+    is idle before all is launched unless it was given more than `enough` ms to do."""
+
+    def __init__(self, enough):
+        self.enough, self.done, self.busy = enough, [], 0
+
+    def _sleep(self, cycles):
+        self.busy = cycles / 2e6
+        self.done.append(f"busy {self.busy:.0f}")
+
+    def Event(self, enable_timing):
+        event = types.SimpleNamespace()
+        event.record = lambda: self.done.append("start" if self.done[-1] != "call" else "end")
+        event.query = lambda: self.busy <= self.enough
+        event.synchronize = lambda: self.done.append("wait")
+        event.elapsed_time = lambda end: 3.0
+        return event
+
+    def call(self):
+        self.done.append("call")
+        time.sleep(1e-3)
+
+
+@pytest.mark.parametrize("enough, tried, host", [(0, [8], True), (20, [8, 32], True),
+                                                 (1000, [8, 32, 128], False)])
+def test_a_gpu_is_busy_until_all_is_launched(monkeypatch, enough, tried, host):
+    """Else the host's time would be taken for the GPU's."""
+    monkeypatch.syspath_prepend(BENCH)
+    import contextlib
+
+    import timing
+    gpu = Gpu(enough)
+    monkeypatch.setattr(torch, "cuda", gpu)
+    monkeypatch.setattr(timing, "_cold", lambda device: torch.empty(1))
+    device = types.SimpleNamespace(type="cuda")
+    took = timing.side_by_side({"a": (contextlib.nullcontext, gpu.call)}, 0, device)["a"]
+    rounds = [*tried, tried[-1], tried[-1]]
+    assert gpu.done == [what for busy in rounds
+                        for what in (f"busy {busy}", "start", "call", "end", "wait")]
+    assert took["median"] == 3 and took["runs"] == 3
+    assert 1 <= took["host"] < 3 if host else took["host"] is None
+
+    import table
+    gpu.done.clear()
+    assert timing.elapsed(gpu.call, device) == 3 and gpu.done[:3] == ["busy 8", "start", "call"]
+    row = {"forward_ms": took, "forward_backward_ms": took}
+    assert (table.host(row, None) == "– / –") == (not host)
 
 
 @pytest.mark.long
