@@ -6,7 +6,6 @@ the logits that a forward over all of them gives it.
 """
 
 import functools
-import math
 
 import torch
 
@@ -17,36 +16,45 @@ from rows import forced, implementations, name_of, reason
 from timing import elapsed, side_by_side, summary
 
 BATCHES = (1, 16)
-CONTEXTS = (1024, 65536)  # and those of --seq
+CONTEXT = 1024  # and those of --seq
+MINUTES = 0.05 / 8192  # for a token of the contexts that are named
 
 
-def jobs(options):
-    """[(name, batch, context)], the shortest first."""
-    if not options.generate:
-        return []
-    contexts = options.seq[:1] if options.check else sorted({*CONTEXTS, *options.seq})
-    return [(name, batch, context) for context in contexts
-            for batch in (BATCHES[:1] if options.check else BATCHES)
-            for name in options.models or models.MODELS if name != "none"]
+def sizes(options):
+    """[(batch, context)], the shortest first. By default several sequences have the shortest
+    context alone, because the report's minutes must hold every row; --contexts names what all of
+    them have."""
+    if options.check:
+        return [(BATCHES[0], options.seq[0])]
+    contexts = sorted(set(options.contexts or (CONTEXT, *options.seq)))
+    return [(batch, context) for context in contexts for batch in BATCHES
+            if options.contexts or context == contexts[0] or batch == BATCHES[0]]
+
+
+def jobs(options, room):
+    """[(name, batch, context)] of what fits into `room` bytes, and why others are left out."""
+    fitting, reasons = [], []
+    for batch, context in sizes(options) if options.generate else ():
+        needed = bytes_needed(batch, context, options.dim)
+        if needed > room:
+            reasons.append(f"text, batch {batch} n={context}, as its prompt needs about "
+                           f"{needed / 1e9:.0f} GB at once")
+        else:
+            fitting += [(name, batch, context) for name in options.models or models.MODELS
+                        if name != "none"]
+    return fitting, reasons
+
+
+def minutes(options, texts):
+    """What the report has beyond its own for contexts that are named."""
+    tokens = sum(batch * context for _, batch, context in texts)
+    return MINUTES * tokens if options.contexts else 0
 
 
 def bytes_needed(batch, context, dim):
     """What a forward holds at once, roughly: the hidden channels of a feed-forward, gated, are
     eight times the width."""
     return 24 * 4 * dim * batch * context
-
-
-def seconds_needed(job, first_job, rows, count):
-    """What a job may take, from the rows of the same model's first."""
-    (_, batch, context), (_, first_batch, first_context) = job, first_job
-    seconds = 0
-    for row in rows:
-        if "token_ms" in row:
-            prompt_ms = (3 * (row["plain_ms"]["median"] + row["first_ms"]["median"])
-                         + 2 * row["original"].get("token_ms", {"median": 0})["median"])
-            seconds += (prompt_ms * batch * context / first_batch / first_context
-                        + 2 * count * row["token_ms"]["median"] * math.sqrt(batch)) / 1e3
-    return seconds
 
 
 class Writer:

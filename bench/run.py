@@ -55,16 +55,18 @@ def arguments(argv):
                         help="operators to report on; all of them by default")
     parser.add_argument("--models", nargs="+", choices=[*models.MODELS, "none"])
     parser.add_argument("--generate", type=int, default=64, metavar="N", help="tokens that each "
-                        "model writes, one at a time, after contexts of 1024, --seq and 65536 "
-                        "tokens, for 1 and 16 sequences; 0 for none")
+                        "model writes, one at a time; 0 for none")
+    parser.add_argument("--contexts", type=int, nargs="+", metavar="N", help="tokens that they are "
+                        "written after, by 1 and by 16 sequences; by default 1024 and --seq, and "
+                        "16 sequences only after the shorter")
     parser.add_argument("--impl", nargs="+", default=[], help="implementations, by name; by "
                         "default the one that runs here")
     parser.add_argument("--text", help="file whose bytes the models learn; by default the "
                         "sources of Python's standard library")
     parser.add_argument("--minutes", type=float, help="to end by then, time fewer calls, then "
-                        "shorter originals, then one length less and fewer contexts; no operator "
-                        "and no model is left out, however few they are. By default 2.75, and "
-                        "more in proportion beyond 8192 tokens or depth 1. Compiling comes before")
+                        "shorter originals, then one length less and no compiled originals; no "
+                        "other row is left out, however few they are. By default 2.75, and more in "
+                        "proportion beyond 8192 tokens or depth 1. Compiling comes before")
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--csv", metavar="PATH")
     parser.add_argument("--plot", metavar="PATH")
@@ -80,6 +82,8 @@ def arguments(argv):
         parser.error("--seq, --batch, --heads and --depth must be at least 1")
     if options.generate < 0:
         parser.error(f"--generate must be at least 0, got {options.generate}")
+    if options.contexts and min(options.contexts) < 1:
+        parser.error(f"--contexts must be at least 1, got {min(options.contexts)}")
     if options.plot and options.ops == ["none"]:
         parser.error("--plot draws operators: name some with --ops, or leave it out")
     if options.check and (options.plot or options.minutes or options.compare):
@@ -175,25 +179,25 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     seconds = 0 if options.check else SECONDS
-    minutes = options.minutes or 2.75 * max(
-        1, sum(options.seq) * options.batch / 8192) * options.depth
+    texts, left_out = generation.jobs(options, machine.room(device))
+    minutes = options.minutes or options.depth * (
+        2.75 * max(1, sum(options.seq) * options.batch / 8192)
+        + generation.minutes(options, texts))
     cases = chosen_cases(options)
     courses = [models.Course(name, options.batch, n, options.dim, options.heads, options.depth,
                              options.text, dtype, device)
                for n in options.seq for name in options.models or models.MODELS if name != "none"]
-    texts = generation.jobs(options)
     lengths = shorter(options.seq[0]) if options.plot else []
     compile_kernels({name for name, _, _ in cases} | {course.operator for course in courses},
                     options, dtype, device)
-    first_texts = {name for name, _, _ in texts}
     schedule = Schedule(
         float("inf") if options.check else minutes,
-        1 + len(cases) + len(first_texts), len(courses), len(lengths),
-        len(texts) - len(first_texts) + (0 if options.check else len(cases) + len(courses)))
+        1 + len(cases) + len(texts), len(courses), len(lengths),
+        0 if options.check else len(cases) + len(courses))
     schedule.share("measuring the machine")
     header = machine.header(device, dtype)
     report = {"header": header, "settings": vars(options), "operators": [], "models": [],
-              "generation": [], "curve": [], "left_out": []}
+              "generation": [], "curve": [], "left_out": left_out}
     interrupted = False
     try:
         measure(report, cases, courses, texts, lengths, options, schedule, seconds)
@@ -254,8 +258,7 @@ def compile_kernels(names, options, dtype, device):
 
 def measure(report, cases, courses, texts, lengths, options, schedule, seconds):
     """Fills the report's rows. Every operator and model has one; where time is short, fewer calls
-    are timed, originals run at a shorter length, the curves lack their longest, and models write
-    behind fewer contexts."""
+    are timed, originals run at a shorter length, and the curves lack their longest."""
     header = report["header"]
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     compilations = []  # (seconds it may take, what, the work)
@@ -287,46 +290,20 @@ def measure(report, cases, courses, texts, lengths, options, schedule, seconds):
             compilations.append((
                 models.COMPILE_SECONDS, f"compiled original of {what}",
                 functools.partial(models.add_compiled, course, measured, options.impl)))
-    later = add_texts(report, texts, options, schedule, seconds)
-    add_curves(report, cases, lengths, options, schedule, seconds)
-    for needed, what, work in sorted(compilations * bool(seconds) + later, key=lambda job: job[0]):
-        if schedule.allows(what, needed):
-            with schedule.whatever_comes(what):
-                work(seconds)
-
-
-def add_texts(report, texts, options, schedule, seconds):
-    """Each model's shortest text, and [(seconds it may take, what, the work)] of the others."""
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    order = sorted(texts, key=lambda job: (list(models.MODELS).index(job[0]), job[1], job[2]))
-    first, others, large = {}, [], []
-    room = machine.room(device)
-
-    def write(job, seconds):
-        measured = generation.generation_rows(job, options, dtype, device, seconds)
-        report["generation"] += measured
-        report["generation"].sort(
-            key=lambda row: order.index((row["model"], row["batch"], row["n"])))
-        return measured
-
     for job in texts:
         name, batch, n = job
         what = f"text of {name}, batch {batch} n={n}"
-        needed = generation.bytes_needed(batch, n, options.dim)
-        if name not in first:
-            share = schedule.share(what)
-            first[name] = job, []
+        share = schedule.share(what)
+        with schedule.whatever_comes(what):
+            report["generation"] += generation.generation_rows(
+                job, options, dtype, device, min(seconds, share / 4))
+    names = list(models.MODELS)
+    report["generation"].sort(key=lambda row: (names.index(row["model"]), row["batch"], row["n"]))
+    add_curves(report, cases, lengths, options, schedule, seconds)
+    for needed, what, work in sorted(compilations * bool(seconds), key=lambda job: job[0]):
+        if schedule.allows(what, needed):
             with schedule.whatever_comes(what):
-                first[name] = job, write(job, min(seconds, share / 4))
-        elif needed > room:
-            large.append((batch, n, needed / 1e9))
-        else:
-            others.append((generation.seconds_needed(job, *first[name], options.generate), what,
-                           functools.partial(write, job)))
-    report["left_out"] += [
-        f"text, batch {batch} n={n}, as its prompt needs about {gigabytes:.0f} GB at once"
-        for batch, n, gigabytes in dict.fromkeys(large)]
-    return others
+                work(seconds)
 
 
 def add_curves(report, cases, lengths, options, schedule, seconds):

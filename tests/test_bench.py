@@ -34,7 +34,7 @@ def run(monkeypatch, tmp_path):
     import machine
     import run as report
     import timing
-    monkeypatch.setattr(generation, "CONTEXTS", ())
+    monkeypatch.setattr(generation, "CONTEXT", 64)
     monkeypatch.setattr(report, "SECONDS", 0.02)
     monkeypatch.setattr(machine, "COPIED", {"cpu": (1 << 20,)})
     monkeypatch.setattr(machine, "SIDES", {"cpu": (256,)})
@@ -656,17 +656,24 @@ def test_a_model_that_forgets_its_cache_is_wrong(uncompiled, monkeypatch, capsys
 def test_texts_that_do_not_fit_are_left_out(uncompiled, monkeypatch):
     import generation
     import machine
-    monkeypatch.setattr(generation, "CONTEXTS", (16, 128))
     monkeypatch.setattr(machine, "room", lambda device: generation.bytes_needed(16, 64, 32))
     flags = "--ops", "none", "--models", "GateLoopTransformer"
-    _, report = uncompiled(*flags)
+    _, report = uncompiled(*flags, "--contexts", "16", "128", "64")
     assert [(row["batch"], row["n"]) for row in report["generation"]] == [
         (1, 16), (1, 64), (1, 128), (16, 16), (16, 64)]
     assert any("batch 16 n=128, as its prompt needs" in what for what in report["left_out"])
-    _, report = uncompiled(*flags, "--minutes", "1e-9")
-    assert [(row["batch"], row["n"]) for row in report["generation"]] == [(1, 16)]
-    assert any("text of GateLoopTransformer, batch 16 n=64" in what
-               for what in report["left_out"])
+
+
+def test_texts_are_never_left_out_for_time(uncompiled, monkeypatch):
+    import generation
+    monkeypatch.setattr(generation, "CONTEXT", 16)
+    flags = "--ops", "none", "--models", "GateLoopTransformer", "--minutes", "1e-9"
+    _, report = uncompiled(*flags)
+    assert [(row["batch"], row["n"]) for row in report["generation"]] == [
+        (1, 16), (1, 64), (16, 16)]
+    assert "text" not in str(report["left_out"])
+    for row in report["generation"]:
+        assert row["status"] == "ok" and row["token_ms"]["runs"] == 2
 
 
 def test_turns_and_peak(monkeypatch):
