@@ -805,6 +805,7 @@ def test_other_tools_refuse_paths_before_they_measure(command, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_command_line():
     done = subprocess.run(
         [sys.executable, BENCH / "run.py", *SIZES, "--check", "--ops", "fft_conv",

@@ -191,6 +191,7 @@ def test_the_seconds_of_each_compiler_are_told(stand_in, tmp_path, monkeypatch, 
         sum(float(row.split()[0]) for row in rows), abs=0.1 * len(rows))
 
 
+@pytest.mark.long
 def test_a_compilation_says_how_far_it_is_off_a_terminal(stand_in, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, "SILENCE", 0.5)
     monkeypatch.setattr(build, "_last_line", -math.inf)
@@ -297,6 +298,7 @@ def test_a_damaged_library_is_not_loaded_but_compiled_again(stand_in, damage):
         assert library._compiled("cpu") == path
 
 
+@pytest.mark.long
 def test_a_process_survives_a_damaged_library(stand_in):
     path = library._compiled("cpu")
     path.write_bytes(DAMAGES["zeros"](path.read_bytes()))
@@ -387,6 +389,7 @@ print(len(library._loaded))
     assert not list(library.cache_folder().glob(".building-*"))
 
 
+@pytest.mark.long
 def test_sixteen_processes_at_first_use_compile_once(stand_in):
     ran = python("""
 import os, torch, fastmix
@@ -460,6 +463,7 @@ def test_a_user_without_a_home_is_told_what_to_set(stand_in, monkeypatch):
 # ---- importing again
 
 
+@pytest.mark.long
 def test_importing_again_after_sys_modules_was_cleared(tmp_path):
     ran = python("""
 import sys, torch

@@ -39,6 +39,7 @@ def test_a_minute_of_random_calls(run):
     run("--minutes", "1", "--processes", "2", "--fatal", "crash", "hang", "modified")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None,
                     reason="Triton is not installed: there are no wheels for it here")
 def test_random_calls_of_interpreted_kernels(run):

@@ -390,6 +390,7 @@ def test_products_carry_nan_no_further_than_a_tile(host):
     assert not y[..., [0, 1, 2, 4]].isnan().any()
 
 
+@pytest.mark.long
 def test_products_have_the_same_bits_twice(host):
     x, kernel = torch.randn(2, 600, 2, 80).half(), torch.randn(600, 2).half()
     host.start(HOPPER, 90)

@@ -79,6 +79,7 @@ measure(operators.windowed_sgu, 2048, window=2048)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are Linux's")
 def test_kernels_hold_a_tenth_more_than_inputs_outputs_and_gradients():

@@ -326,6 +326,7 @@ def test_offsets_beyond_two_to_the_31():
     assert torch.equal(ops.windowed_sgu(x, weight, bias), ops.windowed_sgu(rows, weight, bias))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype, n, tolerance", [(torch.float32, 11_008, 2e-4),
                                                  (torch.bfloat16, 22_016, 1e-2)])
 def test_rows_that_start_within_a_vector_of_a_large_output(dtype, n, tolerance):
@@ -447,6 +448,7 @@ for name, tensors in calls:
 # ---- the code
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_kernels_share_no_code_across_instruction_sets(tmp_path):
     """A linker merges weak functions, and could hand AVX-512 code to a machine without it."""

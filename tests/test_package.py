@@ -28,6 +28,7 @@ def python(code, **environment):
                           env={**os.environ, **environment})
 
 
+@pytest.mark.long
 def test_imports_with_torch_and_einops_alone():
     """Every other package the project can use is blocked, and the first call is a compiled one."""
     ran = python("""
@@ -43,6 +44,7 @@ torch.testing.assert_close(compiled(tokens), model(tokens))
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.long
 def test_import_brings_nothing_heavy():
     ran = python("""
 import torch, sys
@@ -196,6 +198,7 @@ def test_force_runs_what_it_names_and_refuses_what_it_cannot():
     assert torch.equal(fastmix.ops.decay_conv(x, decay), expected)
 
 
+@pytest.mark.long
 def test_the_environment_forces_too():
     code = "import fastmix, torch; fastmix.ops.cumulative_mean(torch.ones(1, 2)); print('ran')"
     for name in ("fallback", ""):

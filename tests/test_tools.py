@@ -133,6 +133,7 @@ def test_real_gates_are_counted():
     assert counter.get_total_flops() - forward == 12 * B * N * H * D * D
 
 
+@pytest.mark.long
 def test_counters_imported_later_count_and_import_waits_for_none():
     code = """
 import sys, torch, fastmix

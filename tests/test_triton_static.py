@@ -141,6 +141,7 @@ def test_ir_is_of_what_is_computed_and_not_of_how_it_is_written(static, monkeypa
     assert ir_of(head + plain) != ir_of(head + plain.replace("* 2", "* 3"))
 
 
+@pytest.mark.long
 @needs_triton
 @needs_compiler
 def test_loads_are_as_wide_from_batches_that_are_far_apart(static):
