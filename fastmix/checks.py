@@ -36,7 +36,8 @@ def check_tensor(where: str, name: str, value: Any, dtypes: Sequence[torch.dtype
         raise TypeError(f"{where}: {name} must be {expected}, got {dtype_name(value.dtype)}")
     if like is not None and value.device != like[1].device:
         raise ValueError(
-            f"{where}: {name} must be on {like[1].device} like {like[0]}, got {value.device}")
+            f"{where}: {name} must be on {like[1].device} like {like[0]}, got {value.device}: "
+            f"move it, by .to({str(like[1].device)!r})")
 
 
 def is_like(value: Any, model: Tensor) -> bool:
@@ -91,9 +92,11 @@ def check_divides(where: str, heads_name: str, heads: int, dim_name: str, dim: i
 
 def check_length(where: str, name: str, n: int, max_length: int | None = None) -> None:
     if n < 1:
-        raise ValueError(f"{where}: {name} must have at least one time step, got n=0")
+        raise ValueError(f"{where}: {name} must have at least one time step, got n=0: "
+                         "leave empty sequences out")
     if max_length is not None and n > max_length:
-        raise ValueError(f"{where}: {name} must have at most {max_length} time steps, got n={n}")
+        raise ValueError(f"{where}: {name} must have at most {max_length} time steps, got n={n}: "
+                         f"{name}[:, -{max_length}:] has the last ones")
 
 
 def match_dtypes(where: str, **tensors: Tensor | None) -> Any:
@@ -114,7 +117,7 @@ def match_dtypes(where: str, **tensors: Tensor | None) -> Any:
     for name, t in others:
         if t.dtype != reference.dtype:
             raise TypeError(f"{where}: {name} must be {dtype_name(reference.dtype)} like {first}, "
-                            f"got {dtype_name(t.dtype)}")
+                            f"got {dtype_name(t.dtype)}: convert it, by .to({reference.dtype})")
 
 
 def match_parameter(where: str, name: str, value: Tensor, data: tuple[str, Tensor]) -> Tensor:
@@ -128,4 +131,4 @@ def match_parameter(where: str, name: str, value: Tensor, data: tuple[str, Tenso
         return value.to(allowed[1])
     expected = " or ".join(dict.fromkeys(dtype_name(d) for d in allowed))
     raise TypeError(f"{where}: {name} must be {expected} for {dtype_name(data[1].dtype)} "
-                    f"{data[0]}, got {dtype_name(value.dtype)}")
+                    f"{data[0]}, got {dtype_name(value.dtype)}: convert it, by .to({allowed[1]})")

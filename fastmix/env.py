@@ -152,20 +152,20 @@ def self_test(device: str) -> dict[str, dict[str, str]]:
     for operator, arguments in _cases():
         exact = _results(reference, operator, arguments)
         single = {name: value.to(device, torch.float32) for name, value in arguments.items()}
-        found = outcomes.setdefault(operator, {})
+        of_operator = outcomes.setdefault(operator, {})
         for name, reason in fastmix.implementations(operator, device).items():
-            if reason is not None or found.get(name, "ok") != "ok":
+            if reason is not None or of_operator.get(name, "ok") != "ok":
                 continue
             try:
                 with fastmix.force(name):
                     results = _results(ops, operator, single)
             except Exception as failure:  # whatever it is, it is the outcome
-                found[name] = f"{type(failure).__name__}: {failure}"
+                of_operator[name] = f"{type(failure).__name__}: {failure}"
                 continue
             error = max(float((r - e).abs().max() / e.abs().max())
                         for r, e in zip(results, exact, strict=True))
-            found[name] = ("ok" if error <= LARGEST_ERROR else
-                           f"wrong: {error:.1e} away from the definition")
+            of_operator[name] = ("ok" if error <= LARGEST_ERROR else
+                                 f"wrong: {error:.1e} away from the definition")
     return outcomes
 
 

@@ -64,7 +64,7 @@ def refusals():
     x, weight, bias = draw(7, 9, dtype=torch.float32)
     return {
         "too long": ((x, weight[:, :6, :6], bias[:, :6]), {}, ValueError,
-                     "x must have at most 6 time steps, got n=7"),
+                     r"x must have at most 6 time steps, got n=7: x\[:, -6:\] has the last"),
         "not square": ((x, weight[..., 1:], bias), {}, ValueError,
                        r"weight must have shape \(h, s, s\), got \(2, 9, 8\)"),
         "no bias": ((x, weight, None), {}, TypeError, "bias must be a tensor, got NoneType"),

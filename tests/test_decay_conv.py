@@ -68,9 +68,12 @@ def refusals():
         "complex": ((x, decay.to(torch.complex64)), {}, TypeError, "decay must be.*got complex64"),
         "integers": ((x.long(), decay), {}, TypeError, "x must be.*got int64"),
         "wide decay": ((x, decay.double()), {}, TypeError,
-                       "decay must be float32 for float32 x, got float64"),
-        "no steps": ((x[:, :0], decay), {}, ValueError, "x must have at least one time step"),
-        "devices": ((x, decay.to("meta")), {}, ValueError, "decay must be on cpu like x, got meta"),
+                       "decay must be float32 for float32 x, got float64: convert it, by "
+                       r"\.to\(torch.float32\)"),
+        "no steps": ((x[:, :0], decay), {}, ValueError,
+                     "x must have at least one time step, got n=0: leave empty sequences out"),
+        "devices": ((x, decay.to("meta")), {}, ValueError,
+                    r"decay must be on cpu like x, got meta: move it, by \.to\('cpu'\)"),
         "a number": ((x, 0.5), {}, TypeError, "decay must be a tensor, got float"),
     }
 

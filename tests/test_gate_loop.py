@@ -72,11 +72,11 @@ def test_a_first_gate_multiplies_nothing(dk, dv, n, first, dtype, implementation
                "v": torch.ones(1, n, 2, dv), "gates": gates}
 
     def results(run, dtype):
-        asked = leaves({name: t.to(torch.promote_types(t.dtype, dtype))
-                        for name, t in tensors.items()})
-        out = run(**asked)
-        return out, *torch.autograd.grad(out.sum(), asked.values(), create_graph=True), \
-            *torch.autograd.grad(out.sum(), asked.values())
+        grad_leaves = leaves({name: t.to(torch.promote_types(t.dtype, dtype))
+                              for name, t in tensors.items()})
+        out = run(**grad_leaves)
+        return out, *torch.autograd.grad(out.sum(), grad_leaves.values(), create_graph=True), \
+            *torch.autograd.grad(out.sum(), grad_leaves.values())
 
     with fastmix.force(implementation):
         actual = results(ops.gate_loop, torch.float32)
@@ -95,10 +95,10 @@ def test_a_first_gate_that_is_not_finite_gives_no_numbers(dk, dv, value, dtype, 
     gates[0, 0, 1] = value
     results = []
     for run in (ops.gate_loop, reference.gate_loop):
-        asked = leaves({"q": q, "k": k, "v": v, "gates": gates})
+        grad_leaves = leaves({"q": q, "k": k, "v": v, "gates": gates})
         with fastmix.force(implementation):
-            out = run(**asked)
-            results.append([out, *torch.autograd.grad(out.sum(), asked.values())])
+            out = run(**grad_leaves)
+            results.append([out, *torch.autograd.grad(out.sum(), grad_leaves.values())])
     for ours, defined in zip(*results, strict=True):
         assert torch.equal(ours.isfinite(), defined.isfinite())
 
@@ -373,9 +373,9 @@ def test_float32_gates_beside_half_precision(dk, dv, dtype, implementation):
         weight, compared = torch.randn_like(v), []
         for run, kind in ((ops.gate_loop, None), (reference.gate_loop, torch.float32),
                           (reference.gate_loop, F64)):
-            asked = leaves({name: t.to(kind or t.dtype) for name, t in tensors.items()})
-            out = run(**asked)
-            compared.append([out.detach(), *torch.autograd.grad(out, asked.values(),
+            grad_leaves = leaves({name: t.to(kind or t.dtype) for name, t in tensors.items()})
+            out = run(**grad_leaves)
+            compared.append([out.detach(), *torch.autograd.grad(out, grad_leaves.values(),
                                                                 weight.to(out.dtype))])
         assert [t.dtype for t in compared[0]] == [*[dtype] * 4, torch.float32]
         return squared_errors(*compared)
@@ -406,9 +406,9 @@ def test_infinite_and_far_real_logits(dtype, implementation, heads):
         (plain,) = torch.autograd.grad(last.sum(), logits, retain_graph=True)
         (grad,) = torch.autograd.grad(last.sum(), logits, create_graph=True)
         (second,) = torch.autograd.grad(grad[:, 1].sum(), logits)
-    for found in (plain, grad, second):
-        assert found[:7].isfinite().all() and found[7, 1].isnan()
-        assert largest(found[:6, 1]) == 0
+    for result in (plain, grad, second):
+        assert result[:7].isfinite().all() and result[7, 1].isnan()
+        assert largest(result[:6, 1]) == 0
     assert (plain[6, 1] != 0).all()
 
 
@@ -494,7 +494,7 @@ def refusals():
         "complex q": ((q.to(torch.complex64), k, v, a), {}, TypeError, "q must be.*got complex64"),
         "integer v": ((q, k, v.long(), a), {}, TypeError, "v must be.*got int64"),
         "mixed dtypes": ((q, k.double(), v, a), {}, TypeError,
-                         "k must be float32 like q, got float64"),
+                         r"k must be float32 like q, got float64: convert it, by \.to\("),
         "wide gates": ((q, k, v, a.to(torch.complex128)), {}, TypeError, "gates must be complex64"),
         "real state": ((q, k, v, a), {"initial_state": s.real}, TypeError,
                        "initial_state must be complex64 beside complex gates, got float32: give "

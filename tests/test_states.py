@@ -135,14 +135,14 @@ def test_rounding_of_pieces_is_at_most_twice_the_definitions(case, implementatio
         for ours, d in ((True, dtype), (False, torch.float32), (False, F64)):
             tensors = {k: in_dtype(t, torch.float32 if ours and k == "initial_state" else d)
                        for k, t in drawn.items()}
-            asked = leaves({k: t for k, t in tensors.items() if k in TIMED[case.operator]})
+            grad_leaves = leaves({k: t for k, t in tensors.items() if k in TIMED[case.operator]})
             if ours:
                 with fastmix.force(implementation):
-                    output = stream(case, {**tensors, **asked}, sizes)[0]
+                    output = stream(case, {**tensors, **grad_leaves}, sizes)[0]
                     weights = torch.randn_like(output)
             else:
-                output = case.define({**tensors, **asked})[0]
-            compared.append([output, *gradients([output], asked, [in_dtype(weights, d)])])
+                output = case.define({**tensors, **grad_leaves})[0]
+            compared.append([output, *gradients([output], grad_leaves, [in_dtype(weights, d)])])
         return squared_errors(*compared)
 
     check_errors(draw)

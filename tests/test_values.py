@@ -64,8 +64,8 @@ def test_fallbacks_in_many_pieces(case, monkeypatch):
     with fastmix.force("fallback"):
         for n in (38, 531):
             tensors, weights, defined_grads = check_definition(case, n, b=3)
-            asked = weigh(case.run(tensors), weights)
-            traced = torch.autograd.grad(asked, tensors.values(), create_graph=True)
+            total = weigh(case.run(tensors), weights)
+            traced = torch.autograd.grad(total, tensors.values(), create_graph=True)
             for name, t, d in zip(tensors, traced, defined_grads, strict=True):
                 assert distance(t, d) < 1e-10, (n, name)
 
@@ -133,11 +133,12 @@ def test_expanded_inputs_and_gradients(case):
     real_logits = case is CASES["gate_loop-diagonal-real"]
     for o, e in zip(case.run(one), case.run({k: t.contiguous() for k, t in one.items()})):
         assert torch.equal(o, e) or real_logits and distance(o, e) < 1e-14
-    asked = leaves(tensors)
-    outputs = case.run(asked)
+    grad_leaves = leaves(tensors)
+    outputs = case.run(grad_leaves)
     total = sum(o.real.sum() if o.is_complex() else o.sum() for o in outputs)
-    actual = torch.autograd.grad(total, asked.values(), retain_graph=True)
-    expected = torch.autograd.grad(outputs, asked.values(), [torch.ones_like(o) for o in outputs])
+    actual = torch.autograd.grad(total, grad_leaves.values(), retain_graph=True)
+    expected = torch.autograd.grad(outputs, grad_leaves.values(),
+                                   [torch.ones_like(o) for o in outputs])
     for f, e in zip(actual, expected):
         assert distance(f, e) < 1e-14
 

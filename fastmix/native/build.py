@@ -171,7 +171,7 @@ def own_instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ..
             if has is None or {flag[2:] for flag in flags if "=" not in flag} <= has]
     if named and named not in able:
         raise RuntimeError(f"FASTMIX_INSTRUCTION_SETS must be one that this processor has: "
-                           f"{', '.join(able)}, got {named!r}")
+                           f"{', '.join(able)}, got {named!r}: name one of these, or unset it")
     return (named or able[-1],)
 
 

@@ -104,7 +104,7 @@ def _fill_after(out: Tensor, eos_token: int, pad_value: int) -> Tensor:
 
 
 def split_labels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (b, n) as what is read and what is to be told from it, (b, n - 1) each."""
+    """x (b, n) as the tokens that are read and those that follow them, (b, n - 1) each."""
     check_tensor(WHERE, "x", x, INTEGER)
     check_shape(WHERE, "x", x, "b n")
     if x.shape[0] < 1 or x.shape[1] < 2:

@@ -61,7 +61,7 @@ def split_cache(where: str, cache: Cache, count: int) -> Sequence[Cache]:
         return (None,) * count
     if type(cache) is not tuple or len(cache) != count:
         raise ValueError(f"{where}: cache must be one that a module of the same sizes returned, "
-                         f"a tuple of {count}, got {_describe(cache)}")
+                         f"a tuple of {count}, got {_describe(cache)}: begin with cache=None")
     return cache
 
 
@@ -78,7 +78,7 @@ def split_model_cache(
     if not isinstance(cache, ModelCache) or len(cache.layers) != count:
         raise ValueError(
             f"{where}: cache must be one that a model of the same sizes returned, of {count} "
-            f"mixers, got {_describe(cache)}")
+            f"mixers, got {_describe(cache)}: begin with cache=None")
     check_steps(where, cache.steps, x)
     if max_length is not None:
         check_total(where, cache.steps + n, max_length)
@@ -127,7 +127,7 @@ def append(where: str, cache: Cache, *new: Tensor, start: int = 0) -> Rows:
     if not isinstance(cache, Rows) or len(cache.tensors) != len(new):
         raise ValueError(
             f"{where}: cache must be one that a module of the same sizes returned, Rows of "
-            f"{len(new)} tensors, got {_describe(cache)}")
+            f"{len(new)} tensors, got {_describe(cache)}: begin with cache=None")
     check_steps(where, cache.steps, new[0])
     for old, t in zip(cache.tensors, new):
         check_tensor(where, "cache", old, (t.dtype,), like=("x", t))

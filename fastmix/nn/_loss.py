@@ -27,4 +27,4 @@ def cross_entropy(where: str, name: str, logits: Tensor, labels: Tensor,
     except IndexError as error:
         raise IndexError(
             f"{where}: {name} must hold token ids from 0 to {logits.shape[1] - 1}, or "
-            f"{ignore_index} where no token is to be told{got_tokens(labels)}") from error
+            f"{ignore_index} where a step is left out{got_tokens(labels)}") from error

@@ -51,13 +51,15 @@ def checked_call(
     sizes = check_shape(where, "x", x, "b n 2c")
     check_length(where, "x", sizes["n"])
     if sizes["2c"] % 2:
-        raise ValueError(f"{where}: x must have an even last axis [res, gate], got {sizes['2c']}")
+        raise ValueError(f"{where}: x must have an even last axis [res, gate], got {sizes['2c']}: "
+                         "torch.cat((res, gate), dim=-1) has both")
     sizes["c"] = sizes["2c"] // 2
     check_tensor(where, "weight", weight, like=("x", x))
     columns = "2w" if window == "w" else "s"
     sizes = check_shape(where, "weight", weight, f"h {window} {columns}", sizes)
     if window == "w" and sizes["2w"] != 2 * sizes["w"]:
-        raise ValueError(f"{where}: weight must have shape (h, w, 2w), got {tuple(weight.shape)}")
+        raise ValueError(f"{where}: weight must have shape (h, w, 2w), got {tuple(weight.shape)}: "
+                         "a row for each step of a window, columns for those of two windows")
     if window == "s":
         check_length(where, "x", sizes["n"], sizes["s"])
     check_divides(where, "weight's h", sizes["h"], "c", sizes["c"])

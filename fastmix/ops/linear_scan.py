@@ -116,7 +116,8 @@ def linear_scan(gates: Tensor, inputs: Tensor, initial_state: Tensor | None = No
         expected = (shape[0], *shape[2:])
         if initial_state.shape != expected:
             raise ValueError(f"{where}: initial_state must have shape {tuple(expected)}, "
-                             f"got {tuple(initial_state.shape)}")
+                             f"got {tuple(initial_state.shape)}: states[:, -1] has it, of those "
+                             "that the piece before returned")
     if gates.shape != shape:
         gates = gates.reshape(*gates.shape, *(1,) * (inputs.ndim - gates.ndim))
         broadcast = [axis for axis, (g, i) in enumerate(zip(gates.shape, shape)) if g != i]

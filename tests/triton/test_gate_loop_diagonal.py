@@ -208,8 +208,8 @@ def test_logits_at_zero():
     tensors = draw(9)
     tensors["gate_logits"][:, 3:5] = 0
     check(tensors)
-    asked = leaves(tensors)
-    grad = torch.autograd.grad(run(asked)[0].sum(), asked["gate_logits"])[0]
+    grad_leaves = leaves(tensors)
+    grad = torch.autograd.grad(run(grad_leaves)[0].sum(), grad_leaves["gate_logits"])[0]
     assert (grad[:, 3:5] == 0).all() and (grad[:, 5:] != 0).all()
 
 

@@ -59,21 +59,21 @@ def in_dtype(tensors, dtype, logits=None):
 
 def kernels(tensors, weights=None):
     """Outputs and gradients of the kernels, back on the CPU."""
-    asked = leaves({name: t.to(DEVICE) for name, t in tensors.items()})
+    grad_leaves = leaves({name: t.to(DEVICE) for name, t in tensors.items()})
     with fastmix.force("triton"):
-        outputs = fastmix.ops.gate_loop(**asked, return_state=True)
+        outputs = fastmix.ops.gate_loop(**grad_leaves, return_state=True)
         if weights is None:
             return [o.detach().cpu() for o in outputs]
         grads = torch.autograd.grad(
-            weigh(outputs, [w.to(DEVICE) for w in weights]), asked.values())
+            weigh(outputs, [w.to(DEVICE) for w in weights]), grad_leaves.values())
     return [o.detach().cpu() for o in (*outputs, *grads)]
 
 
 def defined(tensors, weights):
-    asked = leaves(tensors)
-    outputs = reference.gate_loop(**asked, return_state=True)
+    grad_leaves = leaves(tensors)
+    outputs = reference.gate_loop(**grad_leaves, return_state=True)
     return [o.detach() for o in (*outputs, *torch.autograd.grad(weigh(outputs, weights),
-                                                               asked.values()))]
+                                                               grad_leaves.values()))]
 
 
 def weights_for(tensors, dtype, real=False):
@@ -236,13 +236,14 @@ def test_strides_are_read_and_buffers_filled(n, dtype, real):
     strided = dict(zip("qkv", (t.unflatten(-1, (h, d)) for t in projection.chunk(3, dim=-1))),
                    gates=made["gates"].to(DEVICE).permute(2, 1, 0).contiguous().permute(2, 1, 0),
                    initial_state=made["initial_state"].to(DEVICE).mT.contiguous().mT)
-    asked = {name: strided[name].detach().requires_grad_() for name in made}
-    assert not any(t.is_contiguous() for t in asked.values())
+    grad_leaves = {name: strided[name].detach().requires_grad_() for name in made}
+    assert not any(t.is_contiguous() for t in grad_leaves.values())
     torch.use_deterministic_algorithms(True)
     try:
         with fastmix.force("triton"):
-            outputs = fastmix.ops.gate_loop(**asked, return_state=True)
-            grads = torch.autograd.grad(outputs, asked.values(), [w.to(DEVICE) for w in weights])
+            outputs = fastmix.ops.gate_loop(**grad_leaves, return_state=True)
+            grads = torch.autograd.grad(
+                outputs, grad_leaves.values(), [w.to(DEVICE) for w in weights])
     finally:
         torch.use_deterministic_algorithms(False)
     for actual, e in zip((*outputs, *grads), expected, strict=True):
