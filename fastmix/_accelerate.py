@@ -50,7 +50,14 @@ def accelerate(model: nn.Module) -> Report:
     mentioned. No package is imported that is not imported yet.
 
     Returns:
-        The report: `print(fastmix.accelerate(model))`.
+        The report, to be printed.
+
+    >>> from metaformer_gpt import MetaformerGPT
+    >>> model = MetaformerGPT(num_tokens=256, dim=32, depth=1)
+    >>> print(fastmix.accelerate(model))
+    2 accelerated, 0 left alone
+      layers.0.0  MultiheadExponentialTimeDecay  → ops.decay_conv
+      layers.0.1  MeanCenteringPool              → ops.cumulative_mean
     """
     report = Report()
     for name, module in model.named_modules():
@@ -69,7 +76,14 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Takes back what `fastmix.accelerate` did to `model`, which it returns."""
+    """Takes back what `fastmix.accelerate` did to `model`, which it returns.
+
+    >>> from metaformer_gpt import MetaformerGPT
+    >>> model = MetaformerGPT(num_tokens=256, dim=32, depth=1)
+    >>> report = fastmix.accelerate(model)
+    >>> fastmix.restore(model) is model
+    True
+    """
     for module in model.modules():
         if _is_accelerated(module):
             del module.forward, module._replicate_for_data_parallel

@@ -48,7 +48,11 @@ def _why_not_found(source: str) -> str:
 
 
 def implementations(operator: str, device_type: str = "cpu") -> dict[str, str | None]:
-    """{implementation: None if it can run here, else the reason}; the first that can, runs."""
+    """{implementation: None if it can run here, else the reason}; the first that can, runs.
+
+    >>> list(fastmix.implementations("gate_loop"))
+    ['native', 'triton', 'fallback']
+    """
     if operator not in OPERATORS:
         raise ValueError(f"operator must be one of {sorted(OPERATORS)}, got {operator!r}")
     reasons = {source: _modules[source].why_not(operator, device_type)
@@ -59,8 +63,10 @@ def implementations(operator: str, device_type: str = "cpu") -> dict[str, str | 
 class force(contextlib.ContextDecorator):
     """Runs every operator on `implementation`: "fallback", "native" or "triton".
 
-        with fastmix.force("fallback"):
-            ...
+    >>> x = torch.tensor([[[1.0], [3.0]]])
+    >>> with fastmix.force("fallback"):
+    ...     fastmix.ops.cumulative_mean(x).flatten().tolist()
+    [1.0, 2.0]
 
     For tests, benchmarks and bug reports. Holds for the whole process, compiled programs
     included; of two that are nested the inner one holds. An operator that it cannot run

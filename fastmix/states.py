@@ -76,8 +76,12 @@ def in_place() -> Iterator[None]:
 
     Who has no other use for them saves copying what is large, the rows of gating units:
 
-        with torch.no_grad(), fastmix.states.in_place():
-            logits, cache = model(token, cache=cache, return_cache=True)
+    >>> model = fastmix.nn.CausalSGU(8, 16, heads=2)
+    >>> with torch.no_grad(), fastmix.states.in_place():
+    ...     out, cache = model(torch.ones(1, 3, 8), return_cache=True)
+    ...     out, cache = model(torch.ones(1, 1, 8), cache=cache, return_cache=True)
+    >>> out.shape
+    torch.Size([1, 1, 4])
     """
     before = _in_place.set(True)
     try:

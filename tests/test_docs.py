@@ -25,7 +25,8 @@ HEADINGS = ["Example", "Arguments", "State", "Cost", "Errors", "Source"]
 
 
 @pytest.mark.parametrize("module", [
-    *(f"ops.{name}" for name in ops.__all__), "generation", "states"])
+    *(f"ops.{name}" for name in ops.__all__), "generation", "states", "dispatch", "_accelerate",
+    pytest.param("ops._register", marks=pytest.mark.long)])  # exports
 def test_examples_run(module):
     # The module, which its function hides as an attribute of the package.
     ran = doctest.testmod(importlib.import_module(f"fastmix.{module}"),

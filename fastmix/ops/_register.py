@@ -36,8 +36,11 @@ def decompose() -> Iterator[None]:
 
     For what knows no others: torch.onnx.export, converters, other runtimes.
 
-        with fastmix.decompose():
-            program = torch.export.export(model, (tokens,)).run_decompositions()
+    >>> model, x = fastmix.nn.MeanCenteringPool(8).eval(), torch.ones(1, 4, 8)
+    >>> with fastmix.decompose():
+    ...     program = torch.export.export(model, (x,)).run_decompositions()
+    >>> [node for node in program.graph.nodes if "fastmix" in str(node.target)]
+    []
 
     Programs hold for the sequence length they were exported with, and for inference: gradients
     are off within. They are larger and slower than those with operators.
