@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FOLDER = Path(__file__).parent / "triton"
 BENCH = Path(__file__).parent.parent / "bench"
@@ -146,6 +147,54 @@ def test_a_step_is_launched_like_a_sequence(name, monkeypatch):
             kernels.forward(*arguments(64, n)[:-1], 0)
         compiled.append(set(launches))
     assert compiled[0] == compiled[1] and compiled[0]
+
+
+class Launches(TorchDispatchMode):
+    """Notes the kernels that run while it is active: Triton's, which `counting` tells, and torch's,
+    of operators that are more than views and memory.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if (isinstance(out, torch.Tensor) and not function.is_view
+                and "empty" not in function.__name__):
+            self.kernels.append(function.__name__)
+        return out
+
+
+# Name in LAUNCHES → kernels of forward, and of backward, of one long sequence, which is cut in
+# time. Of linear_scan's backward one converts the initial state's gradient.
+STEPS = {"decay_conv": (2, 8), "cumulative_mean": (2, 2), "linear_scan": (2, 3),
+         "gate_loop-channels": (3, 3), "gate_loop-heads": (2, 3), "windowed_sgu-walk": (2, 17),
+         "windowed_sgu-tiles": (2, 17)}
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step_takes_few_launches(name, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import triton_static
+
+    operator, arguments = LAUNCHES[name]
+    kernels = importlib.import_module(f"fastmix._triton.{operator}")
+    args = arguments(1, 65536)
+    launched, run = Launches(), triton_static.JITFunction.run
+
+    def counting(kernel, *args, **options):
+        launched.kernels.append(kernel.__name__)
+        return run(kernel, *args, **options)
+
+    monkeypatch.setattr(triton_static.JITFunction, "run", counting)
+    with triton_static.recording("sm90"), launched:
+        out = kernels.forward(*args)
+        forward = len(launched.kernels)
+        kernels.backward(*(out if isinstance(out, tuple) else (out,)), *args)
+    assert (forward, len(launched.kernels) - forward) == STEPS[name], launched.kernels
 
 
 @needs_triton

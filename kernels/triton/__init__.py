@@ -72,7 +72,7 @@ def forced(operator: str, device_type: str) -> tuple[Callable[..., Any], ...]:
                  for direction in ("forward", "backward"))
 
 
-def _run(operator, direction, forced, *args):
+def _run(operator: str, direction: str, forced: bool, *args: Any) -> Any:
     kernels = importlib.import_module(f"{__name__}.{operator}")
     forward_args = args[len(args) - len(OPERATORS[operator].forward._schema.arguments):]
     kind = args[0].device.type
@@ -93,7 +93,7 @@ def _run(operator, direction, forced, *args):
     return tuple(args[0].new_empty(0) if o is None else o for o in out)
 
 
-def _current(device):
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
     if device.type not in DEVICES:
         return contextlib.nullcontext()

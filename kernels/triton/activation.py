@@ -23,7 +23,7 @@ def _tanh(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """→ value and slope."""
+    """Returns the activation's value and slope at x."""
     if ACTIVATION == "tanh":
         value = _tanh(x)
         slope = 1 - value * value

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmix._triton.layout import ceil_div, even, evens, flat, offset
-from fastmix._triton.scan import entering, load_rows, program_place, segments, tile
+from fastmix._triton.scan import entering, load_rows, segment_place, segments, tile
 from fastmix._triton.target import ANY, Row, Table
 from fastmix.dtypes import wide
 
@@ -22,7 +22,7 @@ RUNTIME = ["n", "blocks", "count", "length", "x_b"]
 
 @triton.jit
 def _share(step, n, dtype: tl.constexpr, BACKWARD: tl.constexpr):
-    """1 / (t + 1) at steps (RUNS,), as (RUNS, 1); 1 beyond the end."""
+    """Returns 1 / (t + 1) at steps (RUNS,), as (RUNS, 1); it is 1 beyond the end."""
     count = n - step if BACKWARD else step + 1
     return (1 / tl.maximum(count, 1).to(dtype))[:, None]
 
@@ -31,9 +31,9 @@ def _share(step, n, dtype: tl.constexpr, BACKWARD: tl.constexpr):
 def _ends(x, ends, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, EVEN: tl.constexpr,
           D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
           ROWS: tl.constexpr):
-    """The sum of each segment but the last: ends (b, count, channels)."""
+    """Computes the sum of each segment but the last, in ends (b, count, channels)."""
     dtype: tl.constexpr = ends.dtype.element_ty
-    batch, segment, block = program_place(blocks, count)
+    batch, segment, block = segment_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     if BACKWARD:
@@ -59,9 +59,9 @@ def _ends(x, ends, n, blocks, count, length, channels, x_b, x_n, x_h, x_d, EVEN:
 def _sums(x, ends, out, n, blocks, count, length, channels, x_b, x_n, x_h, x_d,
           EVEN: tl.constexpr, D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr,
           COLS: tl.constexpr, ROWS: tl.constexpr):
-    """Step 0 is the last in time if BACKWARD."""
+    """Writes the means in out, or with BACKWARD their gradient; step 0 then is the last in time."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    batch, segment, block = program_place(blocks, count)
+    batch, segment, block = segment_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     out_n = tl.cast(channels, tl.int64)
@@ -111,8 +111,10 @@ LAUNCH = Table(
 )
 
 
-def _run(x, dtype, backward):
-    """Sums over time of x (b, n, …), from the end if `backward`, → means or their gradient."""
+def _run(x: Tensor, dtype: torch.dtype, backward: bool) -> Tensor:
+    """Returns the means of x (b, n, …), or, if `backward`, their gradient, for which time runs from
+    the end.
+    """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return out
@@ -133,10 +135,10 @@ def _run(x, dtype, backward):
 
 
 def forward(x: Tensor) -> Tensor:
-    """x (b, n, …) → the mean of its steps so far, in the same shape and dtype."""
+    """Returns the mean of the steps of x (b, n, …) so far, in the same shape and dtype."""
     return _run(x, x.dtype, False)
 
 
 def backward(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of the means → that of x."""
+    """Returns the gradient of x, from that of the means."""
     return _run(grad, x.dtype, True)

@@ -16,13 +16,15 @@ Entered with p, m steps add m · decay^(m-1) · p to q. Backward reads grad and 
 dx, 6 bytes an element; with segments it reads grad twice, 8 bytes.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastmix._triton.layout import ceil_div, even, evens, flat, offset, strides
-from fastmix._triton.scan import entering, load_rows, power, program_place, segments, tile
+from fastmix._triton.scan import entering, load_rows, power, segment_place, segments, tile
 from fastmix._triton.target import ANY, CUDA, Row, Table
 from fastmix.dtypes import wide
 from fastmix.ops._carries import carry_count
@@ -32,13 +34,13 @@ RUNTIME = ["n", "blocks", "count", "length", "x_b", "grad_b"]
 
 @triton.jit
 def _parameter(values, channel, d, channels, dtype: tl.constexpr):
-    """(h,) → (1, COLS)"""
+    """Loads a head's parameter, of values (h,), for each channel: (1, COLS)."""
     return tl.load(values + channel // d, mask=channel < channels, other=0).to(dtype)[None, :]
 
 
 @triton.jit
 def _pointers(x, batch, step, channel, x_b, x_n, x_h, x_d, D: tl.constexpr):
-    """(RUNS, COLS) from steps (RUNS,) and channels (COLS,)"""
+    """Returns pointers (RUNS, COLS) to steps (RUNS,) and channels (COLS,)."""
     return (x + batch * x_b + step.to(tl.int64)[:, None] * x_n
             + offset(channel, x_h, x_d, D)[None, :])
 
@@ -47,13 +49,13 @@ def _pointers(x, batch, step, channel, x_b, x_n, x_h, x_d, D: tl.constexpr):
 def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_strides,
           EVEN: tl.constexpr, D: tl.constexpr, BACKWARD: tl.constexpr, RUNS: tl.constexpr,
           COLS: tl.constexpr, ROWS: tl.constexpr):
-    """The state after each segment if that before it is 0, without the gain: ends
-    (b, count, 1, h·d). BACKWARD starts at the last step and computes p and q: ends
+    """Computes the state after each segment if that before it is 0, without the gain, in ends
+    (b, count, 1, h·d). BACKWARD starts at the last step and computes p and q, in ends
     (b, count, 2, h·d). The last segment, whose end is not needed, is not read.
     """
     dtype: tl.constexpr = ends.dtype.element_ty
     x_n, x_h, x_d = x_strides
-    batch, segment, block = program_place(blocks, count)
+    batch, segment, block = segment_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     decay = _parameter(decay, channel, d, channels, dtype)
@@ -89,12 +91,12 @@ def _ends(x, decay, ends, n, blocks, count, length, d, channels, x_b, x_strides,
 def _forward(x, decay, gain, initial, ends, out, state_out, carries, n, blocks, count, length,
              d, channels, x_b, x_strides, EVEN: tl.constexpr, EVERY: tl.constexpr,
              D: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
-    """out (b, n, h·d); the last segment also writes state_out (b, h·d), and with EVERY > 0 each
-    its part of carries (b, ·, h·d). ends are `_ends` of all segments, if time is cut.
+    """Writes out (b, n, h·d); the last segment also writes state_out (b, h·d), and with EVERY > 0
+    each writes its part of carries (b, ·, h·d). ends are `_ends` of all segments, if time is cut.
     """
     x_n, x_h, x_d = x_strides
     dtype: tl.constexpr = state_out.dtype.element_ty
-    batch, segment, block = program_place(blocks, count)
+    batch, segment, block = segment_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     decay = _parameter(decay, channel, d, channels, dtype)
@@ -167,7 +169,7 @@ def _forward(x, decay, gain, initial, ends, out, state_out, carries, n, blocks, 
 
 @triton.jit
 def _enter_segment(p, q, ends, decay, batch, segment, count, length, channel, channels, inside):
-    """p and q where a segment begins, from what those before it do."""
+    """Returns p and q where a segment begins, from what the segments before it do."""
     factor = power(decay, length, 31)
     mixed = length * power(decay, length - 1, 31)
     ends += batch * count * 2 * channels + channel[None, :]
@@ -183,7 +185,7 @@ def _enter_segment(p, q, ends, decay, batch, segment, count, length, channel, ch
 
 @triton.jit
 def _run_adjoints(grad_rows, decay, zero, dtype: tl.constexpr, ROWS: tl.constexpr):
-    """p and q behind a run if those before it are 0, `zero`."""
+    """Returns p and q behind a run if those before it are `zero`."""
     p, q = zero, zero
     for r in tl.static_range(ROWS):
         g = grad_rows[r].to(dtype) + p
@@ -194,7 +196,7 @@ def _run_adjoints(grad_rows, decay, zero, dtype: tl.constexpr, ROWS: tl.constexp
 @triton.jit
 def _write_gradients(grad_x, grad_rows, rows, decay, gain, p, q, by_decay, by_gain, left, inside,
                      channels, ROWS: tl.constexpr):
-    """Walks a run from the p and q before it; → by_decay and by_gain, the sums of x q and g x."""
+    """Walks a run from the p and q before it; returns by_decay and by_gain, sums of x q and g x."""
     for r in tl.static_range(ROWS):
         u = rows[r].to(p.dtype)
         g = grad_rows[r].to(p.dtype) + p
@@ -211,7 +213,7 @@ def _write_gradients(grad_x, grad_rows, rows, decay, gain, p, q, by_decay, by_ga
 @triton.jit
 def _store_initial_gradients(grad_initial, grad_rows, decay, p, q, batch, batches, step, n, channel,
                              channels, inside, ROWS: tl.constexpr):
-    """p and q after the step n - 1, which is in one of the runs that begin at `step`."""
+    """Stores p and q after the step n - 1, which is in one of the runs that begin at `step`."""
     grad_initial += batch * channels + channel[None, :] + 0 * step[:, None]
     for r in tl.static_range(ROWS):
         g = grad_rows[r].to(p.dtype) + p
@@ -225,14 +227,14 @@ def _store_initial_gradients(grad_initial, grad_rows, decay, p, q, batch, batche
 def _backward(grad, x, decay, gain, grad_state, ends, outputs, n, blocks, count, length, d,
               channels, grad_b, grad_strides, x_b, x_strides, EVEN: tl.constexpr,
               D: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
-    """Step 0 is the last in time. outputs: the gradient of x; sums (2, b, count, h·d), of x q and
-    g x over the segment; and, where there is an initial state, the last p and q (2, b, h·d).
+    """Step 0 is the last in time. outputs: the gradient of x; sums (2, b, count, h·d) of x q and
+    g x over the segment; and the last p and q (2, b, h·d), or None without an initial state.
     """
     grad_x, sums, grad_initial = outputs
     grad_n, grad_h, grad_d = grad_strides
     x_n, x_h, x_d = x_strides
     dtype: tl.constexpr = sums.dtype.element_ty
-    batch, segment, block = program_place(blocks, count)
+    batch, segment, block = segment_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     decay = _parameter(decay, channel, d, channels, dtype)
@@ -316,9 +318,10 @@ LAUNCH = Table(
 )
 
 
-def _plan(kernel, x):
-    """How x (b, n, h, d) is cut: grid, arguments of every kernel, block sizes; and the limit of
-    the kernel's registers.
+def _plan(kernel: str, x: Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str, Any],
+                                           dict[str, Any]]:
+    """Returns how x (b, n, h, d) is cut: the grid, arguments of every kernel, block sizes, and the
+    limit of the kernel's registers.
     """
     b, n, h, d = x.shape
     tile_bytes = LAUNCH.choose(kernel, x.dtype)["tile_bytes"]
@@ -332,8 +335,8 @@ def _plan(kernel, x):
 
 def forward(x: Tensor, decay: Tensor, gain: Tensor | None, initial_state: Tensor | None,
             carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
-    """→ y (b, n, h, d), the last state (b, h, d), carries (b, count, h, d): the states before
-    every `carry_every`-th step and the last; none if it is 0.
+    """Returns y (b, n, h, d), the last state (b, h, d) and carries (b, count, h, d): the states
+    before every `carry_every`-th step and the last; none if it is 0.
     """
     b, n, h, d = x.shape
     dtype = wide(x.dtype)
@@ -360,7 +363,9 @@ def forward(x: Tensor, decay: Tensor, gain: Tensor | None, initial_state: Tensor
 def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, x: Tensor, decay: Tensor,
              gain: Tensor | None, initial_state: Tensor | None,
              carry_every: int) -> tuple[Tensor | None, ...]:
-    """The gradients of y and the last state → those of x, decay, gain and initial_state."""
+    """Returns the gradients of x, decay, gain and initial_state, from those of y and the last
+    state.
+    """
     b, n, h, d = x.shape
     dtype = wide(x.dtype)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _polar(re, im):
-    """z → |z|, its unit vector, and where it is 0 (there |z| = 1, the unit vector 0).
+    """Returns |z|, z's unit vector, and where z is 0 (there |z| = 1, and the unit vector is 0).
 
     z is scaled by a power of two where its square would overflow or vanish. |z| is at least
     the smallest normal number: gradients are divided by it.
@@ -27,7 +27,7 @@ def _polar(re, im):
 
 @triton.jit
 def activate(re, im):
-    """Logits → the gate's real and imaginary part."""
+    """Turns logits into the gate's real and imaginary part."""
     size, re, im, at_zero = _polar(re, im)
     sigmoid = 1 / (1 + tl.exp(-size))
     return tl.where(at_zero, 0.5, re * sigmoid), im * sigmoid
@@ -35,7 +35,7 @@ def activate(re, im):
 
 @triton.jit
 def activate_backward(grad_re, grad_im, re, im):
-    """The gate's gradient and the logits → the logits' gradient; 0 at z = 0."""
+    """Turns the gate's gradient and the logits into the logits' gradient, which is 0 at z = 0."""
     size, re, im, at_zero = _polar(re, im)
     sigmoid = 1 / (1 + tl.exp(-size))
     along = (re * grad_re + im * grad_im) * (sigmoid * (1 - sigmoid))

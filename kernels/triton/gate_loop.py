@@ -4,6 +4,7 @@ The scan is in gate_loop_diagonal.py, the chunks are in gate_loop_heads.py, both
 arguments and results of `forward` and `backward` here, which are the fallback's.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> str | None:
     return None
 
 
-def _kernels(q, v):
+def _kernels(q: Tensor, v: Tensor) -> ModuleType:
     return gate_loop_diagonal if q.shape[-1] == v.shape[-1] == 1 else gate_loop_heads
 
 

@@ -13,6 +13,8 @@ Where channels are too few for the device, time is cut into chunks: `_totals` fi
 chunk's map, `_enter` what enters each chunk, and the same kernels run with a program per chunk.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,7 +47,7 @@ def _left(end, time, most: tl.constexpr):
 
 @triton.jit
 def _fetch(at, stride, inside, left, STEPS: tl.constexpr):
-    """The rows' steps, (ROWS, C) each, as they lie in memory; 0 where there is none."""
+    """Loads the rows' steps, (ROWS, C) each, as they lie in memory; 0 where there is none."""
     steps = ()
     for j in tl.static_range(STEPS):
         steps = steps + (tl.load(at, inside & (j < left), other=0),)
@@ -56,7 +58,8 @@ def _fetch(at, stride, inside, left, STEPS: tl.constexpr):
 @triton.jit
 def _fetch_numbers(at, part, stride, inside, left, REAL: tl.constexpr, PACKED: tl.constexpr,
                    STEPS: tl.constexpr):
-    """Real numbers; complex ones' parts packed in one integer, or all real parts, then the others.
+    """Loads STEPS numbers: real ones, packed complex ones, or (PACKED None) all real parts, then
+    all imaginary parts.
     """
     steps = _fetch(at, stride, inside, left, STEPS)
     if PACKED is None and not REAL:
@@ -141,7 +144,9 @@ def _slopes(size):
 @triton.jit
 def _after_and_before(a_re, a_im, b_re, b_im, e_re, e_im, f_re, f_im,
                       c_re, c_im, d_re, d_im, g_re, g_im, h_re, h_im):
-    """Maps, each beside that of all its rows but the last: what a scan makes exclusive."""
+    """Composes two maps, of all rows and of all but the last, so that one scan also gives the
+    exclusive result.
+    """
     e, f = _after((a_re, a_im), (b_re, b_im), (g_re, g_im), (h_re, h_im))
     a, b = _after((a_re, a_im), (b_re, b_im), (c_re, c_im), (d_re, d_im))
     return a[0], a[1], b[0], b[1], e[0], e[1], f[0], f[1]
@@ -149,7 +154,9 @@ def _after_and_before(a_re, a_im, b_re, b_im, e_re, e_im, f_re, f_im,
 
 @triton.jit
 def _scan_rows(a, b, state, first, last, REVERSE: tl.constexpr):
-    """The rows' maps and what enters the first → what enters each, and what leaves the last."""
+    """Returns what enters each row and what leaves the last, from the rows' maps and what enters
+    the first.
+    """
     entered = times(a, state)
     re = tl.where(first, entered[0] + b[0], b[0])
     if len(a) == 1:
@@ -171,7 +178,7 @@ def _scan_rows(a, b, state, first, last, REVERSE: tl.constexpr):
 
 @triton.jit
 def _gate(z, mask, ACTIVATE: tl.constexpr):
-    """The gate; 1 where masked."""
+    """Returns the gate, which is 1 where mask is false."""
     if ACTIVATE:
         z = activate(z[0], z[1])
     if len(z) == 1:
@@ -181,8 +188,8 @@ def _gate(z, mask, ACTIVATE: tl.constexpr):
 
 
 @triton.jit
-def _program_place(blocks, chunks):
-    """The program's block of channels, chunk and batch, and the latter two as in 64 bits."""
+def _chunk_place(blocks, chunks):
+    """Returns the program's block of channels, its chunk and its batch, both in 64 bits."""
     program = tl.program_id(0)
     i = program // blocks
     return program % blocks, (i % chunks).to(tl.int64), (i // chunks).to(tl.int64)
@@ -190,7 +197,7 @@ def _program_place(blocks, chunks):
 
 @triton.jit
 def _axes(block, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Rows and channels of a tile (C / WIDTH, ROWS, WIDTH)."""
+    """Returns the rows and channels of a tile (C / WIDTH, ROWS, WIDTH)."""
     channel = (tl.arange(0, C // WIDTH) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None]
     row = tl.arange(0, ROWS)[None, :, None]
     return row.to(tl.int64), block * C + channel.to(tl.int64)
@@ -198,15 +205,15 @@ def _axes(block, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _start(x, x_b, x_n, x_h, batch, time, channel, EVEN: tl.constexpr):
-    """Pointers to the rows' first steps in x (b, n, h, …)."""
+    """Returns pointers to the rows' first steps in x (b, n, h, …)."""
     return x + (batch * even(x_b, EVEN) + time * x_n + channel * x_h)
 
 
 @triton.jit
 def _gates_and_map(ks, vs, zs, inside, left, ACTIVATE: tl.constexpr, REAL: tl.constexpr,
                    PACKED: tl.constexpr, STEPS: tl.constexpr):
-    """A row's gates, the sizes of their logits where there are any, and what its steps add to the
-    state; and the row's map of the state.
+    """Returns a row's gates, the sizes of their logits where there are any, what its steps add to
+    the state, and the row's map of the state.
     """
     gates, sizes, added = (), (), ()
     for j in tl.static_range(STEPS):
@@ -227,7 +234,9 @@ def _gates_and_map(ks, vs, zs, inside, left, ACTIVATE: tl.constexpr, REAL: tl.co
 
 @triton.jit
 def _adjoint_sum(qs, grads, gates, REAL: tl.constexpr, STEPS: tl.constexpr):
-    """What a row hands to the state before it, handed 0: the sum of its map of the adjoint."""
+    """Computes the constant part of a row's map of the adjoint: what it passes on when it receives
+    0.
+    """
     none = tl.zeros_like(gates[0][0])
     total = (none,) if REAL else (none, none)
     for j in tl.static_range(STEPS - 1, -1, -1):
@@ -238,7 +247,7 @@ def _adjoint_sum(qs, grads, gates, REAL: tl.constexpr, STEPS: tl.constexpr):
 
 @triton.jit
 def _write_outputs(out, h, qs, gates, added, state, inside, left, STEPS: tl.constexpr):
-    """Walks a row from the state that enters it; → `out` behind the row."""
+    """Walks a row from the state that enters it; returns `out` behind the row."""
     for j in tl.static_range(STEPS):
         mask = inside & (j < left)
         state = plus(times(gates[j], state), (added[j],))
@@ -254,7 +263,7 @@ def _forward(inputs, entries, outputs, n, h, blocks, chunks, length, carry_count
              EVEN: tl.constexpr, ACTIVATE: tl.constexpr, REAL: tl.constexpr,
              PACKED: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
              ROWS: tl.constexpr, STEPS: tl.constexpr, FAR: tl.constexpr):
-    """inputs: q, k, v and gates; outputs: out, the last state and the carries, or None."""
+    """inputs: q, k, v and gates. outputs: out, the last state, and the carries or None."""
     q, k, v, gates = inputs
     out, last, carries = outputs
     q_n, q_h = q_strides
@@ -263,7 +272,7 @@ def _forward(inputs, entries, outputs, n, h, blocks, chunks, length, carry_count
     g_n, g_h, g_part = g_strides
     if FAR:
         q_n, k_n, v_n, g_n = _far(q_n), _far(k_n), _far(v_n), _far(g_n)
-    block, chunk, batch = _program_place(blocks, chunks)
+    block, chunk, batch = _chunk_place(blocks, chunks)
     row, channel = _axes(block, C, WIDTH, ROWS)
     begin = chunk * length
     inside = channel < h
@@ -325,8 +334,8 @@ def _forward(inputs, entries, outputs, n, h, blocks, chunks, length, carry_count
 
 @triton.jit
 def _write_grad_q(grad_q, h, ks, vs, grads, gates, state, inside, left, STEPS: tl.constexpr):
-    """Walks a row from the state that enters it; → `grad_q` behind the row, and the states that
-    its steps begin with.
+    """Walks a row from the state that enters it; returns `grad_q` behind the row, and the states
+    that its steps begin with.
     """
     states = ()
     for j in tl.static_range(STEPS):
@@ -341,8 +350,8 @@ def _write_grad_q(grad_q, h, ks, vs, grads, gates, state, inside, left, STEPS: t
 @triton.jit
 def _write_other_gradients(outputs, h, gates_h, rows, gates, sizes, states, adjoint, inside, left,
                            ACTIVATE: tl.constexpr, PACKED_OUT: tl.constexpr, STEPS: tl.constexpr):
-    """Walks a row back from the adjoint of its last state; → outputs (grad_k, grad_v, grad_gates)
-    in front of the row. rows: q, k, v and grad; sizes are those of logits.
+    """Walks a row back from the adjoint of its last state; returns the outputs (grad_k, grad_v,
+    grad_gates) in front of the row. rows: q, k, v and grad. sizes are those of the logits.
     """
     grad_k, grad_v, grad_gates = outputs
     qs, ks, vs, grads = rows
@@ -367,8 +376,8 @@ def _write_other_gradients(outputs, h, gates_h, rows, gates, sizes, states, adjo
 @triton.jit
 def _outputs_of_last_tile(grad_q, grad_k, grad_v, grad_gates, batch, n, h, time, channel,
                           STEPS: tl.constexpr, OUT_PARTS: tl.constexpr):
-    """Pointers to the first steps of grad_q's rows and to the last of the others', and how far
-    grad_gates' steps are apart.
+    """Returns pointers to each row's first step in grad_q and last step in the others, and
+    grad_gates' stride.
     """
     offset = (batch * n + time) * h + channel
     grad_q += offset
@@ -394,8 +403,9 @@ def _backward(inputs, adjoints, outputs, n, h, blocks, chunks, length, carry_cou
               REAL: tl.constexpr, PACKED: tl.constexpr, PACKED_OUT: tl.constexpr,
               WIDE: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
               STEPS: tl.constexpr, FAR: tl.constexpr):
-    """inputs: grad, q, k, v, gates and carries; outputs: the gradients of q, k, v and gates, and
-    that of the initial state, or None. adjoints (b, chunks, h, parts): of the chunks' last states.
+    """inputs: grad, q, k, v, gates and carries. outputs: the gradients of q, k, v and gates, and
+    that of the initial state, or None. adjoints (b, chunks, h, parts) are those of the chunks' last
+    states.
     """
     grad, q, k, v, gates, carries = inputs
     grad_q, grad_k, grad_v, grad_gates, grad_initial = outputs
@@ -407,7 +417,7 @@ def _backward(inputs, adjoints, outputs, n, h, blocks, chunks, length, carry_cou
     if FAR:
         d_n, q_n, k_n, v_n, g_n = _far(d_n), _far(q_n), _far(k_n), _far(v_n), _far(g_n)
     tl.static_assert(ROWS * STEPS == CARRY_EVERY)
-    block, chunk, batch = _program_place(blocks, chunks)
+    block, chunk, batch = _chunk_place(blocks, chunks)
     row, channel = _axes(block, C, WIDTH, ROWS)
     begin = chunk * length
     end = tl.minimum(begin + length, n)
@@ -443,7 +453,6 @@ def _backward(inputs, adjoints, outputs, n, h, blocks, chunks, length, carry_cou
         entry = (tl.load(carries, inside, other=0),)
         if not REAL:
             entry = entry[0], tl.load(carries + c_strides[2], inside, other=0)
-
         a, sizes, _, factor, total = _gates_and_map(
             ks, vs, zs, inside, left, ACTIVATE, REAL, PACKED, STEPS)
         handed = _adjoint_sum(qs, grads, a, REAL, STEPS)
@@ -479,13 +488,13 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
             REVERSE: tl.constexpr, ACTIVATE: tl.constexpr, REAL: tl.constexpr,
             PACKED: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
             ROWS: tl.constexpr, STEPS: tl.constexpr):
-    """Each chunk's map of S, whose inputs are x · y = k · v; or, reversed, of H: q · grad. Nothing
-    is read of the chunk whose map nobody needs. A row is length / ROWS steps long here.
+    """Computes each chunk's map of S, from x · y = k · v; with REVERSE of the adjoint, from
+    q · grad. The chunk whose map nobody needs is not read. A row is length / ROWS steps long here.
     """
     x_n, x_h = x_strides
     y_n, y_h = y_strides
     g_n, g_h, g_part = g_strides
-    block, chunk, batch = _program_place(blocks, chunks)
+    block, chunk, batch = _chunk_place(blocks, chunks)
     row, channel = _axes(block, C, WIDTH, ROWS)
     inside = channel < h
     time = chunk * length + row * (length // ROWS)
@@ -535,7 +544,7 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
 @triton.jit(do_not_specialize=RUNTIME)
 def _enter(totals, state, entries, h, blocks, chunks, s_b, s_h, s_part,
            REVERSE: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr):
-    """What enters each chunk, from `state` on."""
+    """Computes what enters each chunk, from `state` on."""
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * C + tl.arange(0, C).to(tl.int64)
     inside = channel < h
@@ -571,32 +580,35 @@ LAUNCH = Table(
         "up to 4 channels, 4 elements to a thread at most: the rows of a channel in one warp"),
     Row("_totals", CUDA, "float64", ANY, dict(maxnreg=96),
         "counted: ptxas aims at fewer and spills"),
+    Row("_enter", ANY, ANY, ANY, dict(num_warps=1), "a program walks through the chunks"),
+    Row("chunks", ANY, ANY, ANY, dict(enough=256, wanted=512, unit=512),
+        "fewer than two programs to a multiprocessor, and time is cut into chunks, for about four; "
+        "their steps are a multiple of the unit, eight tiles"),
 )
 FEW_CHANNELS = 4
-ENOUGH_PROGRAMS = 256  # two to a multiprocessor: fewer, and time is cut into chunks
-WANTED_PROGRAMS = 512  # then, about: four to a multiprocessor
-CHUNK_UNIT = 512  # a chunk's steps are a multiple of this: eight tiles
 
 
-def _tile(h, dtype):
-    """C and the rest of a tile."""
+def _tile(kernel: str, h: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns C and the rest of a kernel's tile, and its other choices."""
     if h > FEW_CHANNELS:
-        return LAUNCH.choose("_forward", dtype, "many-channels")
+        return LAUNCH.choose(kernel, dtype, "many-channels")
     channels = power_of_two(h)
-    return dict(C=channels, WIDTH=channels) | LAUNCH.choose("_forward", dtype, "few-channels")
+    return dict(C=channels, WIDTH=channels) | LAUNCH.choose(kernel, dtype, "few-channels")
 
 
-def _chunks(programs, n):
-    """Steps per chunk, and chunks: all of time in one where programs fill the GPU."""
-    length = CHUNK_UNIT * ceil_div(n, CHUNK_UNIT * ceil_div(WANTED_PROGRAMS, programs))
-    if programs >= ENOUGH_PROGRAMS or n <= length:
+def _chunks(programs: int, n: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Returns the steps of a chunk, and how many chunks there are: one where programs fill the GPU.
+    """
+    cut = LAUNCH.choose("chunks", dtype)
+    length = cut["unit"] * ceil_div(n, cut["unit"] * ceil_div(cut["wanted"], programs))
+    if programs >= cut["enough"] or n <= length:
         return n, 1
     return length, ceil_div(n, length)
 
 
-def _gate_view(x):
-    """Gates (b, n, h) or logits of complex ones → (b, n, h, parts), or packed in integers where two
-    parts lie side by side; which numbers are packed.
+def _gate_view(x: Tensor) -> tuple[Tensor, Any]:
+    """Views gates (b, n, h), or logits of complex ones, as (b, n, h, parts), or packed in integers
+    where two parts lie side by side. Also returns which numbers are packed, or None.
     """
     x = as_parts(x) if x.ndim == 3 else x
     number = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
@@ -607,19 +619,19 @@ def _gate_view(x):
     return x.view(torch.int32 if x.element_size() == 2 else torch.int64), number
 
 
-def _overflows_int32(*tensors):
-    """Whether the offsets of a tile's steps do."""
+def _overflows_int32(*tensors: Tensor) -> bool:
+    """Whether the offsets of a tile's steps need more than 32 bits."""
     return max(t.stride(1) for t in tensors) * CARRY_EVERY.value >= 1 << 31
 
 
-def _wide_dtype(dtype):
+def _wide_dtype(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: Tensor | None,
             initial_state: Tensor | None, carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
-    """→ out (b, n, h, 1), the last state (b, h, 1, 1), carries (b, count, h, 1, 1): the states
-    before every `carry_every`-th step and the last; none if it is 0.
+    """Returns out (b, n, h, 1), the last state (b, h, 1, 1) and carries (b, count, h, 1, 1): the
+    states before every `carry_every`-th step and the last; none if it is 0.
     """
     b, n, h, _ = q.shape
     real = gates is not None and not gates.is_complex()
@@ -631,10 +643,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: 
     if b == 0:
         return out, last, carries
     x, packed = _gate_view(gate_logits if gates is None else gates)
-    flags = dict(ACTIVATE=gates is None, REAL=real, PACKED=packed, WIDE=_wide_dtype(q.dtype),
-                 **_tile(h, q.dtype))
-    blocks = ceil_div(h, flags["C"])
-    length, chunks = _chunks(b * blocks, n)
+    flags = dict(ACTIVATE=gates is None, REAL=real, PACKED=packed, WIDE=_wide_dtype(q.dtype))
+    tile = _tile("_forward", h, q.dtype)
+    blocks = ceil_div(h, tile["C"])
+    length, chunks = _chunks(b * blocks, n, q.dtype)
     cut = blocks, chunks, length
     entries = None if initial_state is None else as_parts(initial_state)[:, None, :, 0, 0]
     if chunks > 1:
@@ -644,36 +656,41 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: 
         (out, as_parts(last), as_parts(carries) if carry_every else None),
         n, h, *cut, count, *_row_strides(q, k, v), *strides(x),
         *((0, (0, 0, 0)) if entries is None else strides(entries)),
-        **flags, EVEN=evens(q, k, v, x), FAR=_overflows_int32(q, k, v, x))
+        **flags, **tile, EVEN=evens(q, k, v, x), FAR=_overflows_int32(q, k, v, x))
     return out, last, carries
 
 
-def _row_strides(*tensors):
-    """`strides` of tensors (b, n, h, 1), without the last."""
+def _row_strides(*tensors: Tensor) -> list[Any]:
+    """Returns `strides` of tensors (b, n, h, 1), without the last."""
     return [part for t in tensors for part in (t.stride(0), t.stride()[1:3])]
 
 
-def _entries(x, y, gates, state, cut, reverse, flags):
-    """(b, chunks, h, parts): what enters each chunk. state: (b, 1, h, parts) or None."""
+def _entries(x: Tensor, y: Tensor, gates: Tensor, state: Tensor | None, cut: tuple[int, int, int],
+             reverse: bool, flags: dict[str, Any]) -> Tensor:
+    """Returns what enters each chunk, (b, chunks, h, parts). state: (b, 1, h, parts) or None."""
     b, n, h, _ = x.shape
     blocks, chunks, _ = cut
     parts = 1 if flags["REAL"] else 2
+    tile = _tile("_totals", h, x.dtype)
     totals = x.new_empty(b, chunks, h, 2 * parts, dtype=wide(x.dtype))
     entries = x.new_empty(b, chunks, h, parts, dtype=wide(x.dtype))
     _totals[(b * chunks * blocks,)](
         x, y, gates, totals, n, h, *cut, *_row_strides(x, y), *strides(gates),
-        EVEN=evens(x, y, gates), REVERSE=reverse, **flags, **LAUNCH.choose("_totals", x.dtype))
+        EVEN=evens(x, y, gates), REVERSE=reverse, **flags, **tile)
     _enter[(b * blocks,)](
         totals, state, entries, h, blocks, chunks,
         *((0, 0, 0) if state is None else (state.stride(0), state.stride(2), state.stride(3))),
-        REVERSE=reverse, REAL=flags["REAL"], WIDE=flags["WIDE"], C=flags["C"], num_warps=1)
+        REVERSE=reverse, REAL=flags["REAL"], WIDE=flags["WIDE"], C=tile["C"],
+        **LAUNCH.choose("_enter", x.dtype))
     return entries
 
 
 def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, q: Tensor, k: Tensor, v: Tensor,
              gates: Tensor | None, gate_logits: Tensor | None, initial_state: Tensor | None,
              carry_every: int) -> tuple[Tensor | None, ...]:
-    """The gradients of forward's first two results and its carries → those of its tensors."""
+    """Returns the gradients of forward's tensors, from those of its first two results and from its
+    carries.
+    """
     b, n, h, _ = q.shape
     grad_q, grad_k, grad_v = (q.new_empty(b, n, h, 1) for _ in range(3))
     grad_gates = torch.empty_like(gate_logits if gates is None else gates,
@@ -684,9 +701,10 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, q: Tensor, k: Te
         x, packed = _gate_view(gate_logits if gates is None else gates)
         written, packed_out = _gate_view(grad_gates)
         flags = dict(ACTIVATE=gates is None, REAL=not carries.is_complex(), PACKED=packed,
-                     WIDE=_wide_dtype(q.dtype), **_tile(h, q.dtype))
-        blocks = ceil_div(h, flags["C"])
-        length, chunks = _chunks(b * blocks, n)
+                     WIDE=_wide_dtype(q.dtype))
+        tile = _tile("_backward", h, q.dtype)
+        blocks = ceil_div(h, tile["C"])
+        length, chunks = _chunks(b * blocks, n, q.dtype)
         cut = blocks, chunks, length
         adjoints = as_parts(grad_state)[:, None, :, 0, 0]
         if chunks > 1:
@@ -698,7 +716,7 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, q: Tensor, k: Te
              None if grad_initial is None else as_parts(grad_initial)),
             n, h, *cut, carries.shape[1],
             *_row_strides(grad, q, k, v), *strides(x, adjoints, entries),
-            **flags, PACKED_OUT=packed_out, EVEN=evens(q, k, v, x, grad),
+            **flags, **tile, PACKED_OUT=packed_out, EVEN=evens(q, k, v, x, grad),
             FAR=_overflows_int32(grad, q, k, v, x))
     return (grad_q, grad_k, grad_v, None if gates is None else grad_gates,
             None if gate_logits is None else grad_gates, grad_initial)

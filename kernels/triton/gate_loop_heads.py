@@ -15,6 +15,7 @@ W is a tree of products, in gate_tree.py; rows, states and products of matrices 
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -50,7 +51,7 @@ from fastmix._triton.number import filled, plus, select, times
 from fastmix._triton.target import ANY, CUDA, Row, Table, arch, float32_precision
 from fastmix.dtypes import wide, wide_complex
 
-# Gates are read one by one: to know what their strides are multiples of, which with few heads
+# Gates are read one by one: knowing what their strides are multiples of, which with few heads
 # depends on n, would only make Triton compile twice.
 RUNTIME = ["n", "heads", "chunks", "q_b", "k_b", "v_b", "grad_b", "g_b", "g_n", "g_h", "g_part"]
 
@@ -61,7 +62,7 @@ def _walk_states(k, k_b, k_strides, v, v_b, v_strides, gates, g_b, g_n, g_h, g_p
                  EVEN: tl.constexpr, LOGITS: tl.constexpr, REAL: tl.constexpr, SUMS: tl.constexpr,
                  DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                  C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """states (b, chunks + 1, h, DK, DV): the state before every chunk and the last one."""
+    """states (b, chunks + 1, h, DK, DV) receive the state before every chunk and the last one."""
     k_strides = (even(k_b, EVEN[0]),) + k_strides
     v_strides = (even(v_b, EVEN[1]),) + v_strides
     gate_strides = g_b, g_n, g_h, g_part
@@ -99,7 +100,7 @@ def _walk_states(k, k_b, k_strides, v, v_b, v_strides, gates, g_b, g_n, g_h, g_p
 
 @triton.jit
 def _real_of_product(a, x):
-    """Re (a · x) of numbers a (C,) and x (C, BLOCK)."""
+    """Computes Re (a · x) of numbers a (C,) and x (C, BLOCK)."""
     if len(a) == 1:
         return a[0][:, None] * x[0]
     else:
@@ -112,7 +113,9 @@ def _outputs(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, gates, g_b
              REAL: tl.constexpr, SUMS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
              BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
              PRECISION: tl.constexpr):
-    """out (b, n, h, DV) of a chunk and BV columns, from the state before it: `_walk_states`'s."""
+    """Computes a chunk and BV columns of out (b, n, h, DV), from the state before the chunk, which
+    `_walk_states` wrote.
+    """
     q_strides = (even(q_b, EVEN[0]),) + q_strides
     k_strides = (even(k_b, EVEN[1]),) + k_strides
     v_strides = (even(v_b, EVEN[2]),) + v_strides
@@ -147,10 +150,10 @@ def _walk_adjoints(q, q_b, q_strides, grad, grad_b, grad_strides, gates, g_b, g_
                    EVEN: tl.constexpr, LOGITS: tl.constexpr, REAL: tl.constexpr, SUMS: tl.constexpr,
                    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                    C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """adjoints (b, chunks, h, DK, DV): the gradient of the state after every chunk.
+    """adjoints (b, chunks, h, DK, DV) receive the gradient of the state after every chunk.
 
-    entry, where it is not None, takes that of the initial state. Steps are taken from a chunk's
-    last one on: what has faded most is added up first.
+    `entry`, if given, receives the initial state's gradient. Steps are loaded last to first, so
+    that the most decayed terms are summed first.
     """
     q_strides = (even(q_b, EVEN[0]),) + q_strides
     grad_strides = (even(grad_b, EVEN[1]),) + grad_strides
@@ -190,7 +193,7 @@ def _walk_adjoints(q, q_b, q_strides, grad, grad_b, grad_strides, gates, g_b, g_
 def _scores(x, x_strides, y, y_strides, b, at, first, h, ROWS: tl.constexpr, C: tl.constexpr,
             BLOCK: tl.constexpr, n, WIDTH: tl.constexpr, SUMS: tl.constexpr,
             PRECISION: tl.constexpr):
-    """x_s · y_r for ROWS steps s from `at` on and the chunk's steps r."""
+    """Computes x_s · y_r of ROWS steps s, from `at` on, with all steps r of the chunk."""
     scores = tl.zeros((ROWS, C), SUMS)
     for channel in range(0, WIDTH, BLOCK):
         left = load_rows(x, x_strides, b, at, h, ROWS, channel, BLOCK, n, WIDTH)
@@ -201,7 +204,7 @@ def _scores(x, x_strides, y, y_strides, b, at, first, h, ROWS: tl.constexpr, C: 
 
 @triton.jit
 def _add_products(sums, x, y):
-    """sums + the rows' sums of x · conj(y)."""
+    """Adds to `sums` the rows' sums of x · conj(y)."""
     if len(x) == 1:
         return (sums[0] + tl.sum(x[0] * y[0], 1),)
     else:
@@ -216,10 +219,10 @@ def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, gr
                SUMS: tl.constexpr, ROUNDED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
                BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
                PRECISION: tl.constexpr):
-    """Gradients of q, k and v over a chunk.
+    """Computes the gradients of q, k and v over a chunk.
 
-    tree_grads (b, chunks, h, 2 parts, C): the gradients of P and of W's last row, as far as they
-    come from states. ROUNDED where the gates' gradients are rounded to bfloat16 anyway.
+    tree_grads (b, chunks, h, 2 parts, C) are the gradients of P and of W's last row, as far as they
+    come from states. ROUNDED is for gates whose gradients are rounded to bfloat16 anyway.
     """
     q_strides = (even(q_b, EVEN[0]),) + q_strides
     k_strides = (even(k_b, EVEN[1]),) + k_strides
@@ -300,7 +303,7 @@ def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, gr
 
 @triton.jit
 def _add_block_sums(all, x, at, C: tl.constexpr, SIZE: tl.constexpr):
-    """all + the sums of x over blocks of SIZE, those that hold the steps `at`."""
+    """Adds to `all` the sum of x over the block of SIZE steps that holds step `at`."""
     re = all[0] + tl.gather(block_sums(x[0], C, SIZE), at, 0)
     if len(all) == 1:
         return (re,)
@@ -315,10 +318,11 @@ def _gate_gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, gra
                     REAL: tl.constexpr, SUMS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
                     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
                     LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradients of the gates over a chunk: of its tree of products, whose gradients are known.
+    """Computes the gradients of the gates over a chunk from those of its tree of products.
 
-    W's is the product of both scores. At every level of the tree it splits into the gradients
-    of the products after each step of a left half and of those up to each step of a right half.
+    W's gradient is the product of both scores. At every level of the tree it splits into the
+    gradients of the products after each step of a left half and of those up to each step of a right
+    half.
     """
     q_strides = (even(q_b, EVEN[0]),) + q_strides
     k_strides = (even(k_b, EVEN[1]),) + k_strides
@@ -463,8 +467,8 @@ LAUNCH = Table(
 )
 
 
-def _precision(dtype):
-    """How products with float32 operands are formed."""
+def _precision(dtype: torch.dtype) -> str:
+    """Returns how products with float32 operands are formed."""
     if dtype == torch.float64 or not arch():
         return "ieee"
     if dtype == torch.float32:
@@ -472,25 +476,27 @@ def _precision(dtype):
     return "tf32x3"  # exact for the 16-bit side, as good as float32 for the other
 
 
-def _shapes(dk, dv, real):
-    """LAUNCH's classes of head dims: one of small, even and lopsided; wide too. And real, of gates.
+def _shapes(dk: int, dv: int, real: bool) -> tuple[str, ...]:
+    """Returns LAUNCH's classes of head dims, one of small, even and lopsided, and wide too; and
+    real for such gates.
     """
     small, large = sorted((dk, dv))
     kind = "lopsided" if large > 2 * max(16, small) else "small" if large <= 16 else "even"
     return kind, *(("wide",) if large > 64 else ()), *(("real",) if real else ())
 
 
-def _options(kernel, q, v, logits, real):
-    """What a kernel is compiled for, and its number of warps, stages and registers."""
+def _options(kernel: str, q: Tensor, v: Tensor, logits: bool, real: bool) -> dict[str, Any]:
+    """Returns what a kernel is compiled for, and its number of warps, stages and registers."""
     return _options_for(LAUNCH, target.family(), kernel, q.dtype, q.shape[-1], v.shape[-1], logits,
                         real, _precision(q.dtype))
 
 
 @functools.cache
-def _options_for(table, family, kernel, dtype, dk, dv, logits, real, precision):
+def _options_for(table: Table, family: str, kernel: str, dtype: torch.dtype, dk: int, dv: int,
+                 logits: bool, real: bool, precision: str) -> dict[str, Any]:
     options = table.choose(kernel, dtype, *_shapes(dk, dv, real))
 
-    def block(size, largest):
+    def block(size: int, largest: int) -> int:
         return min(max(16, power_of_two(size)), largest)
 
     options |= dict(BK=block(dk, options["BK"]), BV=block(dv, options["BV"]))
@@ -501,29 +507,30 @@ def _options_for(table, family, kernel, dtype, dk, dv, logits, real, precision):
         DK=dk, DV=dv, LEVELS=options["C"].bit_length() - 1, PRECISION=precision)
 
 
-def _chunk(q, v):
-    """Steps per chunk, of all kernels alike."""
+def _chunk(q: Tensor, v: Tensor) -> int:
+    """Returns the steps of a chunk, of all kernels alike."""
     return _options("_walk_states", q, v, False, False)["C"]
 
 
-def _gate_parts(x):
-    """Gates (b, n, h) or logits of complex ones → (b, n, h, parts), a view."""
+def _gate_parts(x: Tensor) -> Tensor:
+    """Views gates (b, n, h), or logits of complex ones, as (b, n, h, parts)."""
     return as_parts(x) if x.ndim == 3 else x
 
 
-def _state_parts(x):
-    """The parts of a state or None, and their strides."""
+def _state_parts(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
+    """Returns the parts of a state, and their strides; None and None without a state."""
     return (None, None) if x is None else (as_parts(x), as_parts(x).stride())
 
 
-def _walk_grid(b, h, options):
+def _walk_grid(b: int, h: int, options: dict[str, Any]) -> tuple[int]:
     """A program for each block of each head's state."""
     return (b * h * ceil_div(options["DK"], options["BK"])
             * ceil_div(options["DV"], options["BV"]),)
 
 
-def _states(q, k, v, gates, logits, initial_state):
-    """The state before every chunk and the last one, which also comes as a copy."""
+def _states(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, logits: bool,
+            initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the state before every chunk and the last one, and a copy of the last."""
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     real = gates.shape[-1] == 1
     dtype = (wide if real else wide_complex)(q.dtype)
@@ -540,8 +547,8 @@ def _states(q, k, v, gates, logits, initial_state):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: Tensor | None,
             initial_state: Tensor | None, carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
-    """→ out (b, n, h, dv), the last state (b, h, dk, dv), carries (b, count, h, dk, dv): the
-    states before every `carry_every`-th step and the last; none if it is 0.
+    """Returns out (b, n, h, dv), the last state (b, h, dk, dv) and carries (b, count, h, dk, dv):
+    the states before every `carry_every`-th step and the last; none if it is 0.
     """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     logits = gates is None
@@ -566,7 +573,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: 
 def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, q: Tensor, k: Tensor, v: Tensor,
              gates: Tensor | None, gate_logits: Tensor | None, initial_state: Tensor | None,
              carry_every: int) -> tuple[Tensor | None, ...]:
-    """The gradients of forward's first two results and its carries → those of its tensors."""
+    """Returns the gradients of forward's tensors, from those of its first two results and from its
+    carries.
+    """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     logits = gates is None
     gate_tensor = gate_logits if logits else gates

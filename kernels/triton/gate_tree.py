@@ -29,7 +29,7 @@ def load_logits(gates, strides, b, first, h, C: tl.constexpr, n, REAL: tl.conste
 @triton.jit
 def load_gates(gates, strides, b, first, h, C: tl.constexpr, n, LOGITS: tl.constexpr,
                REAL: tl.constexpr, SUMS: tl.constexpr, BACK: tl.constexpr = False):
-    """The gates of a chunk's steps; 1 beyond the last step."""
+    """Loads the gates of a chunk's steps; they are 1 beyond the last step."""
     a, inside = load_logits(gates, strides, b, first, h, C, n, REAL, SUMS, BACK)
     if LOGITS:
         a = activate(a[0], a[1])
@@ -49,7 +49,9 @@ def gather(a, at):
 
 @triton.jit
 def double(before, after, all, steps, SIZE: tl.constexpr):
-    """Products before and after each step within its block of SIZE, and of all of it: of 2 SIZE."""
+    """Turns products over blocks of SIZE into products over blocks of 2 SIZE: those up to each step
+    of its block, those after it, and those of all of the block.
+    """
     other = gather(all, steps ^ SIZE)
     right = (steps & SIZE) != 0
     before = select(right, times(before, other), before)
@@ -59,14 +61,14 @@ def double(before, after, all, steps, SIZE: tl.constexpr):
 
 @triton.jit
 def block_sums(x, C: tl.constexpr, SIZE: tl.constexpr):
-    """At each step the sum of x (C,) over its block of SIZE."""
+    """Returns at each step the sum of x (C,) over its block of SIZE."""
     x = tl.reshape(x, (C // SIZE, SIZE))
     return tl.reshape(tl.broadcast_to(tl.sum(x, 1)[:, None], x.shape), (C,))
 
 
 @triton.jit
 def part_of(x, part: tl.constexpr, ROWS: tl.constexpr):
-    """The part's ROWS of x (C,)."""
+    """Returns the part's ROWS of x (C,)."""
     if x.shape[0] == ROWS:
         return x
     else:
@@ -75,7 +77,7 @@ def part_of(x, part: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def spread(x, part: tl.constexpr, C: tl.constexpr):
-    """x (ROWS,) in its part of (C,), 0 elsewhere."""
+    """Places x (ROWS,) in its part of (C,), with 0 elsewhere."""
     ROWS: tl.constexpr = x.shape[0]
     if C == ROWS:
         return x
@@ -102,7 +104,7 @@ def _row(a):
 
 @triton.jit
 def tree(a, C: tl.constexpr, LEVELS: tl.constexpr):
-    """Re W[s, r] for r < s, else 0; Π_{i ≤ s} a_i; Π_{i > r} a_i; and Π a_i."""
+    """Returns Re W[s, r] for r < s, else 0; Π_{i ≤ s} a_i; Π_{i > r} a_i; and Π a_i."""
     dtype: tl.constexpr = a[0].dtype
     steps = tl.arange(0, C)
     apart = steps[:, None] ^ steps[None, :]

@@ -16,6 +16,7 @@ Numbers in registers are as in number.py. Steps beyond n have the gate 1 and the
 input 0, and hand states on as they are.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmix._triton.layout import ceil_div, evens, flat, offset, power_of_two, two_axes
+from fastmix._triton.layout import ceil_div, evens, flat, in_pairs, offset, power_of_two, two_axes
 from fastmix._triton.number import conj, filled, plus, times
-from fastmix._triton.scan import ends_of, entering, program_place, segments
+from fastmix._triton.scan import ends_of, entering, segment_place, segments
 from fastmix._triton.target import ANY, CUDA, Row, Table
 from fastmix.dtypes import wide
 from fastmix.ops._carries import carry_count
@@ -35,7 +36,7 @@ RUNTIME = ["n", "blocks", "count", "length", "carried", "g_b", "x_b", "grad_b"]
 
 @triton.jit
 def _load(pointers, mask, other, dtype: tl.constexpr, COMPLEX: tl.constexpr):
-    """A tile of numbers; complex ones are pairs in memory, from the pointers on."""
+    """Loads a tile of numbers; complex ones are pairs in memory, from the pointers on."""
     if COMPLEX:
         part = tl.arange(0, 2)[None, None, :]
         both = tl.load(pointers[:, :, None] + part, mask=mask[:, :, None],
@@ -47,7 +48,7 @@ def _load(pointers, mask, other, dtype: tl.constexpr, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _store(pointers, value, mask, COMPLEX: tl.constexpr):
-    """The real part alone where complex numbers are the gradient of real ones."""
+    """Stores numbers, or their real parts where complex ones are the gradient of real ones."""
     if COMPLEX:
         tl.store(pointers[:, :, None] + tl.arange(0, 2)[None, None, :],
                  tl.join(value[0], value[1]), mask=mask[:, :, None])
@@ -65,7 +66,7 @@ def _lagging(a1, ai1, x1, xi1, b1, bi1, y1, yi1, a2, ai2, x2, xi2, b2, bi2, y2, 
 
 @triton.jit
 def _entering(a, x, state, REVERSE: tl.constexpr):
-    """scan.entering, of real or complex numbers; a real beside a complex x."""
+    """Is scan.entering of real or complex numbers; a may be real beside a complex x."""
     shape: tl.constexpr = x[0].shape
     if len(x) == 1:
         before, end = entering(tl.broadcast_to(a[0], shape), x[0], state[0], REVERSE)
@@ -94,8 +95,9 @@ def _time(step, total, FLIPPED: tl.constexpr):
 
 @triton.jit
 def _pointers(x, batch, time, x_b, x_n, channels, COMPLEX: tl.constexpr, EVEN: tl.constexpr):
-    """(RUNS, COLS) from times (RUNS, 1) and the `offset` of the channels (1, COLS); EVEN
-    as in layout.even, at the price of fewer registers."""
+    """Returns pointers (RUNS, COLS) to times (RUNS, 1), where channels (1, COLS) have their
+    `offset`. EVEN is as in layout.even, which takes more registers.
+    """
     at = tl.multiple_of(batch * x_b, 16) if EVEN else batch * x_b
     return x + (at + time.to(tl.int64) * x_n + channels) * (2 if COMPLEX else 1)
 
@@ -103,7 +105,7 @@ def _pointers(x, batch, time, x_b, x_n, channels, COMPLEX: tl.constexpr, EVEN: t
 @triton.jit
 def _load_rows(pointers, stride, time, n, inside, other, dtype: tl.constexpr,
                FLIPPED: tl.constexpr, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS numbers (RUNS, COLS), from the times (RUNS, 1) onwards, or backwards if FLIPPED."""
+    """Loads ROWS numbers (RUNS, COLS), from the times (RUNS, 1) on, or backwards if FLIPPED."""
     stride = tl.cast(stride, tl.int64) * (2 if COMPLEX else 1)
     rows = ()
     for r in tl.static_range(ROWS):
@@ -116,7 +118,9 @@ def _load_rows(pointers, stride, time, n, inside, other, dtype: tl.constexpr,
 @triton.jit
 def _gate_channels(channel, block, channels, g_h, g_d, D: tl.constexpr, SHARED: tl.constexpr,
                    COLS: tl.constexpr):
-    """Where the gates of channels (COLS,) are: (1, COLS), or (1, 1) where one holds for all."""
+    """Returns where the gates of channels (COLS,) are, (1, COLS), or (1, 1) where one holds for
+    all, and which exist.
+    """
     if SHARED:
         one = block * COLS + tl.arange(0, 1)
         return offset(one, g_h, g_d, D)[None, :], (one < channels)[None, :]
@@ -129,12 +133,12 @@ def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d
           x_d, EVEN: tl.constexpr, D: tl.constexpr, SHARED: tl.constexpr, GATES: tl.constexpr,
           INPUTS: tl.constexpr, STATES: tl.constexpr, FLIPPED: tl.constexpr,
           BACKWARD: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
-    """What segments do to a state: ends (b, count, 2, channels) has the factor and the sum.
-    BACKWARD is for p, with grad as x: FLIPPED then is the direction of p. Nothing is read of the
-    last segment, whose ends nobody needs.
+    """Computes what segments do to a state: ends (b, count, 2, channels) receive the factor and the
+    sum. BACKWARD is for p, with grad as x, and FLIPPED then is p's direction. The last segment,
+    whose ends nobody needs, is not read.
     """
     dtype: tl.constexpr = ends.dtype.element_ty
-    batch, segment, block = program_place(blocks, count)
+    batch, segment, block = segment_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
@@ -173,7 +177,7 @@ def _ends(gates, x, ends, n, blocks, count, length, channels, g_b, g_n, g_h, g_d
 @triton.jit
 def _enter_segment(ends, state, batch, segment, count, channels, channel, inside,
                    STATES: tl.constexpr):
-    """The state before a segment, from what those before it do."""
+    """Returns the state before a segment, from what the segments before it do."""
     dtype: tl.constexpr = ends.dtype.element_ty
     size: tl.constexpr = 2 if STATES else 1
     ends += (batch * count * 2 * channels + channel[None, :]) * size
@@ -192,12 +196,12 @@ def _forward(gates, x, initial, ends, out, carries, n, blocks, count, length, ca
              SHARED: tl.constexpr, GATES: tl.constexpr, INPUTS: tl.constexpr,
              STATES: tl.constexpr, FLIPPED: tl.constexpr, EVERY: tl.constexpr,
              RUNS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
-    """out (b, n, channels): all states; with EVERY > 0 also carries (b, carried, channels). ends
-    are `_ends` of all segments, if time is cut.
+    """Writes all states, out (b, n, channels), and with EVERY > 0 carries (b, carried, channels).
+    ends are `_ends` of all segments, if time is cut.
     """
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     size: tl.constexpr = 2 if STATES else 1
-    batch, segment, block = program_place(blocks, count)
+    batch, segment, block = segment_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
@@ -259,13 +263,13 @@ def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n
               GATES: tl.constexpr, INPUTS: tl.constexpr, STATES: tl.constexpr,
               FLIPPED: tl.constexpr, EVERY: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
               ROWS: tl.constexpr):
-    """FLIPPED is the direction of p; step 0 is where it begins, and where h ends.
+    """Steps are counted in p's direction; FLIPPED: from the last one. h is recomputed against it.
 
-    grad_gates (b, n, channels), or (b, n, blocks) if SHARED: sums over a block of channels.
+    grad_gates (b, n, channels) are (b, n, blocks) if SHARED: sums over a block of channels.
     """
     dtype: tl.constexpr = carries.dtype.element_ty
     size: tl.constexpr = 2 if STATES else 1
-    batch, segment, block = program_place(blocks, count)
+    batch, segment, block = segment_place(blocks, count)
     channel = block * COLS + tl.arange(0, COLS)
     inside = (channel < channels)[None, :]
     gate_channel, gate_inside = _gate_channels(channel, block, channels, g_h, g_d, D, SHARED, COLS)
@@ -335,16 +339,11 @@ def _backward(grad, carries, gates, x, ends, grad_gates, grad_x, grad_initial, n
 
 @triton.jit
 def _summed(a):
-    """Over the channels"""
+    """Sums a number over the channels."""
     if len(a) == 1:
         return (tl.sum(a[0], 1)[:, None],)
     else:
         return tl.sum(a[0], 1)[:, None], tl.sum(a[1], 1)[:, None]
-
-
-def _parts(t):
-    """Complex numbers as pairs of real ones: Triton has no complex pointers."""
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 LAUNCH = Table(
@@ -370,10 +369,10 @@ def why_not(gates: Tensor, inputs: Tensor, *others: Any) -> str | None:
     return None
 
 
-def _heads_and_channels(gates, inputs, grad=None):
-    """Gates, inputs and grad as views (b, n, heads, d), and whether all channels of a head share
-    one gate. Inputs come as they are, or `why_not` refuses them; grad is copied where it lies in
-    memory as other axes than inputs, then gates are, a gate for each channel.
+def _heads_and_channels(gates: Tensor, inputs: Tensor, grad: Tensor | None = None) -> tuple:
+    """Views gates, inputs and grad as (b, n, heads, d), and tells whether all channels of a head
+    share one gate. Inputs come as they are, or `why_not` refuses them; grad is copied where it
+    lies in memory as other axes than inputs, then gates are, a gate for each channel.
     """
     grads = () if grad is None else (grad,)
     whole = gates.reshape(*gates.shape, *(1,) * (inputs.ndim - gates.ndim)).expand(inputs.shape)
@@ -390,9 +389,10 @@ def _heads_and_channels(gates, inputs, grad=None):
     return *views, one_gate
 
 
-def _plan(kernel, gates, inputs, one_gate):
-    """How gates and inputs (b, n, heads, d) are cut: grid, arguments of every kernel, block sizes
-    and flags; and the limit of the kernel's registers.
+def _plan(kernel: str, gates: Tensor, inputs: Tensor, one_gate: bool) -> tuple[
+        tuple[int], tuple[int, int, int, int], dict[str, Any], dict[str, Any]]:
+    """Returns how gates and inputs (b, n, heads, d) are cut: the grid, arguments of every kernel,
+    block sizes and flags, and the limit of the kernel's registers.
     """
     b, n, heads, d = inputs.shape
     complexes = gates.is_complex(), inputs.is_complex()
@@ -408,14 +408,14 @@ def _plan(kernel, gates, inputs, one_gate):
         COLS=cols, num_warps=warps), limit
 
 
-def _empty(shape, dtype, like):
+def _empty(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def forward(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse: bool,
             carry_every: int) -> tuple[Tensor, Tensor]:
-    """→ all states (b, n, …), carries (b, count, …): the states before every `carry_every`-th
-    step, in the order of time, and the last; none if it is 0.
+    """Returns all states (b, n, …) and carries (b, count, …): the states before every
+    `carry_every`-th step, in the order of time, and the last; none if it is 0.
     """
     b, n, *rest = inputs.shape
     dtype = torch.promote_types(gates.dtype, inputs.dtype)
@@ -431,12 +431,12 @@ def forward(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse
     strides = *gates.stride(), *inputs.stride()
     ends = None
     if cut[2] > 1:
-        ends = _parts(_empty((b, cut[2], 2, channels), wide(dtype), inputs))
-        _ends[grid](_parts(gates), _parts(inputs), ends, *cut, channels, *strides,
+        ends = in_pairs(_empty((b, cut[2], 2, channels), wide(dtype), inputs))
+        _ends[grid](in_pairs(gates), in_pairs(inputs), ends, *cut, channels, *strides,
                     BACKWARD=False, **sizes)
-    initial_state = None if initial_state is None else _parts(initial_state.contiguous())
-    _forward[grid](_parts(gates), _parts(inputs), initial_state, ends, _parts(out),
-                   _parts(carries), *cut, count, channels, *strides, EVERY=carry_every,
+    initial_state = None if initial_state is None else in_pairs(initial_state.contiguous())
+    _forward[grid](in_pairs(gates), in_pairs(inputs), initial_state, ends, in_pairs(out),
+                   in_pairs(carries), *cut, count, channels, *strides, EVERY=carry_every,
                    **sizes, **limit)
     return out, carries
 
@@ -444,7 +444,7 @@ def forward(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse
 def backward(grad: Tensor, carries: Tensor, gates: Tensor, inputs: Tensor,
              initial_state: Tensor | None, reverse: bool,
              carry_every: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradient of the states → those of gates, inputs and initial_state."""
+    """Returns the gradients of gates, inputs and initial_state, from that of the states."""
     shapes, dtypes = (gates.shape, inputs.shape), (gates.dtype, inputs.dtype)
     b, n, *rest = inputs.shape
     grad_inputs = _empty(inputs.shape, inputs.dtype, inputs)
@@ -458,17 +458,17 @@ def backward(grad: Tensor, carries: Tensor, gates: Tensor, inputs: Tensor,
     sizes |= dict(D=0 if flat(grad, gates, inputs) else d, FLIPPED=not reverse)
     ends = None
     if cut[2] > 1:
-        ends = _parts(_empty((b, cut[2], 2, channels), carries.dtype, inputs))
-        _ends[grid](_parts(gates), _parts(grad), ends, *cut, channels, *gates.stride(),
+        ends = in_pairs(_empty((b, cut[2], 2, channels), carries.dtype, inputs))
+        _ends[grid](in_pairs(gates), in_pairs(grad), ends, *cut, channels, *gates.stride(),
                     *grad.stride(), EVEN=evens(gates, grad), BACKWARD=True,
                     **sizes | dict(INPUTS=sizes["STATES"]))
     parts = cut[1] if sizes["SHARED"] else channels
     direct = parts == shapes[0][2:].numel()
     number = carries.dtype if sizes["GATES"] else carries.real.dtype
     grad_gates = _empty((b, n, parts), dtypes[0] if direct else number, inputs)
-    _backward[grid](_parts(grad), _parts(carries), _parts(gates), _parts(inputs), ends,
-                    _parts(grad_gates), _parts(grad_inputs),
-                    None if grad_initial is None else _parts(grad_initial), *cut,
+    _backward[grid](in_pairs(grad), in_pairs(carries), in_pairs(gates), in_pairs(inputs), ends,
+                    in_pairs(grad_gates), in_pairs(grad_inputs),
+                    None if grad_initial is None else in_pairs(grad_initial), *cut,
                     carries.shape[1], channels, *grad.stride(), *gates.stride(),
                     *inputs.stride(), EVEN=evens(gates, inputs, grad), EVERY=carry_every,
                     **sizes, **limit)

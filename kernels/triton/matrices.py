@@ -4,13 +4,13 @@ A chunk's rows are (C, BLOCK) of a tensor (b, n, h, width); a state is (BK, BV) 
 number.py. Data are in the dtype of q, k and v, sums in float32 or float64.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
+from fastmix._triton import target
+
 # The interpreter has no products of bfloat16.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(target.INTERPRETED)
 
 
 # ---- products of matrices
@@ -27,7 +27,7 @@ def dot(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def _thirds(x):
-    """float32 as a sum of three bfloat16."""
+    """Splits float32 into a sum of three bfloat16."""
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -36,7 +36,7 @@ def _thirds(x):
 
 @triton.jit
 def dot_sums(x, y, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
-    """x (data) @ y (sums): to the accuracy of sums, or ROUNDED to that of bfloat16 data."""
+    """Multiplies data x by sums y in y's accuracy; ROUNDED rounds y to bfloat16 first."""
     if x.dtype == tl.bfloat16:
         if ROUNDED:
             return dot(x, y.to(tl.bfloat16), PRECISION)
@@ -48,7 +48,7 @@ def dot_sums(x, y, PRECISION: tl.constexpr, ROUNDED: tl.constexpr):
 @triton.jit
 def add_dots(sums, x, y, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
              TRANSPOSED: tl.constexpr = False):
-    """sums + x (data) @ y, or yᵀ if TRANSPOSED, of numbers y."""
+    """Adds to `sums` the product of data x and numbers y, or yᵀ if TRANSPOSED."""
     re = tl.trans(y[0]) if TRANSPOSED else y[0]
     re = sums[0] + dot_sums(x, re, PRECISION, ROUNDED)
     if len(sums) == 1:
@@ -60,13 +60,13 @@ def add_dots(sums, x, y, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
 
 @triton.jit
 def rounded(x, data):
-    """x as an operand beside `data`, a pointer to bfloat16 or to something else."""
+    """Returns x as an operand beside `data`: in bfloat16 where that points to bfloat16."""
     return x.to(tl.bfloat16) if data.dtype.element_ty == tl.bfloat16 else x
 
 
 @triton.jit
 def sums_dot(x, y, PRECISION: tl.constexpr):
-    """x (as `rounded`) @ y (data)"""
+    """Multiplies x, as `rounded` returns it, by data y."""
     return dot(x, y.to(x.dtype), PRECISION)
 
 
@@ -75,7 +75,7 @@ def sums_dot(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def chunk_steps(first, C: tl.constexpr, BACK: tl.constexpr):
-    """A chunk's steps, BACK from the last one to the first."""
+    """Returns a chunk's steps, with BACK from the last one to the first."""
     steps = tl.arange(0, C)
     return first + (C - 1 - steps if BACK else steps)
 
@@ -83,7 +83,9 @@ def chunk_steps(first, C: tl.constexpr, BACK: tl.constexpr):
 @triton.jit
 def _rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr, n, WIDTH,
           BACK: tl.constexpr = False):
-    """Pointers to the steps and the channels `at`... of x (b, n, h, WIDTH), and which exist."""
+    """Returns pointers to a chunk's steps and to BLOCK channels, from `at` on, of x (b, n, h,
+    WIDTH), and which of them exist.
+    """
     steps = chunk_steps(first, C, BACK)
     channels = at + tl.arange(0, BLOCK).to(tl.int64)
     x += b * strides[0] + h * strides[2]
@@ -101,7 +103,7 @@ def load_rows(x, strides, b, first, h, C: tl.constexpr, at, BLOCK: tl.constexpr,
 @triton.jit
 def store_rows(x, values, b, first, h, heads, C: tl.constexpr, at, BLOCK: tl.constexpr, n,
                WIDTH):
-    """To a contiguous x (b, n, h, WIDTH)."""
+    """Stores values in a contiguous x (b, n, h, WIDTH)."""
     strides = (n.to(tl.int64) * heads * WIDTH, heads.to(tl.int64) * WIDTH, WIDTH, 1)
     pointers, inside = _rows(x, strides, b, first, h, C, at, BLOCK, n, WIDTH)
     tl.store(pointers, values.to(x.dtype.element_ty), mask=inside)
@@ -110,7 +112,7 @@ def store_rows(x, values, b, first, h, heads, C: tl.constexpr, at, BLOCK: tl.con
 @triton.jit
 def _block(state, row, column, BK: tl.constexpr, BV: tl.constexpr, DK: tl.constexpr,
            DV: tl.constexpr, PARTS: tl.constexpr):
-    """Pointers (BK, PARTS BV) into a contiguous state (DK, DV), and which exist."""
+    """Returns pointers (BK, PARTS BV) into a contiguous state (DK, DV), and which exist."""
     rows, columns = row + tl.arange(0, BK), PARTS * column + tl.arange(0, PARTS * BV)
     return (state + rows[:, None] * (PARTS * DV) + columns[None, :],
             (rows < DK)[:, None] & (columns < PARTS * DV)[None, :])
@@ -140,7 +142,7 @@ def store_state(state, numbers, row, column, BK: tl.constexpr, BV: tl.constexpr,
 @triton.jit
 def load_strided_state(state, strides, b, h, row, column, BK: tl.constexpr, BV: tl.constexpr,
                        DK: tl.constexpr, DV: tl.constexpr, REAL: tl.constexpr):
-    """A block of a state (b, h, DK, DV, parts) of any strides."""
+    """Loads a block of a state (b, h, DK, DV, parts) of any strides."""
     rows = row + tl.arange(0, BK).to(tl.int64)
     columns = column + tl.arange(0, BV).to(tl.int64)
     inside = (rows < DK)[:, None] & (columns < DV)[None, :]

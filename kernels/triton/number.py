@@ -41,7 +41,7 @@ def conj(a):
 
 @triton.jit
 def select(mask, a, b):
-    """a where mask is true, else b, which may be two Python numbers."""
+    """Returns a where mask is true, else b, which may be two Python numbers."""
     if len(a) == 1:
         return (tl.where(mask, a[0], b[0]),)
     else:

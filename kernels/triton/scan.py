@@ -5,6 +5,8 @@ the ROWS steps of its runs in registers; what a run does to the state it is ente
 h → a·h + x, and `entering` finds the states from those maps.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -13,8 +15,8 @@ from fastmix._triton.layout import ceil_div, power_of_two
 FILLED = 128  # programs that keep a GPU busy: about one on every multiprocessor
 
 
-def tile(channels, batch, itemsize, tile_bytes):
-    """Block sizes: 4 channels to a thread, which holds `tile_bytes` of a tensor's tile.
+def tile(channels: int, batch: int, itemsize: int, tile_bytes: int) -> dict[str, Any]:
+    """Returns block sizes: 4 channels to a thread, which holds `tile_bytes` of a tensor's tile.
 
     Where channels alone fill the GPU the threads of a warp lie along them, and warps along
     time; else threads do too.
@@ -26,8 +28,8 @@ def tile(channels, batch, itemsize, tile_bytes):
     return dict(RUNS=32, COLS=cols, ROWS=rows, num_warps=max(cols // 4, 1))
 
 
-def segments(n, programs, steps):
-    """How many pieces time is cut into, and how long they are: a multiple of `steps`.
+def segments(n: int, programs: int, steps: int) -> tuple[int, int]:
+    """Returns how many pieces time is cut into, and how long they are: a multiple of `steps`.
 
     One where the programs fill the GPU. Else every piece is read once more, for what it
     does to the state it is entered with.
@@ -38,8 +40,8 @@ def segments(n, programs, steps):
 
 
 @triton.jit
-def program_place(blocks, segments):
-    """The program's batch, its piece of time and its block of channels."""
+def segment_place(blocks, segments):
+    """Returns the program's batch, its piece of time and its block of channels."""
     program = tl.program_id(0)
     return (program // (blocks * segments)).to(tl.int64), program // blocks % segments, \
         program % blocks
@@ -47,7 +49,7 @@ def program_place(blocks, segments):
 
 @triton.jit
 def load_rows(pointers, stride, left, inside, ROWS: tl.constexpr):
-    """ROWS tiles, one per step of a run (RUNS, COLS); 0 where a run has fewer steps left."""
+    """Loads ROWS tiles (RUNS, COLS), one per step of a run; 0 where a run has fewer steps left."""
     rows = ()
     for r in tl.static_range(ROWS):
         rows += (tl.load(pointers, mask=(r < left) & inside, other=0),)
@@ -57,7 +59,7 @@ def load_rows(pointers, stride, left, inside, ROWS: tl.constexpr):
 
 @triton.jit
 def power(a, exponent, BITS: tl.constexpr):
-    """a ** exponent, by way of float64: the error of a factor used all along the way adds up."""
+    """Computes a ** exponent in float64: the error of a factor used all along the way adds up."""
     result, square = tl.full(a.shape, 1, tl.float64), a.to(tl.float64)
     for bit in tl.static_range(BITS):
         result = tl.where((exponent >> bit) % 2 == 1, result * square, result)
@@ -67,13 +69,13 @@ def power(a, exponent, BITS: tl.constexpr):
 
 @triton.jit
 def lagging(a1, x1, b1, y1, a2, x2, b2, y2):
-    """(a, x) is all maps one after the other, (b, y) all but the last."""
+    """Composes maps: (a, x) is all of them one after the other, (b, y) all but the last."""
     return a1 * a2, a2 * x1 + x2, a1 * b2, b2 * x1 + y2
 
 
 @triton.jit
 def entering(a, x, state, REVERSE: tl.constexpr = False):
-    """The state before every run (RUNS, COLS) and after all of them (1, COLS).
+    """Returns the state before every run (RUNS, COLS) and after all of them (1, COLS).
 
     Run s turns h into a · h + x (RUNS, COLS); state is what the first is entered with.
     """
@@ -87,7 +89,7 @@ def entering(a, x, state, REVERSE: tl.constexpr = False):
 
 @triton.jit
 def ends_of(runs: tl.constexpr, REVERSE: tl.constexpr):
-    """The runs (RUNS, 1), which of them is first and which is last."""
+    """Returns the runs (RUNS, 1), which of them is first and which is last."""
     run = tl.arange(0, runs)[:, None]
     if REVERSE:
         return run, runs - 1, 0

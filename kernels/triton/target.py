@@ -26,14 +26,14 @@ ANY = "*"
 INTERPRETED = interpreted()
 
 
-def _device():
-    """What a target is looked up by: the current device. None in the interpreter."""
+def _device() -> Any:
+    """Returns what a target is looked up by: the current device, or None in the interpreter."""
     return None if INTERPRETED else triton.runtime.driver.active.get_current_device()
 
 
 @functools.cache
-def _target(device):
-    """(backend, architecture) of what is the current device."""
+def _target(device: Any) -> tuple[str, Any]:
+    """Returns the backend and the architecture of the current device."""
     if INTERPRETED:
         return "interpreter", 0
     target = triton.runtime.driver.active.get_current_target()
@@ -41,7 +41,7 @@ def _target(device):
 
 
 def arch() -> int:
-    """The compute capability, 90 for 9.0; 0 where there is none: on AMD, in the interpreter."""
+    """Returns the compute capability, 90 for 9.0, or 0 on AMD and in the interpreter."""
     backend, capability = _target(_device())
     return capability if backend == "cuda" else 0
 
@@ -51,12 +51,12 @@ def is_amd() -> bool:
 
 
 def family() -> str:
-    """Which of FAMILIES kernels are launched for."""
+    """Returns which of FAMILIES kernels are launched for."""
     return _family(_device())
 
 
 @functools.cache
-def _family(device):
+def _family(device: Any) -> str:
     if INTERPRETED:
         return "interpreter"
     capability = arch()
@@ -87,13 +87,13 @@ class Row(NamedTuple):
 class Table:
     """Rows of choices, later ones over earlier ones."""
 
-    def __init__(self, *rows: Row):
+    def __init__(self, *rows: Row) -> None:
         self.rows = rows
         self._chosen: dict[tuple, dict[str, Any]] = {}
 
     def choose(self, kernel: str, dtype: torch.dtype, *shapes: str) -> dict[str, Any]:
-        """The options of all rows that are for this kernel, the target in use, this dtype and one
-        of these classes of shapes.
+        """Returns the options of all rows that are for this kernel, the target in use, this dtype
+        and one of these classes of shapes.
         """
         key = (kernel, family(), dtype, shapes)
         if key not in self._chosen:
@@ -108,5 +108,5 @@ class Table:
 
 
 def float32_precision() -> str:
-    """How products of float32 operands are formed: torch's own switch."""
+    """Returns how products of float32 operands are formed: as torch's own switch says."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,19 +1,22 @@
-"""A trial of kernels that multiply matrices before their first use on a GPU.
+"""A trial of kernels that Triton may make wrong code of, before their first use on a GPU.
 
-Triton has silently made wrong code of gated chunk kernels before (3.4 to 3.7.0, on Hopper).
-So each configuration (device, direction, dtypes, widths, optional tensors) of gate_loop with
-heads and of windowed_sgu first runs on a small input and is held against the fallback in
-float64. If one is wrong or does not compile, the operator's kernels are not used on such devices
-in this process. bench/self_check.py is stricter, and tries every operator.
+It has silently made wrong code of gated chunk kernels (3.4 to 3.7.0, on Hopper), and a scan of
+tuples in reverse across warps is an open bug of its. So each configuration (device, direction,
+dtypes, widths, optional tensors) of gate_loop with heads, of windowed_sgu and of linear_scan first
+runs on a small input and is held against the fallback in float64. If one is wrong or does not
+compile, the operator's kernels are not used on such devices in this process. bench/self_check.py
+is stricter, and tries every operator.
 """
 
 import contextlib
 import functools
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastmix.dtypes import wide
 from fastmix.ops._carries import CARRY_EVERY
@@ -21,6 +24,11 @@ from fastmix.ops._register import OPERATORS
 
 # Of a result's root mean square. Wrong code is off by far more, TF32 (where allowed) by less.
 TOLERANCE = 0.02
+
+# A description, how to draw such arguments, and with what: `draw`, and the rest.
+Configuration = tuple
+Draw = Callable[..., Tensor]  # of a shape, and dtype=
+Arguments = tuple  # of an operator's forward
 
 failures: dict[tuple[str, str], str] = {}  # (operator, device type) → why its kernels are not used
 
@@ -41,18 +49,18 @@ def why_not(operator: str, direction: str, kernels: ModuleType, *args: Any) -> s
     return failures.get(key)
 
 
-def _possible(device):
+def _possible(device: torch.device) -> bool:
     """The interpreter compiles nothing, and a CUDA graph cannot wait for results."""
     return device.type in ("cuda", "xpu") and not _captures(device)
 
 
-def _captures(device):
+def _captures(device: torch.device) -> bool:
     """Whether launches are recorded in a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager
-def no_compilation_in_capture(operator, device):
+def no_compilation_in_capture(operator: str, device: torch.device) -> Iterator[None]:
     """Triton compiles and loads a kernel at its first launch, and so does the trial: neither can be
     part of a CUDA graph. Here such a launch raises while a graph is captured.
     """
@@ -61,7 +69,7 @@ def no_compilation_in_capture(operator, device):
         return
     import triton
 
-    def refuse(*, fn, **_):
+    def refuse(*, fn: Any, **_: Any) -> None:
         raise RuntimeError(
             f"{operator}: its Triton kernel {fn.name} has not run on {device} with arguments like "
             "these, and cannot be compiled while a CUDA graph is captured; call the operator, and "
@@ -78,7 +86,9 @@ def no_compilation_in_capture(operator, device):
 # ---- what kernels are compiled for: a description, how to draw such arguments, and with what
 
 
-def _of_gate_loop(q, k, v, gates, gate_logits, initial_state, carry_every):
+def _of_gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None,
+                  gate_logits: Tensor | None, initial_state: Tensor | None,
+                  carry_every: int) -> Configuration | None:
     """None for a scan per channel, which multiplies no matrices."""
     dk, dv = q.shape[-1], v.shape[-1]
     if (dk, dv) == (1, 1):
@@ -89,7 +99,8 @@ def _of_gate_loop(q, k, v, gates, gate_logits, initial_state, carry_every):
             _draw_gate_loop, q.dtype, dk, dv, logits, real, initial_state is not None)
 
 
-def _draw_gate_loop(draw, dtype, dk, dv, logits, real, initial):
+def _draw_gate_loop(draw: Draw, dtype: torch.dtype, dk: int, dv: int, logits: torch.dtype | None,
+                    real: torch.dtype | None, initial: bool) -> Arguments:
     """logits and real: the dtype of logits and of real gates, or None."""
     b, n, h = 1, 130, 8  # three chunks; strides of 16, which Triton compiles for apart
     z = draw(b, n, h, 2, dtype=logits or wide(dtype))
@@ -101,7 +112,9 @@ def _draw_gate_loop(draw, dtype, dk, dv, logits, real, initial):
             draw(b, n, h, dv, dtype=dtype), gates, z if logits else None, state, CARRY_EVERY)
 
 
-def _of_windowed_sgu(x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation):
+def _of_windowed_sgu(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
+                     norm_bias: Tensor | None, eps: float, gate_residual: Tensor | None,
+                     activation: str) -> Configuration | None:
     """None for few channels: the norm of one is 0 and that of two ±1, with gradients of nothing but
     rounding."""
     h, w = bias.shape
@@ -113,7 +126,9 @@ def _of_windowed_sgu(x, weight, bias, norm_weight, norm_bias, eps, gate_residual
             x.dtype, x.shape[-1] // 2, h, w, dtypes, eps, activation)
 
 
-def _draw_windowed_sgu(draw, dtype, c, h, w, dtypes, eps, activation):
+def _draw_windowed_sgu(draw: Draw, dtype: torch.dtype, c: int, h: int, w: int,
+                       dtypes: Sequence[torch.dtype | None], eps: float,
+                       activation: str) -> Arguments:
     b, n = 1, 2 * w + 70  # the last window is short
     shapes = (h, w, 2 * w), (h, w), (c,), (c,), (b, n, c)
     weight, *others = (None if kind is None else draw(*shape, dtype=kind)
@@ -123,24 +138,51 @@ def _draw_windowed_sgu(draw, dtype, c, h, w, dtypes, eps, activation):
             residual, activation)
 
 
-CONFIGURATIONS = {"gate_loop": _of_gate_loop, "windowed_sgu": _of_windowed_sgu}
+def _of_linear_scan(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse: bool,
+                    carry_every: int) -> Configuration:
+    c = inputs.shape[2:].numel()
+    shared = gates.shape[2:].numel() < c
+    width = min(32, 1 << (c - 1).bit_length())  # of the kernels' blocks, which decides their warps
+    cut = inputs.shape[0] * c < ENOUGH_CHANNELS
+    return (f"{'one gate' if shared else 'gates'} in {str(gates.dtype)[6:]} and inputs in "
+            f"{str(inputs.dtype)[6:]}{', reversed' if reverse else ''}", _draw_linear_scan,
+            gates.dtype, inputs.dtype, shared, width, cut, initial_state is not None, reverse,
+            carry_every)
+
+
+def _draw_linear_scan(draw: Draw, gates: torch.dtype, inputs: torch.dtype, shared: bool, width: int,
+                      cut: bool, initial: bool, reverse: bool, carry_every: int) -> Arguments:
+    """gates and inputs: their dtypes. cut: whether time is to be cut into segments."""
+    b, n = 1 if cut else ENOUGH_CHANNELS // width, 300  # two tiles, the last not whole
+    z = draw(b, n, 1 if shared else width, dtype=wide(gates))
+    dtype = wide(torch.promote_types(gates, inputs))
+    return ((z / (1 + z.abs())).to(gates), draw(b, n, width, dtype=inputs),
+            draw(b, width, dtype=dtype) if initial else None, reverse, carry_every)
+
+
+CONFIGURATIONS = {"gate_loop": _of_gate_loop, "windowed_sgu": _of_windowed_sgu,
+                  "linear_scan": _of_linear_scan}
+ENOUGH_CHANNELS = 96 * 32  # of all sequences, for linear_scan not to cut time
 
 
 @functools.cache
 @torch.no_grad()
-def _why_not_trusted(operator, direction, kernels, device, description, draw_arguments,
-                     *configuration):
+def _why_not_trusted(operator: str, direction: str, kernels: ModuleType, device: torch.device,
+                     description: str, draw_arguments: Callable[..., Arguments],
+                     *configuration: Any) -> str | None:
     """Runs the kernels on a small input and the fallback in float64 → what is wrong, or None."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(*shape, dtype):
+    def draw(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=wide(dtype)).to(dtype)
 
     run = OPERATORS[operator].run_fallback
     args = draw_arguments(draw, *configuration)
     if direction == "backward":
         out = run(*args)
-        grads, kept = (out[:2], out[2:]) if isinstance(out, tuple) else ([out], ())
+        out = out if isinstance(out, tuple) else (out,)
+        count = OPERATORS[operator].differentiable
+        grads, kept = out[:count], out[count:]
         args = [*(draw(*t.shape, dtype=t.dtype) for t in grads), *kept, *args]
         run = OPERATORS[operator].run_fallback_backward
     exact = run(*(_in_double(a) if isinstance(a, torch.Tensor) else a for a in args))
@@ -152,8 +194,12 @@ def _why_not_trusted(operator, direction, kernels, device, description, draw_arg
         raise
     except Exception as error:  # whatever the compiler or a launch may raise
         reason = f"{which} fail: {type(error).__name__}: {str(error).strip()[:200]}"
-        if isinstance(error, torch.AcceleratorError):
-            reason += "; the device is of no use to this process any more: start it again"
+        try:
+            _synchronize(device)
+        except Exception as lasting:  # of torch's or of Triton's types: the fallback would fail too
+            raise RuntimeError(
+                f"{operator}: {reason}; since then {device} fails at everything in this process: "
+                "start it again, with FASTMIX_IMPLEMENTATION=fallback") from lasting
         return reason
     if not isinstance(exact, tuple):
         results, exact = [results], [exact]
@@ -165,10 +211,10 @@ def _why_not_trusted(operator, direction, kernels, device, description, draw_arg
     return None
 
 
-def _synchronize(device):
+def _synchronize(device: torch.device) -> None:
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).synchronize(device)
 
 
-def _in_double(x):
+def _in_double(x: Tensor) -> Tensor:
     return x.to(torch.complex128 if x.is_complex() else torch.float64)

@@ -2,7 +2,7 @@
 
 out = activation(mixture + bias + gate_residual) · res. Rows' means and deviations come first, from
 a kernel of their own: a head has only some of a row's channels, and programs of all heads would
-read all weights for every window. The normed gate is never stored. Two schedules for the mixture:
+read all weights for every window. The normed gate is never stored. The mixture has two schedules:
     walk   windows that fit into a tile: weights are read once, then a run of windows, each of
            whose gates is read once, for its own mixture and the next one's
     tiles  a block of a larger window's rows, in steps over the window before and its own;
@@ -12,13 +12,14 @@ Backward computes the mixture again and keeps its gradient, a slab of windows at
     dmixture = grad · res · activation'(mixture)             and dres
     dweight  = dmixture · normedᵀ, dbias its row sums        per group of windows, then summed
     dnormed  = weightᵀ · dmixture, walk or tiles             into the gate's half of dx
-and the layer norm's gradient replaces dnormed row by row. Programs run from the end backwards
-where the pass before ended there: it is still in cache.
+and the layer norm's gradient replaces dnormed row by row. Programs start at the end of the data,
+which the pass before wrote last and is still in cache.
 
 Half precision parameters beside x of the same dtype are multiplied as they are, in tensor
 cores; wider parameters, and their gradients, in float32.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +30,10 @@ from torch import Tensor
 from fastmix._triton.activation import OUTSIDE, activate
 from fastmix._triton.layout import even, evens, power_of_two, strided
 from fastmix._triton.target import ANY, CUDA, INTERPRETED, Row, Table, float32_precision
-from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, program_place
+from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, window_place
 from fastmix.dtypes import wide
 
 SCRATCH = 1 << 25  # bytes of the mixture's gradient at once
-PROGRAMS = 512  # to share out windows to, for dweight, or rows
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16,
          torch.bfloat16: tl.bfloat16}
 LARGEST_ROW = 1 << 16
@@ -52,7 +52,7 @@ def why_not(x: Tensor, *others: Any) -> str | None:
 @triton.jit(do_not_specialize=RUNTIME)
 def _statistics(gate, gate_b, strides, mean, inverse, rows, n, c, EVEN: tl.constexpr,
                 EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Mean and inverse deviation of rows of the gate (b, n, c)."""
+    """Computes the mean and the inverse deviation of rows of the gate (b, n, c)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (channel < c)[None, :]
@@ -69,7 +69,9 @@ def _statistics(gate, gate_b, strides, mean, inverse, rows, n, c, EVEN: tl.const
 @triton.jit
 def _finish(mixed, outside, strides, outputs, batch, t, stored, head, channel, n, origin,
             after_rows, HEADS: tl.constexpr, DIM: tl.constexpr, ACTIVATION: tl.constexpr):
-    """From the mixture and its bias to out; given grad, to dres, dmixture and dresidual."""
+    """Turns the mixture into `out`; with grad, writes the gradients of res, mixture and residual
+    instead.
+    """
     res, residual, grad = outside
     out, dmixed, dresidual = outputs
     c: tl.constexpr = HEADS * DIM
@@ -110,13 +112,14 @@ def _tiles(gate, gate_b, gate_strides, norm, weight, weight_strides, bias, bias_
            CHANNELS: tl.constexpr, STAGES: tl.constexpr,
            ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
            ACTIVATION: tl.constexpr):
-    """Rows of a window of the mixture, from `sequence` and its window `first` on; dmixed begins
-    at row `origin`, all sequences in a row."""
+    """Computes rows of one window's mixture. Windows count from `first` of sequence `sequence`;
+    row 0 of dmixed is row `origin` of all sequences concatenated.
+    """
     gate_strides = (even(gate_b, EVEN[0]),) + gate_strides
     strides = (gate_strides, (even(residual_b, EVEN[1]),) + outside_strides[0],
                (even(grad_b, EVEN[2]),) + outside_strides[1])
     blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
-    batch, window, head, row, channel = program_place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
+    batch, window, head, row, channel = window_place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
     batch += sequence
     wide: tl.constexpr = norm[0].dtype.element_ty
     # Slopes of activations would enlarge a rounded mixture's error.
@@ -150,14 +153,13 @@ def _walk(gate, gate_b, gate_strides, norm, weight, weight_strides, bias, bias_s
           ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
           ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
           ACTIVATION: tl.constexpr):
-    """The same for windows that fit into a tile, PER of them, a run of tiles after another.
-
-    Weights are read once; a tile's gate also goes into `carry`, the next tile's mixture.
+    """Like _tiles, for windows of which PER fit into a tile. It walks through a run of tiles and
+    reads weights once; a tile's gate also goes into `next_sum`, the next tile's mixture.
     """
     gate_strides = (even(gate_b, EVEN[0]),) + gate_strides
     strides = (gate_strides, (even(residual_b, EVEN[1]),) + outside_strides[0],
                (even(grad_b, EVEN[2]),) + outside_strides[1])
-    batch, run, head, _, channel = program_place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
+    batch, run, head, _, channel = window_place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
     batch += sequence
     wide: tl.constexpr = norm[0].dtype.element_ty
     size: tl.constexpr = PER * WINDOW
@@ -178,13 +180,13 @@ def _walk(gate, gate_b, gate_strides, norm, weight, weight_strides, bias, bias_s
     x = normed(gate, gate_strides, norm, affine, batch, t, kept & (t >= 0), head, channel, n, DIM)
     x = tl.where((t >= 0)[:, None], x, 0)
     zeros = tl.zeros([ROWS, CHANNELS], dtype=wide)
-    carry = mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
+    next_sum = mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
     for tile in tl.range(begin, tl.minimum(begin + length, tiles), num_stages=STAGES):
         t = first * WINDOW + tile * size + i
         known = kept & (t < n)
         x = normed(gate, gate_strides, norm, affine, batch, t, known, head, channel, n, DIM)
-        mixed = mix(own, x, carry, ROUNDED, OPERAND, PRECISION, exact)
-        carry = mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
+        mixed = mix(own, x, next_sum, ROUNDED, OPERAND, PRECISION, exact)
+        next_sum = mix(before, x, zeros, ROUNDED, OPERAND, PRECISION, exact)
         stored = known & (t < (first + windows) * WINDOW)
         _finish(mixed + added[:, None], outside, strides, outputs, batch, t, stored, head, channel,
                 n, origin, after_rows, HEADS, DIM, ACTIVATION)
@@ -197,8 +199,8 @@ def _weight_backward(gate, gate_b, gate_strides, norm, dmixed, dmixed_b, dmixed_
                      WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                      CHANNELS: tl.constexpr, STAGES: tl.constexpr, ROUNDED: tl.constexpr,
                      OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """A group of windows' part of dweight (groups, h, w, 2w) and dbias (groups, h, w); `more` adds
-    to what is there. Windows are counted through the batch.
+    """Computes a group of windows' part of dweight (groups, h, w, 2w) and dbias (groups, h, w), or,
+    with `more`, adds it to what is there. Windows are counted through the batch.
     """
     gate_strides = (even(gate_b, EVEN[0]),) + gate_strides
     dmixed_strides = (even(dmixed_b, EVEN[1]),) + dmixed_strides
@@ -257,11 +259,11 @@ def _tiles_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, ou
                     WINDOW: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
                     CHANNELS: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr,
                     PRECISION: tl.constexpr):
-    """dnormed, from the mixture's gradient in its own window and the one after it."""
+    """Computes dnormed from the mixture's gradient in its own window and the one after it."""
     blocks: tl.constexpr = (WINDOW + ROWS - 1) // ROWS
     dmixed_strides = (even(dmixed_b, EVEN[0]),) + dmixed_strides
     out_strides = (even(out_b, EVEN[1]),) + out_strides
-    batch, window, head, row, channel = program_place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
+    batch, window, head, row, channel = window_place(windows, HEADS, DIM, blocks, ROWS, CHANNELS)
     batch += sequence
     wide: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
     i = row + tl.arange(0, ROWS)
@@ -295,10 +297,12 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, out
                    EVEN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
                    PER: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
                    STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """The same for windows that fit into a tile, walking back: `carry` goes to the tile before."""
+    """Like _tiles_backward, for windows that fit into a tile. It walks from the run's last tile to
+    its first and passes each tile's part, `next_sum`, to the tile before.
+    """
     dmixed_strides = (even(dmixed_b, EVEN[0]),) + dmixed_strides
     out_strides = (even(out_b, EVEN[1]),) + out_strides
-    batch, run, head, _, channel = program_place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
+    batch, run, head, _, channel = window_place(runs, HEADS, DIM, 1, ROWS, CHANNELS)
     batch += sequence
     wide: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
     size: tl.constexpr = PER * WINDOW
@@ -312,14 +316,14 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, out
     begin = run * length
     last = tl.minimum(begin + length, tiles) - 1
     known_end = tl.minimum(n, (first + windows + 1) * WINDOW)
-    carry = tl.zeros([ROWS, CHANNELS], dtype=wide)
+    next_sum = tl.zeros([ROWS, CHANNELS], dtype=wide)
     for back in tl.range(-1, last - begin + 1, num_stages=STAGES):
         t = first * WINDOW + (last - back) * size + i
         at = offsets(dmixed_strides, batch, t - origin, head, channel, DIM)
         after = tl.load(dmixed + at, other=0, mask=(
             kept & (t < known_end))[:, None] & (channel < DIM)[None, :]).to(OPERAND)
-        dnormed = tl.dot(own, after, carry, input_precision=PRECISION, out_dtype=wide)
-        carry = tl.dot(before, after, tl.zeros([ROWS, CHANNELS], dtype=wide),
+        dnormed = tl.dot(own, after, next_sum, input_precision=PRECISION, out_dtype=wide)
+        next_sum = tl.dot(before, after, tl.zeros([ROWS, CHANNELS], dtype=wide),
                        input_precision=PRECISION, out_dtype=wide)
         stored = kept & (t < n) & (t < (first + windows) * WINDOW) & (back >= 0)
         _store_dnormed(dnormed, out, out_strides, batch, t - out_origin, stored, head, channel,
@@ -330,9 +334,9 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, out
 def _norm_backward(gate, gate_b, strides, norm, dnormed, dnormed_t, dx, dnorm, first, rows, origin,
                    n, c, per_group, more, EVEN: tl.constexpr,
                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
-    """dnormed → dgate, in dx, for rows from `first` on, and a group of rows' part of dnorm
-    (groups, 2, c); `more` adds to what is there. dnormed starts at row `origin`, and may be the
-    same memory as dgate.
+    """Turns dnormed into dgate, in dx, for rows from `first` on, and computes a group of rows' part
+    of dnorm (groups, 2, c), or, with `more`, adds it to what is there. dnormed starts at row
+    `origin`, and may be the same memory as dgate.
     """
     mean, inverse, scale, _ = norm
     group = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -377,7 +381,7 @@ def _norm_backward(gate, gate_b, strides, norm, dnormed, dnormed_t, dx, dnorm, f
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _add_groups(parts, out, groups, stride, size, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """parts (groups, size) → their sum, in a fixed order."""
+    """Writes the sum of parts (groups, size), added up in a fixed order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([GROUPS, BLOCK], dtype=parts.dtype.element_ty)
     for start in range(0, groups, GROUPS):
@@ -423,17 +427,28 @@ LAUNCH = Table(
         "counted: ptxas aims at fewer and spills"),
     Row("_tiles _weight_backward", CUDA, "float32", ANY, dict(maxnreg=128),
         "counted: ptxas aims at fewer and spills"),
-    Row("_add_groups", ANY, ANY, ANY, dict(GROUPS=32), "a warp's worth of parts at once"),
+    Row(MIXING, ANY, ANY, ANY, dict(full_tile=4096, programs=512),
+        "8 warps from so many numbers of a tile of sums on, 16 to a thread, and 4 below; programs "
+        "to share out windows to: about four to a multiprocessor"),
+    Row("_weight_backward", ANY, ANY, ANY, dict(per_multiprocessor=2),
+        "each with sums of its own, of which few leave little to add up"),
+    Row("_statistics", ANY, ANY, ANY, dict(tile_bytes=8192, warp_bytes=2048),
+        "16-byte loads, four to a thread, where a row is not longer"),
+    Row("_norm_backward", ANY, ANY, ANY,
+        dict(tile_bytes=4096, warp_bytes=2048, STAGES=3, programs=1024),
+        "half as many rows: it holds two of them, and two sums, to a channel"),
+    Row("_add_groups", ANY, ANY, ANY, dict(GROUPS=32, block_bytes=512),
+        "a warp's worth of parts at once, in wide loads"),
     Row("_add_groups", CUDA, "float64", ANY, dict(maxnreg=128),
         "counted: ptxas aims at fewer and spills"),
 )
-FULL_TILE = 4096  # numbers of a tile of sums for 8 warps: 16 to a thread; 4 warps below
 
 
 class _Plan:
-    """Sizes, tiles and types, and the statistics of the gate's rows."""
+    """What both directions need: sizes, tiles and types, and the statistics of the gate's rows."""
 
-    def __init__(self, x, weight, bias, norm_weight, norm_bias, eps):
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
+                 norm_bias: Tensor | None, eps: float) -> None:
         b, n, self.c = x.shape[0], x.shape[1], x.shape[2] // 2
         h, self.w = bias.shape
         d = self.c // h
@@ -447,25 +462,32 @@ class _Plan:
             OPERAND=TYPES[self.wide if INTERPRETED else self.operand],
             PRECISION=float32_precision())
         self.rounded = dict(ROUNDED=TYPES[self.operand])
-        columns, size = _power(self.c), self.wide.itemsize
-        self.row = dict(COLUMNS=columns, num_warps=max(4, min(32, columns * size // 2048)))
-        self.rows = max(1, 8192 // size // columns)
         self.gate = strided(x[..., self.c :])
         mean, inverse = (x.new_empty(b, n, dtype=self.wide) for _ in range(2))
-        _statistics[(-(-b * n // self.rows),)](
-            *self.gate, mean, inverse, b * n, n, self.c, EVEN=evens(x), EPS=eps, ROWS=self.rows,
-            **self.row)
+        options = self.row_options("_statistics")
+        _statistics[(-(-b * n // options["ROWS"]),)](
+            *self.gate, mean, inverse, b * n, n, self.c, EVEN=evens(x), EPS=eps, **options)
         self.norm = mean, inverse, _dense(norm_weight), _dense(norm_bias)
 
-    def _choices(self, kernel):
-        """What LAUNCH has for the kernel: sizes of tiles by name, and options."""
-        options = LAUNCH.choose(kernel, self.operand)
-        return {name: options.pop(name, None) for name in (
-            "rows", "steps", "channels", "walked_window")}, options
+    def row_options(self, kernel: str) -> dict[str, Any]:
+        """The options of a kernel that holds rows whole; `programs` is there if LAUNCH has it."""
+        options = LAUNCH.choose(kernel, self.wide)
+        columns, size = _power(self.c), self.wide.itemsize
+        return options | dict(
+            COLUMNS=columns, ROWS=max(1, options.pop("tile_bytes") // size // columns),
+            num_warps=max(4, min(32, columns * size // options.pop("warp_bytes"))))
 
-    def launch(self, tiles, walk, sequences, windows, *args, **types):
-        """One of a pair of kernels, for `windows` of some sequences."""
-        sizes, options = self._choices((walk if self.walks else tiles).__name__)
+    def _choices(self, kernel: str, *classes: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What LAUNCH has for the kernel: sizes by name, and options."""
+        options = LAUNCH.choose(kernel, self.operand, *classes)
+        return {name: options.pop(name, None) for name in (
+            "rows", "steps", "channels", "walked_window", "full_tile", "programs",
+            "per_multiprocessor")}, options
+
+    def launch(self, tiles: Any, walk: Any, classes: Sequence[str], sequences: int, windows: int,
+               *args: Any, **types: Any) -> None:
+        """Launches one of a pair of kernels, for `windows` of some sequences. classes: LAUNCH's."""
+        sizes, options = self._choices((walk if self.walks else tiles).__name__, *classes)
         options |= dict(self.shape, **self.types, **types)
         rows, channels = sizes["rows"], min(sizes["channels"], _power(self.shape["DIM"]))
         parts = self.shape["HEADS"] * -(-self.shape["DIM"] // channels)
@@ -473,7 +495,7 @@ class _Plan:
             rows = min(rows, max(rows // 2, _power(self.w)))
             per = rows // self.w
             count = -(-windows // per)
-            length = max(1, count * sequences * parts // PROGRAMS)
+            length = max(1, count * sequences * parts // sizes["programs"])
             runs = -(-count // length)
             walk[(sequences * runs * parts,)](
                 *args, runs, length, PER=per, ROWS=rows, CHANNELS=channels,
@@ -484,37 +506,40 @@ class _Plan:
             blocks = -(-self.w // rows)
             tiles[(sequences * windows * blocks * parts,)](
                 *args, ROWS=rows, STEPS=sizes["steps"], CHANNELS=channels,
-                num_warps=8 if rows * channels >= FULL_TILE else 4, **options)
+                num_warps=8 if rows * channels >= sizes["full_tile"] else 4, **options)
 
-    def weight_tiles(self):
-        """→ how many tiles dweight has, and its kernel's options."""
+    def weight_tiles(self) -> tuple[int, int, int, dict[str, Any]]:
+        """Returns how many tiles dweight has, how many programs there are to be for a
+        multiprocessor and in all, and the options of its kernel.
+        """
         sizes, options = self._choices("_weight_backward")
         rows = min(sizes["rows"], _power(self.w))
         columns = min(sizes["rows"], _power(2 * self.w))
         count = self.shape["HEADS"] * -(-self.w // rows) * -(-2 * self.w // columns)
-        return count, dict(self.shape, ROWS=rows, COLUMNS=columns,
-                           CHANNELS=min(sizes["steps"], _power(self.shape["DIM"])),
-                           num_warps=8 if rows * columns >= FULL_TILE else 4, **self.rounded,
-                           **self.types, **options)
+        return count, sizes["per_multiprocessor"], sizes["programs"], dict(
+            self.shape, ROWS=rows, COLUMNS=columns,
+            CHANNELS=min(sizes["steps"], _power(self.shape["DIM"])),
+            num_warps=8 if rows * columns >= sizes["full_tile"] else 4, **self.rounded,
+            **self.types, **options)
 
 
-def _multiprocessors(x):
+def _multiprocessors(x: Tensor) -> int:
     if not x.is_cuda:
-        return 132  # an H200's
+        return 132  # as many as an H200 has
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _power(size):
-    """The power of two a tile needs for `size`."""
+def _power(size: int) -> int:
+    """Returns the power of two that a tile needs for `size`."""
     return max(16, power_of_two(size))
 
 
-def _dense(parameter):
+def _dense(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def _beside(*tensors):
-    """Strides of b, and those of the other axes, of what may be None."""
+def _beside(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Returns the batch strides, then the other strides, of tensors that may be None."""
     laid_out = [(None, 0, (0, 0)) if t is None else strided(t) for t in tensors]
     return *(b for _, b, _ in laid_out), tuple(others for _, _, others in laid_out)
 
@@ -522,13 +547,15 @@ def _beside(*tensors):
 def forward(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
             norm_bias: Tensor | None, eps: float, gate_residual: Tensor | None,
             activation: str) -> Tensor:
-    """x (b, n, 2c), weight (h, w, 2w), bias (h, w), gate_residual (b, n, c) → (b, n, c)."""
+    """Runs windowed_sgu on x (b, n, 2c), weight (h, w, 2w), bias (h, w) and gate_residual
+    (b, n, c); returns (b, n, c).
+    """
     b, n, c = x.shape[0], x.shape[1], x.shape[2] // 2
     out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     plan = _Plan(x, weight, bias, norm_weight, norm_bias, eps)
-    plan.launch(_tiles, _walk, b, plan.windows, *plan.gate, plan.norm, weight, weight.stride(),
+    plan.launch(_tiles, _walk, (), b, plan.windows, *plan.gate, plan.norm, weight, weight.stride(),
                 bias, bias.stride(), (x, gate_residual, None), *_beside(gate_residual, None),
                 (out, None, None), n, plan.windows, 0, 0, n, 0,
                 EVEN=evens(x, gate_residual, None), ACTIVATION=activation, **plan.rounded)
@@ -538,7 +565,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
 def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
              norm_bias: Tensor | None, eps: float, gate_residual: Tensor | None,
              activation: str) -> tuple[Tensor | None, ...]:
-    """grad (b, n, c) → dx, dweight, dbias, dnorm_weight, dnorm_bias, dgate_residual."""
+    """Returns dx, dweight, dbias, dnorm_weight, dnorm_bias and dgate_residual, from grad
+    (b, n, c).
+    """
     b, n, c = grad.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dresidual = None if gate_residual is None else torch.empty(
@@ -564,14 +593,14 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
     mixed_types = plan.operand != x.dtype
     if mixed_types:
         dnormed = torch.empty(hi - lo, min(n, (end - first) * plan.w), c, **own)
-    weight_tiles, weight_options = plan.weight_tiles()
-    # Two programs for every multiprocessor, each with sums of its own.
-    groups = max(1, min(_multiprocessors(x) * 2, PROGRAMS) // weight_tiles)
+    weight_tiles, per_multiprocessor, programs, weight_options = plan.weight_tiles()
+    groups = max(1, min(_multiprocessors(x) * per_multiprocessor, programs) // weight_tiles)
     groups = min(groups, b * plan.windows)
     dweight = torch.empty(groups, *weight.shape, dtype=plan.wide, device=x.device)
     dbias = torch.empty(groups, *bias.shape, dtype=plan.wide, device=x.device)
-    block, rows = max(1, plan.rows // 2), (hi - lo) * min(n, (end - first) * plan.w)
-    share = max(block, -(-rows // (2 * PROGRAMS)))
+    norm_options, rows = plan.row_options("_norm_backward"), (hi - lo) * min(
+        n, (end - first) * plan.w)
+    share = max(norm_options["ROWS"], -(-rows // norm_options.pop("programs")))
     dnorm = None if scale is None and shift is None else torch.empty(
         -(-rows // share), 2, c, dtype=plan.wide, device=x.device)
     for lo, hi, first, end in slabs:
@@ -583,8 +612,9 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
             # One window more: its mixture has gates of this slab in it.
             windows = min(end + 1, plan.windows) - first
             plan.launch(
-                _tiles, _walk, hi - lo, windows, *plan.gate, plan.norm, weight, weight.stride(),
-                bias, bias.stride(), (x, gate_residual, grad), *_beside(gate_residual, grad),
+                _tiles, _walk, ("backward",), hi - lo, windows, *plan.gate, plan.norm, weight,
+                weight.stride(), bias, bias.stride(), (x, gate_residual, grad),
+                *_beside(gate_residual, grad),
                 (dx, after, None if dmixed is dresidual else dresidual), n, windows, lo, first,
                 after.shape[1], origin, EVEN=evens(x, gate_residual, grad),
                 ACTIVATION=activation, **plan.rounded)
@@ -595,23 +625,24 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
         out, out_origin = dx[..., c:], 0
         if mixed_types:
             out, out_origin = dnormed, lo * dnormed.shape[1] + first * plan.w
-        plan.launch(_tiles_backward, _walk_backward, hi - lo, end - first, weight, weight.stride(),
-                    *strided(after), *strided(out), n, end - first, lo, first, origin,
-                    out_origin, EVEN=evens(after, out))
+        plan.launch(_tiles_backward, _walk_backward, (), hi - lo, end - first, weight,
+                    weight.stride(), *strided(after), *strided(out), n, end - first, lo, first,
+                    origin, out_origin, EVEN=evens(after, out))
         row = lo * n + first * plan.w
         rows = (hi - lo) * n if hi - lo > 1 else min(end * plan.w, n) - first * plan.w
         _norm_backward[(-(-rows // share),)](
             *plan.gate, plan.norm, out, out.stride(1), dx, dnorm, row, rows,
-            row if mixed_types else 0, n, c, share, more, EVEN=evens(x), ROWS=block, STAGES=3,
-            **plan.row)
+            row if mixed_types else 0, n, c, share, more, EVEN=evens(x), **norm_options)
     return (dx, _total(dweight, weight), _total(dbias, bias),
             None if scale is None else _total(dnorm[:, 0], norm_weight),
             None if shift is None else _total(dnorm[:, 1], norm_bias), dresidual)
 
 
-def _slabs(b, n, c, plan, whole):
-    """(first sequence, end, first window, end) of what fits into the scratch; the first is
-    the largest."""
+def _slabs(b: int, n: int, c: int, plan: _Plan,
+           whole: bool) -> list[tuple[int, int, int, int]]:
+    """Returns slabs that fit into the scratch, each as (first sequence, end, first window, end);
+    the first is the largest.
+    """
     steps = SCRATCH // (c * plan.operand.itemsize)
     if whole or steps >= n:
         size = b if whole else steps // n
@@ -621,11 +652,11 @@ def _slabs(b, n, c, plan, whole):
             for i in range(b) for first in range(0, plan.windows, size)]
 
 
-def _total(parts, like):
-    """parts (groups, …) → their sum in the dtype of `like`."""
+def _total(parts: Tensor, like: Tensor) -> Tensor:
+    """Returns the sum of parts (groups, …) in the dtype of `like`."""
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    block = 512 // parts.element_size()
+    options = LAUNCH.choose("_add_groups", parts.dtype)
+    block = options.pop("block_bytes") // parts.element_size()
     _add_groups[(-(-out.numel() // block),)](
-        parts, out, parts.shape[0], parts.stride(0), out.numel(), BLOCK=block,
-        **LAUNCH.choose("_add_groups", parts.dtype))
+        parts, out, parts.shape[0], parts.stride(0), out.numel(), BLOCK=block, **options)
     return out

@@ -8,9 +8,9 @@ import triton.language as tl
 
 
 @triton.jit
-def program_place(runs, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
-          ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The program's batch, run, head, first row of the run's windows, and channels.
+def window_place(runs, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
+                 ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Returns the program's batch, run, head, first row of the run's windows, and channels.
 
     The last tiles come first. Heads are next to each other: whole rows of x are read at once.
     """
@@ -27,14 +27,16 @@ def program_place(runs, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.const
 
 @triton.jit
 def offsets(strides, batch, t, head, channel, DIM: tl.constexpr):
-    """Offsets (steps, channels) into (b, n, c)."""
+    """Returns offsets (steps, channels) into (b, n, c)."""
     return (batch.to(tl.int64) * strides[0] + t.to(tl.int64)[:, None] * strides[1]
             + (head * DIM + channel).to(tl.int64)[None, :] * strides[2])
 
 
 @triton.jit
 def load_affine(norm, head, channel, DIM: tl.constexpr):
-    """norm = (mean, inverse, scale, shift) → scale and shift of a head's channels, or None."""
+    """Loads scale and shift of a head's channels, where norm = (mean, inverse, scale, shift) has
+    them; they are None where it does not.
+    """
     scale, shift = norm[2], norm[3]
     at = head * DIM + channel
     if scale is not None:
@@ -46,7 +48,7 @@ def load_affine(norm, head, channel, DIM: tl.constexpr):
 
 @triton.jit
 def normed(gate, strides, norm, affine, batch, t, known, head, channel, n, DIM: tl.constexpr):
-    """The normed gate (steps, channels); masked steps hold an arbitrary finite value."""
+    """Loads the normed gate (steps, channels); masked steps hold an arbitrary finite value."""
     x = tl.load(gate + offsets(strides, batch, t, head, channel, DIM), other=0,
                 mask=known[:, None] & (channel < DIM)[None, :]).to(norm[0].dtype.element_ty)
     row = batch.to(tl.int64) * n + t
@@ -61,8 +63,9 @@ def normed(gate, strides, norm, affine, batch, t, known, head, channel, n, DIM: 
 
 @triton.jit
 def load_band(weight, strides, head, row, step, used, WINDOW: tl.constexpr, MASKED: tl.constexpr):
-    """What `row` mixes of `step` (rows, steps), both counted from the start of a window, and
-    where it counts. A mask along the diagonal makes loads narrow: only with MASKED is it used.
+    """Loads the weights (rows, steps) by which `row` mixes `step`, both counted from the window's
+    start, and returns where they apply. A mask along the diagonal makes loads narrow, so that
+    loads beside the diagonal are masked by it only with MASKED.
     """
     behind = row // WINDOW * WINDOW
     r = row % WINDOW
@@ -77,7 +80,7 @@ def load_band(weight, strides, head, row, step, used, WINDOW: tl.constexpr, MASK
 @triton.jit
 def mix(band, x, mixed, ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
         EXACT: tl.constexpr):
-    """mixed + band · x; EXACT adds what rounding x leaves out."""
+    """Adds band · x to `mixed`; with EXACT also what rounding x leaves out."""
     rounded = x.to(ROUNDED)
     mixed = tl.dot(band, rounded.to(OPERAND), mixed, input_precision=PRECISION,
                    out_dtype=mixed.dtype)

@@ -7,7 +7,7 @@ from fastmix.ops._carries import HEADS_CARRY_EVERY
 
 
 def convert(values, have, want, rounding):
-    """Between bfloat16, kept as integers, and wider numbers, rounded to the nearest."""
+    """Converts between bfloat16, kept as integers, and wider numbers, rounding to the nearest."""
     values = torch.from_numpy(values.copy())
     if want.name == "bf16":
         return values.bfloat16().view(torch.int16).numpy().view("uint16")
@@ -24,13 +24,13 @@ def rounding_as_on_hardware(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def carries_as_on_hardware(monkeypatch):
-    """Tensors lie on a CPU here."""
+    """Tensors lie on a CPU here, but carries are as far apart as on a GPU."""
     monkeypatch.delitem(HEADS_CARRY_EVERY, "cpu")
 
 
 @pytest.fixture(params=["segments", "one walk"])
 def cut(request, monkeypatch):
-    """Time cut into 3 segments, or not, by the `kernels` of the test's file."""
+    """Has the `kernels` of the test's file cut time into 3 segments, or not at all."""
     pieces = 3 if request.param == "segments" else 1
 
     def segments(n, programs, steps):

@@ -15,13 +15,13 @@ F64 = torch.float64
 
 @pytest.fixture
 def cut(cut, monkeypatch):
-    """Also tiles of 16 steps, so that short sequences have many."""
+    """Tiles have 16 steps here, so that short sequences have many."""
     monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, tile_bytes: dict(
         RUNS=4, COLS=16, ROWS=4, num_warps=1))
 
 
 def differentiate(mean, x, weight):
-    """The output and the gradient."""
+    """Returns the output and the gradient."""
     x = x.detach().requires_grad_()
     out = mean(x)
     return out, *torch.autograd.grad((out * weight).sum(), x)
@@ -33,7 +33,7 @@ def kernels_of(x, weight):
 
 
 def both(x, weight):
-    """Found and defined."""
+    """Returns the kernels' output and gradient, and those of the definition."""
     return kernels_of(x, weight), differentiate(reference.cumulative_mean, x, weight)
 
 
@@ -54,7 +54,7 @@ def test_any_rank_with_the_real_tiles(shape):
 @pytest.mark.parametrize("n, dtype, bound", [
     (16, F64, 1e-12), (17, F64, 1e-12), (33, torch.float32, 1e-6)])
 def test_definition_with_wide_tiles(n, dtype, bound, monkeypatch):
-    """Those of a GPU that channels alone fill: blocks of 128 and a rest."""
+    """Tiles are those of a GPU that channels alone fill: blocks of 128 and a rest."""
     monkeypatch.setattr(scan, "FILLED", 0)
     assert kernels.tile(150, 1, dtype.itemsize, 128)["COLS"] == 128
     x, weight = torch.randn(2, 1, n, 150, dtype=dtype, device=DEVICE)
@@ -74,7 +74,7 @@ def test_strides(cut):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding(cut, dtype):
-    """At most twice the error of the definition in float32, rounded to the dtype."""
+    """Errors are at most twice those of the definition in float32, rounded to the dtype."""
     def draw():
         x, weight = torch.randn(2, 1, 131, 16, device=DEVICE).to(dtype)
         plain, exact = (differentiate(reference.cumulative_mean, x.to(wide), weight.to(wide))

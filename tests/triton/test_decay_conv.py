@@ -16,7 +16,7 @@ F64 = torch.float64
 
 @pytest.fixture
 def cut(cut, monkeypatch):
-    """Also tiles of 16 steps, so that short sequences have many."""
+    """Tiles have 16 steps here, so that short sequences have many."""
     monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, tile_bytes: dict(
         RUNS=4, COLS=16, ROWS=4, num_warps=1))
 
@@ -89,7 +89,7 @@ def test_carries_are_the_fallbacks(cut):
 
 
 def test_strides_and_expanded_gradients(cut):
-    """Heads of a wider projection, transposed axes, a gradient of one number."""
+    """Arguments are heads of a wider projection, axes transposed, and a gradient one number."""
     t = drawn("decay_conv", 40)
     b, n, h, d = t["x"].shape
     wide = torch.randn(b, n, h, 3 * d, dtype=F64, device=DEVICE)
@@ -107,7 +107,7 @@ def test_strides_and_expanded_gradients(cut):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding(cut, dtype):
-    """At most twice the error of the definition in float32, rounded to the dtype."""
+    """Errors are at most twice those of the definition in float32, rounded to the dtype."""
     check_rounding(dtype, lambda: drawn("decay_conv", 131, torch.float32, b=1))
 
 
@@ -132,8 +132,9 @@ def check_rounding(dtype, make, draws=(3, 12, 48, 192)):
 
 
 def test_slow_decay_keeps_its_accuracy():
-    """0.9999 over 1,500 steps in float32: the error of a power used again and again adds up.
-    Over many channels, since plain PyTorch's of one may happen to be small."""
+    """The decay is 0.9999 over 1,500 steps in float32: the error of a power used again and again
+    adds up. There are many channels, since plain PyTorch's error of one may happen to be small.
+    """
     decay = torch.tensor([0.9999], device=DEVICE)
     x = 1 + torch.rand(1, 1500, 1, 64, device=DEVICE)
     with fastmix.force("triton"):
@@ -144,7 +145,7 @@ def test_slow_decay_keeps_its_accuracy():
 
 
 def test_decays_that_hardly_fade():
-    """In [0.99, 1]: what all of 200 steps leave is still there."""
+    """Decays are in [0.99, 1]: what all of 200 steps leave is still there."""
     t = drawn("decay_conv", 200, b=1)
     t["decay"] = 1 - torch.rand(8, dtype=F64, device=DEVICE) / 100
     check("decay_conv", t)

@@ -20,8 +20,12 @@ ROUNDING = [(torch.float32, 3e-6, 3e-6), (torch.bfloat16, 2e-2, 2e-2),
 @pytest.fixture
 def chunks(monkeypatch):
     """What one program does in a row, many do at once: 64 steps each."""
+    cut_into(64, monkeypatch)
+
+
+def cut_into(length, monkeypatch):
     kernels = importlib.import_module("fastmix._triton.gate_loop_diagonal")
-    monkeypatch.setattr(kernels, "_chunks", lambda programs, n: (64, -(-n // 64)))
+    monkeypatch.setattr(kernels, "_chunks", lambda programs, n, dtype: (length, -(-n // length)))
 
 
 def draw(n, dtype=F64, b=1, h=1, logits=True, state=True):
@@ -145,7 +149,7 @@ def test_slices_of_one_projection_and_split_logits():
     "logits", "gates", pytest.param("real", marks=pytest.mark.long)])
 @pytest.mark.parametrize("dtype, value, gradient", [(F64, 1e-12, 1e-11), *ROUNDING[:2]])
 def test_gradients_of_slices_of_one_projection(dtype, value, gradient, kind):
-    """With gates and states that are every second number of wider tensors."""
+    """Gates and states are every second number of wider tensors."""
     tensors = (draw_real(67, dtype, b=2, h=3) if kind == "real" else
                draw(67, dtype, b=2, h=3, logits=kind == "logits"))
     projection = torch.cat([tensors[name] for name in "qkv"], dim=2)
@@ -157,7 +161,7 @@ def test_gradients_of_slices_of_one_projection(dtype, value, gradient, kind):
 
 
 def test_time_strides_whose_tiles_leave_32_bits():
-    """Slices of one tensor of more than 2^31 numbers, of which hardly any page is touched."""
+    """They are slices of a tensor of more than 2^31 numbers, hardly a page of which is touched."""
     dtype, value, gradient = next(r for r in ROUNDING if r[0] == torch.bfloat16)
     tensors, far = draw(66, dtype, state=False), 1 << 25
     base = torch.empty(66 * far, dtype=dtype, device=DEVICE)
@@ -178,7 +182,7 @@ def test_split_logits_in_half_precision(dtype, value, gradient):
 
 @pytest.mark.parametrize("logits", [True, False])
 def test_gates_that_hardly_fade(logits):
-    """Sizes in [0.99, 1]: what all of 260 steps leave is still there."""
+    """Gates have sizes in [0.99, 1]: what all of 260 steps leave is still there."""
     tensors = draw(260, logits=logits)
     size, angle = torch.rand(2, 1, 260, 1, dtype=F64, device=DEVICE)
     if logits:
@@ -218,6 +222,11 @@ def test_chunks_of_time(chunks):
     check(draw(129, logits=False, state=False))
 
 
+def test_chunks_whose_rows_are_several_times_what_is_loaded_at_once(monkeypatch):
+    cut_into(192, monkeypatch)
+    check(draw(410))
+
+
 @pytest.mark.parametrize("dtype, value, gradient", ROUNDING[:2])
 @pytest.mark.parametrize("logits", [True, False])
 def test_chunks_of_time_in(chunks, dtype, value, gradient, logits):
@@ -227,7 +236,7 @@ def test_chunks_of_time_in(chunks, dtype, value, gradient, logits):
 @pytest.mark.parametrize("logits", [True, False])
 @pytest.mark.parametrize("schedule", ["one walk", "chunks"])
 def test_expanded_gradient_and_unwritten_memory(schedule, logits, request):
-    """Twice, with equal bits."""
+    """Two runs give equal bits."""
     if schedule == "chunks":
         request.getfixturevalue("chunks")
     tensors = leaves(draw(66, logits=logits))

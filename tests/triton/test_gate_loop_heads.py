@@ -23,7 +23,7 @@ F64 = torch.float64
 
 
 def draw(n, dk, dv, logits, state, b=1, h=2):
-    """float64 arguments, away from the pole of the logits' gradient."""
+    """Draws float64 arguments, away from the pole of the logits' gradient."""
     made = {"q": torch.randn(b, n, h, dk, dtype=F64), "k": torch.randn(b, n, h, dk, dtype=F64),
             "v": torch.randn(b, n, h, dv, dtype=F64)}
     if logits:
@@ -51,14 +51,14 @@ def draw_real(n, dk, dv, gates, state, b=1, h=2):
 
 
 def in_dtype(tensors, dtype, logits=None):
-    """Rounded to dtype, complex numbers and states to float32 or float64, logits to their own."""
+    """Rounds to dtype, complex numbers and states to float32 or float64, logits to their own."""
     return {name: t.to(complex_dtype(dtype) if t.is_complex() else
                        logits or dtype if name == "gate_logits" else dtype)
             for name, t in tensors.items()}
 
 
 def kernels(tensors, weights=None):
-    """Outputs and gradients of the kernels, back on the CPU."""
+    """Returns outputs and gradients of the kernels, back on the CPU."""
     grad_leaves = leaves({name: t.to(DEVICE) for name, t in tensors.items()})
     with fastmix.force("triton"):
         outputs = fastmix.ops.gate_loop(**grad_leaves, return_state=True)
@@ -109,7 +109,7 @@ def test_definition_of_real_gates_in_float64(n, dk, dv, gates, state):
     (torch.bfloat16, torch.bfloat16, 2e-2), (torch.float16, torch.float16, 2e-3),
     (torch.float32, torch.float32, 2e-6), (torch.bfloat16, torch.float32, 2e-2)])
 def test_real_gates_in(dtype, gates, bound):
-    """The gradients of gates are rounded to their dtype. Heads of one block and of two."""
+    """The gradients of gates are rounded to their dtype. Heads have one block, or two."""
     tensors = draw_real(67, 20, 36, "gates", True, h=1)
     kinds = {"initial_state": state_dtype(dtype), "gates": gates}
     tensors = {name: t.to(kinds.get(name, dtype)) for name, t in tensors.items()}
@@ -136,7 +136,7 @@ def test_a_real_gate_of_zero_resets_exactly_and_decays_are_not_copied():
 
 
 def check_rounding(dtype, logits, edge):
-    """At most twice the definition's error, over lengths around a chunk's edge."""
+    """Errors are at most twice the definition's, over lengths around a chunk's edge."""
     def errors(n, dk, dv):
         tensors = in_dtype(draw(n, dk, dv, logits is not None, True, h=1), dtype, logits)
         weights = weights_for(tensors, dtype)
@@ -179,7 +179,7 @@ def test_rounding_of_the_largest_heads():
 
 @pytest.mark.parametrize("logits", [True, False])
 def test_gates_that_hardly_fade(logits):
-    """Sizes in [0.99, 1]: what all of 130 steps leave is still there."""
+    """Gates have sizes in [0.99, 1]: what all of 130 steps leave is still there."""
     made = draw(130, 3, 2, logits, True, h=1)
     size, angle = torch.rand(2, 1, 130, 1, dtype=F64)
     if logits:
@@ -207,7 +207,7 @@ def test_rounding_with_the_chunks_and_parts_of(family, edge, dtype, logits, monk
 @pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter: a GPU runs what is its own")
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_definition_with_weights_in_parts(real, monkeypatch):
-    """What only 16-bit data has on a GPU, exactly."""
+    """On a GPU only 16-bit data has such parts: here float64 has, to be compared exactly."""
     monkeypatch.setattr(target, "family", lambda: "sm90")
     monkeypatch.setattr(gate_loop_heads, "LAUNCH", target.Table(
         *gate_loop_heads.LAUNCH.rows,
@@ -223,7 +223,7 @@ def test_definition_with_weights_in_parts(real, monkeypatch):
     (70, torch.bfloat16, False), (17, F64, False),
     pytest.param(70, torch.bfloat16, True, marks=pytest.mark.long)])
 def test_strides_are_read_and_buffers_filled(n, dtype, real):
-    """Slices of one projection, turned layouts, expanded gradients, NaN in fresh memory."""
+    """Arguments are slices of one projection or turned, gradients expanded, fresh memory is NaN."""
     b, h, d = 2, 2, 6
     made = in_dtype(draw_real(n, d, d, "gates", True, b=b, h=h) if real else
                     draw(n, d, d, False, True, b=b, h=h), dtype)
@@ -271,7 +271,7 @@ def test_gates_of_zero_reset_exactly_and_of_size_one_keep():
 
 
 def test_gradients_through_gates_of_zero():
-    """No gate but zeros and ones: where products of all others are asked for."""
+    """Gates are zeros and ones: where products of all others are asked for."""
     made = draw(40, 3, 2, False, True)
     made["gates"] = torch.rand(1, 40, 2).lt(0.8).to(torch.complex128)
     weights = weights_for(made, F64)

@@ -36,7 +36,7 @@ def test_definition(cut, name, n):
 
 
 def check(gates, inputs, initial_state=None, **options):
-    """Values and gradients in float64; gates broadcast over trailing axes."""
+    """Compares values and gradients in float64; gates broadcast over trailing axes."""
     tensors = {"gates": gates, "inputs": inputs, "initial_state": initial_state}
     tensors = leaves({name: t.to(DEVICE) for name, t in tensors.items() if t is not None})
     with fastmix.force("triton"):
@@ -62,7 +62,7 @@ def test_six_axes(shape):
 
 
 def forward_and_backward(inputs, gates):
-    """The kernels' own results in float64, and the definition's."""
+    """Returns the kernels' own results in float64, and the definition's."""
     ours = {"gates": gates.detach().requires_grad_(), "inputs": inputs.detach().requires_grad_()}
     with fastmix.force("triton"):
         outputs, grads, weights = gradients(lambda t: [ops.linear_scan(**t)], ours)
@@ -122,7 +122,7 @@ def test_inputs_of_three_axes_that_are_apart_are_refused():
 
 
 def test_gates_that_hardly_fade():
-    """In [0.99, 1]: what all of 200 steps leave is still there."""
+    """Gates are in [0.99, 1]: what all of 200 steps leave is still there."""
     gates = 1 - torch.rand(1, 200, 3, dtype=F64) / 100
     check(gates, torch.randn(1, 200, 3, dtype=F64))
     turning = torch.polar(gates, 6.3 * torch.rand_like(gates))
@@ -155,7 +155,7 @@ def test_carries_are_the_fallbacks(cut, reverse):
 
 
 def test_resets_unit_gates_and_strides(cut):
-    """Gates 0 and 1, slices of one projection, a gradient of one number."""
+    """Gates are 0 and 1, arguments slices of one projection, and a gradient one number."""
     both = torch.rand(1, 150, 3, 2, dtype=F64, device=DEVICE)
     both[:, :, 1, 0] = 1
     both[:, 70, 2, 0] = 0
@@ -173,7 +173,7 @@ def test_resets_unit_gates_and_strides(cut):
 
 
 def check_rounding(dtype, lengths, draws=(3, 12, 48), **options):
-    """At most twice the error of the definition in float32, rounded to the dtype."""
+    """Errors are at most twice those of the definition in float32, rounded to the dtype."""
     def errors(n):
         t = {k: v.to(dtype)
              for k, v in on_device(CASES["linear_scan"].make(n, torch.float32)).items()}

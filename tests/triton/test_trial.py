@@ -6,7 +6,7 @@ import torch
 import fastmix
 from cases import random_gates
 from fastmix import _triton, env, reference
-from fastmix._triton import decay_conv, gate_loop, trial, windowed_sgu
+from fastmix._triton import decay_conv, gate_loop, linear_scan, trial, windowed_sgu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -154,15 +154,78 @@ def test_scans_and_norms_of_few_channels_have_no_trial():
     assert trial._why_not_trusted.cache_info().currsize == 0
 
 
-def test_errors_that_come_late_are_the_kernels(monkeypatch):
-    """A launch returns before its kernel has run; what an illegal access leaves is no device."""
-    def fail(device):
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+def scan_arguments(gates=torch.float32, inputs=torch.float32, shared=False, reverse=False,
+                   initial=False, carry_every=64):
+    a = torch.rand(2, 7, 1 if shared else 5, device=DEVICE).to(gates)
+    x = torch.randn(2, 7, 5, dtype=inputs, device=DEVICE)
+    dtype = torch.promote_types(torch.promote_types(gates, inputs), torch.float32)
+    state = torch.randn(2, 5, dtype=dtype, device=DEVICE) if initial else None
+    return a, x, state, reverse, carry_every
 
-    monkeypatch.setattr(trial, "_synchronize", fail)
+
+@pytest.mark.parametrize("options", [
+    {}, dict(gates=torch.bfloat16, inputs=torch.bfloat16, reverse=True),
+    dict(gates=torch.complex64, shared=True, initial=True),
+    dict(gates=torch.complex64, inputs=torch.complex64, carry_every=0)])
+def test_right_scans_pass(options):
+    args = scan_arguments(**options)
+    for direction in ("forward", "backward")[: 2 if args[-1] else 1]:
+        assert trial.why_not("linear_scan", direction, linear_scan, *args) is None
+    assert trial._why_not_trusted.cache_info().currsize == (2 if args[-1] else 1)
+
+
+def test_a_trial_cuts_time_where_the_call_does(monkeypatch):
+    """One with as many channels as fill a GPU walks along all of time."""
+    cuts = []
+    segments = linear_scan.segments
+    monkeypatch.setattr(linear_scan, "segments", lambda n, programs, steps: (
+        cuts.append(segments(n, programs, steps)[0]) or segments(n, programs, steps)))
+    monkeypatch.setattr(trial, "ENOUGH_CHANNELS", 96 * 4)
+    for b in 1, 96:
+        a, x, *others = scan_arguments()
+        trial.why_not("linear_scan", "forward", linear_scan, a[:1].expand(b, 7, 5)[..., :4],
+                      x[:1].expand(b, 7, 5)[..., :4], *others)
+    assert cuts[0] > 1 and cuts[1] == 1
+
+
+@pytest.mark.parametrize("direction, which", [("forward", 0), ("backward", 0), ("backward", 1)])
+def test_wrong_scans_are_not_used(monkeypatch, direction, which):
+    right = getattr(linear_scan, direction)
+
+    def wrong(*args):
+        out = list(right(*args))
+        out[which] = 1.1 * out[which]
+        return tuple(out)
+
+    monkeypatch.setattr(linear_scan, direction, wrong)
+    message = f"its {direction} kernels for gates in float32 and inputs in float32 are wrong, off"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert message in trial.why_not("linear_scan", direction, linear_scan, *scan_arguments())
+    assert "wrong" in fastmix.implementations("linear_scan", DEVICE)["triton"]
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])
+def test_errors_that_come_late_are_the_kernels(monkeypatch, error):
+    """A launch returns before its kernel has run. Triton's own launcher raises RuntimeError."""
+    errors = [error("CUDA error: misaligned address")]
+    monkeypatch.setattr(trial, "_synchronize", lambda device: [_raise(e) for e in errors[:1]
+                                                               if errors.pop()])
     with pytest.warns(RuntimeWarning, match="does not run on its Triton kernels"):
         reason = trial.why_not("gate_loop", "forward", gate_loop, *arguments(5))
-    assert "illegal memory access" in reason and "start it again" in reason
+    assert "misaligned address" in reason
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])
+def test_a_device_that_fails_at_everything_is_not_fallen_back_on(monkeypatch, error):
+    monkeypatch.setattr(trial, "_synchronize", lambda device: _raise(
+        error("CUDA error: an illegal memory access was encountered")))
+    with pytest.raises(RuntimeError, match="gate_loop: .*illegal memory access.* start it again"):
+        trial.why_not("gate_loop", "forward", gate_loop, *arguments(5))
+    assert not trial.failures
 
 
 def test_each_device_is_asked_for_its_own_capability(monkeypatch):

@@ -15,8 +15,11 @@ F64 = torch.float64
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """Runs of several tiles, groups of several windows, also in small tensors."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    """Small tensors have runs of several tiles and groups of several windows too."""
+    monkeypatch.setattr(kernels, "LAUNCH", target.Table(
+        *kernels.LAUNCH.rows,
+        target.Row(kernels.MIXING, "*", "*", "*", dict(programs=4), "for these tests"),
+        target.Row("_norm_backward", "*", "*", "*", dict(programs=8), "for these tests")))
 
 
 def draw(n, w, h=2, c=6, b=1, affine=True, residual=True, dtype=F64):
@@ -32,7 +35,7 @@ def draw(n, w, h=2, c=6, b=1, affine=True, residual=True, dtype=F64):
 
 
 def differentiate(run, tensors, grad, **options):
-    """→ the output and the gradients of all tensors."""
+    """Returns the output and the gradients of all tensors."""
     tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     out = run(**tensors, **options)
     return out.detach(), *torch.autograd.grad(out, tensors.values(), grad)
@@ -107,7 +110,7 @@ def test_half_an_affine_norm(norm):
 
 @pytest.mark.parametrize("n, w", [(20, 4), (36, 33)])
 def test_strides(n, w):
-    """Every second number, other axes innermost, and gradients that are one number."""
+    """Tensors are every second number, have other axes innermost, and gradients one number."""
     tensors = draw(n, w)
     every_second = {name: torch.stack([t, t + 1], dim=-1)[..., 0] for name, t in tensors.items()}
     turned = {name: t.transpose(0, -1).contiguous().transpose(0, -1)
