@@ -102,7 +102,7 @@ Tensor run(const Tensor& x, bool backward) {
   const Tensor rows = x.dim() <= 4 ? x : reshaped(x, {b, n, channels});
   ChainStorage storage(b, n, channels);
   const CumulativeMean args{storage.chain, n, source(rows), sink(out, n, channels), backward};
-  spread(FASTMIX_KERNELS(cumulative_mean), args, storage.units());
+  spread(FASTMIX_KERNELS(cumulative_mean), args, storage.units(), 1.0 * x.numel());
   return out;
 }
 

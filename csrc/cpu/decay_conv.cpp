@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor> decay_conv(const Tensor& x, const Tensor& dec
   args.out = sink(out, n, h * d);
   args.state = sink(state, 1, h * d);
   args.carries = sink(kept, carries, h * d);
-  spread(FASTMIX_KERNELS(decay_conv_forward), args, call.units());
+  spread(FASTMIX_KERNELS(decay_conv_forward), args, call.units(), 1.0 * x.numel());
   return {out, state, kept};
 }
 
@@ -288,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decay_conv_backward(
   if (initial_state) args.grad_initial = sink(grad_initial, 1, h * d);
   args.grad_decay = by_decay.data();
   args.grad_gain = by_gain.data();
-  spread(FASTMIX_KERNELS(decay_conv_backward), args, call.units());
+  spread(FASTMIX_KERNELS(decay_conv_backward), args, call.units(), 2.0 * x.numel());
   return {grad_x, totals(by_decay, decay, d), gain ? totals(by_gain, *gain, d) : nothing(x),
           grad_initial};
 }

@@ -724,6 +724,11 @@ struct FftConvCall {
                      reinterpret_cast<uintptr_t>(args.out.data) % 64 == 0;
   }
 
+  // Nanoseconds of one thread, for the transforms of all kernels.
+  double transforming() const {
+    return 4.0 * (args.shared ? 1 : args.b) * args.h * args.plan.length;
+  }
+
   void plan() {
     const bool whole = args.n < 2 * kFitting || args.n < 16 * args.lags;
     args.plan = plan_for(whole ? args.n : std::max(kFitting, 4 * args.lags), table);
@@ -742,7 +747,7 @@ Tensor transformed(FftConvCall& call, const Tensor& x) {
   if (args.kernels_in_lanes) return nothing(x);
   Tensor spectra = fresh(x, {(args.shared ? 1 : args.b) * args.h, 2 * args.plan.length}, wide(x));
   args.spectra = spectra.mutable_data_ptr();
-  spread(FASTMIX_KERNELS(fft_conv_spectra), args, call.kernel_units);
+  spread(FASTMIX_KERNELS(fft_conv_spectra), args, call.kernel_units, call.transforming());
   return spectra;
 }
 
@@ -752,12 +757,13 @@ Tensor fft_conv(const Tensor& x, const Tensor& kernel, const OptionalTensor& ski
   FftConvCall call(x, kernel, skip);
   call.writes(out);
   if (call.args.lags - call.args.lags * call.args.lags / (2 * call.args.n) <= kFewLags) {
-    spread(FASTMIX_KERNELS(fft_conv_direct), call.args, call.units);
+    spread(FASTMIX_KERNELS(fft_conv_direct), call.args, call.units,
+           0.2 * call.args.lags * x.numel());
     return out;
   }
   call.plan();
   const Tensor spectra = transformed(call, x);
-  spread(FASTMIX_KERNELS(fft_conv_forward), call.args, call.units);
+  spread(FASTMIX_KERNELS(fft_conv_forward), call.args, call.units, 5.0 * x.numel());
   return out;
 }
 
@@ -787,8 +793,8 @@ std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(const Tensor& grad, const T
   args.early_lags = early_lags.empty() ? nullptr : early_lags.data();
   call.segmented_lags.resize(args.b * args.h * args.groups);
   args.segmented_lags = call.segmented_lags.data();
-  spread(FASTMIX_KERNELS(fft_conv_backward), args, call.units);
-  if (!alone) spread(FASTMIX_KERNELS(fft_conv_lags), args, call.kernel_units);
+  spread(FASTMIX_KERNELS(fft_conv_backward), args, call.units, 10.0 * x.numel());
+  if (!alone) spread(FASTMIX_KERNELS(fft_conv_lags), args, call.kernel_units, call.transforming());
   return {grad_x, grad_kernel, skip ? totals(by_sample, *skip) : nothing(x)};
 }
 

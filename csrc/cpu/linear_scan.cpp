@@ -317,7 +317,7 @@ std::tuple<Tensor, Tensor> linear_scan(const Tensor& gates, const Tensor& inputs
   args.initial_state = state_source(initial);
   args.states = sink(states, args.n, channels);
   args.carries = sink(kept, carries, channels);
-  spread(FASTMIX_KERNELS(linear_scan_forward), args, units(args, b));
+  spread(FASTMIX_KERNELS(linear_scan_forward), args, units(args, b), 2.0 * inputs.numel());
   return {states, kept};
 }
 
@@ -339,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(const Tensor& grad, cons
   args.grad_inputs = sink(grad_inputs, args.n, channels);
   if (initial_state) args.grad_initial = sink(grad_initial, 1, channels);
   if (args.d == 0) clear(grad_gates);
-  spread(FASTMIX_KERNELS(linear_scan_backward), args, units(args, b));
+  spread(FASTMIX_KERNELS(linear_scan_backward), args, units(args, b), 5.0 * inputs.numel());
   return {grad_gates, grad_inputs, grad_initial};
 }
 

@@ -110,13 +110,17 @@ int instruction_set();
 // False after fork() from a process with several threads: the child has no thread pool.
 bool may_use_threads();
 
-// Calls the kernel of this machine for all units, in parallel.
+// Calls the kernel of this machine for all units, which one thread would do in roughly
+// `nanoseconds`: in parallel if that gives each thread more work than waking it costs.
 template <class Arguments>
 void spread(std::initializer_list<Kernel<Arguments>> kernels, const Arguments& arguments,
-            int64_t units) {
+            int64_t units, double nanoseconds) {
+  constexpr double least = 10'000;  // of a thread
   const Kernel<Arguments> kernel = kernels.begin()[kernels.size() > 1 ? instruction_set() : 0];
-  if (!may_use_threads()) return kernel(arguments, 0, units);
-  torch::stable::parallel_for(0, units, 1,
+  if (units == 0) return;
+  if (!may_use_threads() || nanoseconds < 2 * least) return kernel(arguments, 0, units);
+  const int64_t grain = std::max<int64_t>(1, units * least / nanoseconds);
+  torch::stable::parallel_for(0, units, grain,
                               [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
