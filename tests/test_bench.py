@@ -797,12 +797,27 @@ def test_bad_flags(run, monkeypatch, capsys, flags, message):
     (["peers.py", "--json", "/no/such/x.json"], "--json: /no/such/x.json cannot be written"),
     (["peers_cpu.py", "--json", "/no/such/x.json"], "--json: /no/such/x.json cannot be written"),
     (["peers_cpu.py", "--ops", "gate_lop"], "--ops must be of 'linear_scan real', "),
+    (["threads.py", "--plot", "/no/such/x.png"], "--plot: /no/such/x.png cannot be written"),
     (["self_check.py", "--json", "/no/such/x.json"], "--json: /no/such/x.json cannot be written"),
     (["compare.py", "/no/such/x.json", "/no/such/y.json"], "No such file or directory")])
 def test_other_tools_refuse_paths_before_they_measure(command, message):
     done = subprocess.run([sys.executable, BENCH / command[0], *command[1:]],
                           capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_threads_have_a_row_for_each_operator_and_a_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCH)
+    import threads
+    monkeypatch.setattr(threads, "SECONDS", 0.1)
+    path = tmp_path / "threads.png"
+    threads.main(["--seq", "300", "--dim", "32", "--heads", "2", "--ops", "decay_conv", "gate_loop",
+                  "--plot", str(path)])
+    large, small = capsys.readouterr().out.strip().split("\n\n")
+    names = [line.split("|")[1].strip() for line in large.splitlines()[2:]]
+    assert names == [line.split("|")[1].strip() for line in small.splitlines()[2:]]
+    assert len(names) == 4 and "on 64" in small and "%" in large
+    assert path.stat().st_size > 5000
 
 
 @pytest.mark.long
