@@ -103,8 +103,9 @@ def main(argv):
         parser.error(f"--plot{refusal}")
     tried = counts(cores)
     curves = {mode: {} for mode in rows.MODES}
-    print("| operator, forward / fwd+bwd | " + " | ".join(f"{count} thread{'s' * (count > 1)}" for count in tried)
-          + " | efficiency |\n|---|" + "---:|" * (len(tried) + 1))
+    heads = " | ".join(f"{count} thread{'s' * (count > 1)}" for count in tried)
+    print(f"| operator, forward / fwd+bwd | {heads} | efficiency |\n|---|"
+          + "---:|" * (len(tried) + 1))
     for case in cases(args.batch, args.seq, args.dim, args.heads, args.ops):
         step = step_of(case)
         step.forward_backward()  # compiles, the first time
