@@ -63,6 +63,13 @@ def draw(losses, path):
     pyplot.close()
 
 
+def save(path, **contents):
+    """Whole or not at all: who is stopped while it writes keeps the one before."""
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(contents, unfinished)
+    unfinished.replace(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", default=__file__)
@@ -73,6 +80,7 @@ def main():
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--sample", type=int, default=200, help="bytes to write at the end")
+    parser.add_argument("--save-every", type=int, default=100, help="steps to a checkpoint")
     parser.add_argument("--out", type=Path, default=Path("text-model"), help="folder")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     options = parser.parse_args()
@@ -100,8 +108,14 @@ def main():
         optimizer.load_state_dict(before["optimizer"])
         torch.set_rng_state(before["random"])
 
+    def keep():
+        save(checkpoint, sizes=sizes, losses=losses, weights=model.state_dict(),
+             optimizer=optimizer.state_dict(), random=torch.get_rng_state())
+
     bar = tqdm(range(len(losses), options.steps), initial=len(losses), total=options.steps)
     for _ in bar:
+        if losses and len(losses) % options.save_every == 0:
+            keep()
         starts = torch.randint(len(text) - sizes["seq"], (options.batch,))
         batch = torch.stack([text[i : i + sizes["seq"] + 1] for i in starts]).to(device)
         logits = model(batch[:, :-1])
@@ -111,8 +125,7 @@ def main():
         optimizer.step()
         losses.append(loss.item())
         bar.set_description(f"loss {losses[-1]:.3f}")
-    torch.save({"sizes": sizes, "losses": losses, "weights": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}, checkpoint)
+    keep()
     draw(losses, options.out / "loss.png")
     print(f"loss {losses[-1]:.3f} after {len(losses)} steps; {checkpoint} and loss.png written. "
           "Guessing costs 5.545: look for less")

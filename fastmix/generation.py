@@ -118,7 +118,16 @@ def _steps(
                 raise ValueError(f"{where}: {name} must be at most {most}, as the model has "
                                  f"{count} tokens, got {value}")
 
+    count = _vocabulary(model)
+    if count is not None:
+        check_vocabulary(count)
     return _run(model, prompt, lengths, max_new_tokens, pick, eos_token, check_vocabulary)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """The number of tokens, where the model's last layer tells it before it runs."""
+    last = getattr(model, "to_logits", None)
+    return getattr(last[-1] if isinstance(last, nn.Sequential) else last, "out_features", None)
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from transformers.utils import ModelOutput
 from fastmix import nn as fastmix_nn
 from fastmix.states import select_rows
 
-MODELS = ("GateLoopTransformer", "GatedDsConvLM", "GatedExponentialSmoothingLM", "MetaformerGPT",
-          "gMLPGPT")
+MODELS = ("GateLoopTransformer", "GatedDsConvLM", "GatedExponentialSmoothingLM",
+          "GatedStateSpacesLM", "MetaformerGPT", "gMLPGPT")
 
 
 class FastmixConfig(PretrainedConfig):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmix import _torch_private
+
 
 class CumulativeMeanState(NamedTuple):
     """The state of `cumulative_mean`."""
@@ -95,6 +97,14 @@ def may_write() -> bool:
     return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _in_place.get()
 
 
+def steps_on_host(steps: Tensor) -> list[int] | None:
+    """Their values, where a CPU has them and nothing traces or maps what is done."""
+    if (type(steps) is not Tensor or steps.device.type != "cpu" or torch.compiler.is_compiling()
+            or _torch_private.transforms_active()):
+        return None
+    return steps.tolist()
+
+
 def select_rows(state: Any, rows: Tensor | Sequence[int] | slice) -> Any:
     """The state of the sequences `rows` of a batch, in that order: a copy.
 
@@ -138,6 +148,11 @@ class Rows(NamedTuple):
     tensors: tuple[Tensor, ...]
     """(b, m, …) each: the last m steps, the newest last; a sequence that has had fewer begins
     with zeros"""
+
+
+# What torch.load makes from files with weights_only=True, its default.
+torch.serialization.add_safe_globals([CumulativeMeanState, WindowedSGUState, CausalSGUState,
+                                      FFTConvBlock, FFTConvState, Rows])
 
 
 def concatenate(states: Sequence[Any], sizes: Sequence[int]) -> Any:

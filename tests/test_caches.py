@@ -19,6 +19,8 @@ MODELS = {
         num_tokens=5, dim=8, depth=2, heads=2, dim_head=3, max_seq_len=N),
     "smoothing": lambda: nn.GatedExponentialSmoothingLM(
         num_tokens=5, dim=8, depth=2, heads=2, dim_mhesa=4),
+    "spaces": lambda: nn.GatedStateSpacesLM(
+        num_tokens=5, dim=8, depth=2, dss_kernel_N=3, dss_kernel_H=4),
     "dsconv": lambda: nn.GatedDsConvLM(
         num_tokens=5, dim=8, depth=2, heads=2, dim_dsconv=4, max_seq_len=N),
     "gateloop": lambda: nn.GateLoopTransformer(8, **GATED),
@@ -44,7 +46,7 @@ MODELS = {
     "gmlp own norm": lambda: own_norms(nn.gMLPGPT(seq_len=N, window=((3, 2), (N, 1)), **GMLP)),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
-FAMILIES = ["metaformer", "smoothing", "dsconv", "gateloop", "gmlp", "gmlp folded",
+FAMILIES = ["metaformer", "smoothing", "dsconv", "gateloop", "gmlp", "spaces", "gmlp folded",
             "attention rotary", "gmlp own norm"]
 
 
@@ -113,21 +115,37 @@ def test_a_cache_is_not_changed(name):
         assert all(map(torch.equal, before, tensors_of(cache)))
 
 
-@pytest.mark.parametrize("name, b", [("gmlp", 1), ("gmlp", 2), ("gmlp folded", 1)])
-def test_caches_are_written_in_place_where_that_is_allowed(name, b):
+@pytest.mark.parametrize("name, b, pieces", [
+    ("gmlp", 1, [1, 3, *[1] * 6]), ("gmlp", 2, [1, 3, *[1] * 6]), ("gmlp folded", 1, [1] * 10)])
+def test_caches_are_written_in_place_where_that_is_allowed(name, b, pieces):
+    """That of a fold, too, by single steps: each is one of its subsequences' alone."""
     model, tokens = build(name), torch.randint(0, 5, (b, N))
     with torch.no_grad(), fastmix.states.in_place():
         first, cache = model(tokens[:, :9], return_cache=True)
-        places = {t.data_ptr() for t in tensors_of(cache) if t.ndim == 3 and t.shape[1] > 3}
-        rest, cache = in_pieces(model, tokens[:, 9:], [1, 3, *[1] * (N - 13)], cache)
+        places = {t.data_ptr() for t in tensors_of(cache) if t.shape[2:] == (8,)}  # of gates
+        rest, cache = in_pieces(model, tokens[:, 9:], pieces, cache)
         assert_equal(torch.cat((first, rest), dim=1), model(tokens))
-    if name == "gmlp":  # folds copy the rows of the subsequence whose turn it is
-        assert places and places <= {t.data_ptr() for t in tensors_of(cache)}
+    assert places and places <= {t.data_ptr() for t in tensors_of(cache)}
     _, cache = model(tokens[:, :9], return_cache=True)
     before = [t.clone() for t in tensors_of(cache)]
     with fastmix.states.in_place():  # but not with gradients
         model(tokens[:, 9:10], cache=cache, return_cache=True)
     assert all(map(torch.equal, before, tensors_of(cache)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_that_was_written_into_is_refused(name):
+    model, tokens = build(name), torch.randint(0, 5, (2, N))
+    with torch.no_grad(), fastmix.states.in_place():
+        for returned in (True, False):
+            _, cache = model(tokens[:, :9], return_cache=True)
+            out = model(tokens[:, 9:10], cache=cache, return_cache=returned)
+            for step in (tokens[:, 9:10], tokens[:, 10:13]):
+                with pytest.raises(ValueError, match="cache must be one that no call has used up, "
+                                                     "got .*: go on from the cache that"):
+                    model(step, cache=cache)
+            if returned:
+                assert_equal(model(tokens[:, 10:11], cache=out[1]), model(tokens[:, :11])[:, 10:])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -140,7 +158,17 @@ def test_rows_are_reordered_and_copied(name):
         assert_equal(out, model(tokens[rows])[:, 9:])
 
 
-@pytest.mark.parametrize("name", ["metaformer", "dsconv", "gateloop", "gmlp attention",
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_is_saved_and_loaded(name, tmp_path):
+    model, tokens = build(name), torch.randint(0, 5, (2, 14))
+    with torch.no_grad():
+        _, cache = in_pieces(model, tokens[:, :9], [8, 1])
+        torch.save(cache, tmp_path / "cache.pt")
+        loaded = torch.load(tmp_path / "cache.pt", weights_only=True)
+        assert_equal(in_pieces(model, tokens[:, 9:], [1, 4], loaded)[0], model(tokens)[:, 9:])
+
+
+@pytest.mark.parametrize("name", ["metaformer", "dsconv", "spaces", "gateloop", "gmlp attention",
                                   "gmlp folded", "gmlp reversible", "gmlp own norm"])
 def test_gradients_pass_through_the_cache(name):
     model, tokens = build(name), torch.randint(0, 5, (2, N))
@@ -156,7 +184,7 @@ def test_gradients_pass_through_the_cache(name):
 
 def test_loss_and_cache_come_together():
     tokens = torch.randint(0, 5, (2, 6))
-    for name in ("smoothing", "dsconv"):
+    for name in ("smoothing", "dsconv", "spaces"):
         model = build(name)
         loss, cache = model(tokens, labels=tokens, return_cache=True)
         assert_equal(loss, model(tokens, tokens))
@@ -167,8 +195,67 @@ def test_loss_and_cache_come_together():
     assert cache.steps.tolist() == [5, 5]
 
 
+def bytes_of(cache):
+    """Of the memory that it holds, views' included."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in tensors_of(cache)}
+    return sum(storages.values())
+
+
+# numbers of 4 bytes per row and layer after n steps of width 32
+NEEDED = {
+    "metaformer": (lambda n: nn.MetaformerGPT(num_tokens=5, dim=32, depth=2, heads=4, dim_head=8),
+                   lambda n: 32 + 32),
+    "smoothing": (lambda n: nn.GatedExponentialSmoothingLM(
+        num_tokens=5, dim=32, depth=2, dim_mhesa=48), lambda n: 48),
+    "spaces": (lambda n: nn.GatedStateSpacesLM(
+        num_tokens=5, dim=32, depth=2, dss_kernel_N=16, dss_kernel_H=24), lambda n: 2 * 16 * 24),
+    "dsconv": (lambda n: nn.GatedDsConvLM(num_tokens=5, dim=32, depth=2, heads=8, dim_dsconv=32),
+               lambda n: n * (32 + 8) + n // 4 * 32),  # steps, lags, and the epoch's tail
+    "gateloop": (lambda n: nn.GateLoopTransformer(32, num_tokens=5, depth=2), lambda n: 2 * 32),
+    "gateloop heads": (lambda n: nn.GateLoopTransformer(32, num_tokens=5, depth=2,
+                                                        gate_loop_heads=2),
+                       lambda n: 2 * 2 * 16 * 16),
+    "attention": (lambda n: nn.GateLoopTransformer(
+        32, num_tokens=5, depth=2, use_gate_looped_attn=False, heads=4, dim_head=16),
+        lambda n: n * 2 * 4 * 16),
+    "gmlp": (lambda n: nn.gMLPGPT(num_tokens=5, dim=32, depth=2, seq_len=600),
+             lambda n: 600 * 64),
+    "gmlp windows": (lambda n: nn.gMLPGPT(num_tokens=5, dim=32, depth=2, seq_len=600, window=64),
+                     lambda n: 2 * 64 * 64),
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_cache_holds_what_it_needs_and_a_tenth_at_most(name):
+    make, numbers = NEEDED[name]
+    b, n = 3, 512
+    with torch.no_grad(), fastmix.states.in_place():
+        model = make(n).eval()
+        tokens = torch.randint(0, 5, (b, n + 1))
+        _, cache = model(tokens[:, :n], return_cache=True)
+        assert bytes_of(cache) <= 1.1 * 2 * b * 4 * numbers(n)
+        _, cache = model(tokens[:, n:], cache=cache, return_cache=True)
+        assert bytes_of(cache) <= 1.1 * 2 * b * 4 * numbers(n + 1)
+
+
+@every_model
+def test_a_step_reads_nothing_on_the_host(name):
+    """On meta there are no values to read. Where no shape depends on time either, a CUDA graph
+    can hold any step."""
+    model = build(name).to("meta")
+    tokens = torch.zeros(2, 9, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        _, cache = model(tokens[:, :7], return_cache=True)
+        out, after = model(tokens[:, 7:8], cache=cache, return_cache=True)
+    assert out.is_meta and out.shape == (2, 1, 5)
+    grows = name == "dsconv" or name.startswith("attention") or name == "gmlp attention"
+    same = [t.shape for t in tensors_of(cache)] == [t.shape for t in tensors_of(after)]
+    assert same != grows or "folded" in name
+
+
 def test_memory_of_a_cache_does_not_grow_where_the_state_does_not():
-    for name in ("metaformer", "smoothing", "gateloop", "gmlp", "gmlp local"):
+    for name in ("metaformer", "smoothing", "spaces", "gateloop", "gmlp", "gmlp local"):
         model = build(name)
         sizes = []
         for n in (9, 18):
@@ -201,16 +288,35 @@ def test_caches_of_another_batch_or_dtype_are_refused(name):
     refused(name, "got ", lambda cache: fastmix.select_rows(cache, [0]))
     refused(name, "got list", lambda cache: [cache])
     refused(name, "got ", lambda cache: cache._replace(layers=cache.layers * 2))
-    refused(name, "must be .*got ", lambda cache: _cast(cache, torch.float16), error=TypeError)
+    refused(name, "must be .*got ", lambda cache: cast(cache, torch.float16), error=TypeError)
+    refused(name, r"must be on cpu like [\w.]+, got meta", lambda cache: cache._replace(
+        layers=mapped(cache.layers, lambda t: t.to("meta"))))
 
 
-def _cast(cache, dtype):
+def mapped(cache, function):
     if isinstance(cache, torch.Tensor):
-        return cache if cache.dtype == torch.int64 else cache.to(dtype)
+        return function(cache)
     if cache is None:
         return None
-    parts = [_cast(part, dtype) for part in cache]
+    parts = [mapped(part, function) for part in cache]
     return type(cache)(*parts) if hasattr(cache, "_fields") else tuple(parts)
+
+
+def cast(cache, dtype):
+    return mapped(cache, lambda t: t if t.dtype == torch.int64 else t.to(dtype))
+
+
+@pytest.mark.parametrize("window", [3, 6])
+def test_caches_of_another_window_are_refused(window):
+    x = torch.randn(2, 30, 8)
+    for kind, arguments in ((nn.LocalAttention, (8, 3, 4)), (nn.CausalLocalSGU, (8, 30))):
+        module, other = (kind(*arguments, window=w) for w in (4, window))
+        if kind is nn.CausalLocalSGU:
+            module.norm = other.norm = OwnNorm(4)
+        _, cache = other(x, return_cache=True)
+        with pytest.raises(ValueError, match=rf"cache must hold rows \(2, 7, \d\), got "
+                                             rf"\(2, {2 * window - 1}, \d\)"):
+            module(x[:, :1], cache=cache)
 
 
 def test_steps_beyond_the_longest_sequence_are_refused():
@@ -228,7 +334,8 @@ def test_steps_beyond_the_longest_sequence_are_refused():
 def test_reversed_and_dropped_layers_are_refused():
     x = torch.randn(2, 3, 8)
     for module in (nn.MHESA(dim=8, heads=2, reverse_seq=True),
-                   nn.GatedDsConv(dim=8, heads=2, dim_dsconv=4, reverse_seq=True)):
+                   nn.GatedDsConv(dim=8, heads=2, dim_dsconv=4, reverse_seq=True),
+                   nn.GSS(dim=8, dss_kernel_H=4, dss_kernel_N=2, reverse_seq=True)):
         with pytest.raises(ValueError, match="must be left out with reverse_seq=True"):
             module(x, return_cache=True)
         assert module(x).shape == x.shape
@@ -253,7 +360,7 @@ def test_children_are_called():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", FAMILIES[:5])
+@pytest.mark.parametrize("name", FAMILIES[:6])
 def test_a_step_compiles_whole(name):
     model, tokens = build(name), torch.randint(0, 5, (2, N))
     step = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmix
 from cases import distance
@@ -100,9 +101,55 @@ def test_a_state_is_continued_twice_and_chosen_by_rows():
     assert distance(chosen, once[rows]) < 1e-12
 
 
+@every_kind
+def test_a_state_is_memory_of_its_own(kind):
+    """Whatever later happens to what was handed in."""
+    n = 150
+    for prompt in (65, 80):  # of the block under way there is one step, or more
+        x, kernel, skip = draw(kind, n)
+        expected, _ = in_pieces(kind, x, kernel, skip, [64, prompt - 64, n - prompt])
+        pieces = [64, *[1] * (prompt - 64)]
+        mine, lags = x.clone(), kernel.clone()
+        _, state = in_pieces(kind, mine, lags, skip, pieces)
+        mine.zero_()
+        if kind == "revealed":
+            lags.zero_()
+        for _ in range(2):
+            y, after = in_pieces(kind, x, kernel, skip, [1] * 5, state, prompt)
+            assert distance(y, expected[:, prompt : prompt + 5]) < 1e-12
+            for t in (after.x, after.tail, *(part for block in after.blocks for part in block)):
+                if t is not None:
+                    t.zero_()
+            state = in_pieces(kind, x, kernel, skip, pieces)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_casts_no_more_lags_than_it_needs(dtype):
+    x, kernel, _ = draw("shared", 4096, dtype)
+    _, state = ops.fft_conv(x[:, :200], kernel, return_state=True)
+    with MostBytes() as most:
+        ops.fft_conv(x[:, 200:201], kernel, initial_state=state)
+    assert most.bytes < kernel.nbytes
+
+
+class MostBytes(TorchDispatchMode):
+    """`bytes` of the largest tensor that any operator made, views left out."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not function.is_view:
+            self.bytes = max(self.bytes, out.nbytes)
+        return out
+
+
 def refusals():
     x, kernel, _ = draw("revealed", 9)
     _, state = ops.fft_conv(x, kernel, revealed=True, return_state=True)
+    _, state = ops.fft_conv(x[:, :1], kernel[:, :1], revealed=True, initial_state=state,
+                            return_state=True)
+    block, meta = state.blocks[0], torch.empty(2, 2, 2, 3, dtype=torch.float64, device="meta")
     more = {"initial_state": state, "revealed": True}
     return {
         "lags of other steps": ((x[:, :1], kernel), more, ValueError,
@@ -115,6 +162,20 @@ def refusals():
         "another batch": ((x[:1], kernel[:1]), more, ValueError, r"initial_state.x must have"),
         "another dtype": ((x.float(), kernel.float()), more, TypeError,
                           "initial_state.x must be.*got float64"),
+        "a kernel of another batch": (
+            (x, kernel), more | {"initial_state": state._replace(kernel=state.kernel[:1])},
+            ValueError, r"initial_state.kernel must have shape \(b, p, h\)"),
+        "a tail of another dtype": (
+            (x, kernel), more | {"initial_state": state._replace(tail=state.tail.float())},
+            TypeError, "initial_state.tail must be float64, got float32"),
+        "a block on another device": (
+            (x, kernel), more | {"initial_state": state._replace(
+                blocks=(block._replace(ahead=meta),))},
+            ValueError, r"initial_state.blocks\[0\].ahead must be on cpu like x, got meta"),
+        "a block of another width": (
+            (x, kernel), more | {"initial_state": state._replace(
+                blocks=(block._replace(x=block.x[..., :2]),))},
+            ValueError, r"initial_state.blocks\[0\].x must have shape \(b, m, h, d\) ="),
         "no flag": ((x, kernel), {"revealed": 1}, TypeError, "revealed must be True or False"),
     }
 

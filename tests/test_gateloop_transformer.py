@@ -382,6 +382,22 @@ def test_simple_gate_loop_takes_the_names_of_algorithms():
         ours.SimpleGateLoopLayer(6, reverse=True)(x, return_cache=True)
     with pytest.raises(ValueError, match=r"cache\[0\] must have shape \(b·dim, 1\) = \(12, 1\)"):
         plain(x, cache=(torch.ones(6, 1), torch.ones(6, 1)))
+    numbers = torch.ones(12, 1)
+    for cache, message in (((numbers,), "cache must be a tuple of two tensors, .* got tuple of 1"),
+                           (numbers, "cache must be a tuple of two tensors, .* got Tensor"),
+                           ((numbers, numbers.double()), r"cache\[1\] must be float32, got float"),
+                           ((numbers.int(), numbers), r"cache\[0\] must be float32, got int32")):
+        with pytest.raises(TypeError, match=f"^SimpleGateLoopLayer: {message}"):
+            plain(x, cache=cache)
+
+
+def test_caches_of_simple_gate_loops_in_half_precision():
+    """Also that of the published layer, which comes in the dtype of x."""
+    theirs, mine = simple_twins(torch.bfloat16)
+    x = torch.randn(2, 5, 6, dtype=torch.bfloat16)
+    for layer in (theirs, mine):
+        _, cache = layer(x[:, :4], return_cache=True)
+        torch.testing.assert_close(mine(x[:, 4:], cache), mine(x)[:, 4:], rtol=0.03, atol=0.03)
 
 
 def test_simple_gate_loop_operator():

@@ -6,6 +6,7 @@ import g_mlp_gpt.autoregressive_wrapper
 import g_mlp_gpt.g_mlp_gpt
 import gated_state_spaces_pytorch.autoregressive_wrapper
 import gated_state_spaces_pytorch.dsconv
+import gated_state_spaces_pytorch.gss
 import gated_state_spaces_pytorch.mhesa
 import metaformer_gpt.autoregressive_wrapper
 import metaformer_gpt.metaformer_gpt
@@ -14,7 +15,7 @@ import torch
 
 import fastmix
 from fastmix import nn
-from fastmix.generation import _pick
+from fastmix.generation import _pick, _RowsOfModel
 from test_caches import FAMILIES, build
 
 PROMPT = torch.tensor([[1, 4, 2, 0, 3, 3], [2, 2, 0, 1, 4, 0]])
@@ -48,6 +49,26 @@ def test_rows_of_other_lengths_are_as_if_alone(name):
     for row, length in enumerate(lengths):
         alone = greedily(model, prompt[row:row + 1, :length], 9)
         assert torch.equal(out[row, 6:], alone[0, length:]), row
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_left_padded_batch_is_rolled(name):
+    """What its mask leaves out goes behind each row: then all rows have the logits that they
+    have alone, after the prompt and after each token."""
+    model, lengths = build(name), torch.tensor([3, 6, 5, 1])
+    padded = torch.randint(0, 5, (4, 6))
+    at = torch.arange(6)
+    mask = at >= 6 - lengths[:, None]
+    prompt = padded.gather(1, (at - lengths[:, None]) % 6)
+    new = torch.randint(0, 5, (4, 5))
+    rows = _RowsOfModel(model, mask.sum(dim=1).tolist())
+    with torch.no_grad():
+        logits = [rows.begin(prompt), *(rows.go_on(new[:, t]) for t in range(5))]
+        for row in range(4):
+            alone = torch.cat((padded[row, mask[row]], new[row]))[None]
+            expected = model(alone)[0, lengths[row] - 1:]
+            ours = torch.stack([step[row] for step in logits])
+            assert (ours - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def test_rows_end_at_their_eos():
@@ -124,12 +145,22 @@ def test_modules_keep_their_mode_and_gradients_are_not_recorded():
      "most the model's max_seq_len = 19 together, got 6 and 15"),
 ])
 def test_refused(options, error, message):
+    """Before the model has run: `stream` before its first step is asked for."""
     arguments = {"prompt": PROMPT, "max_new_tokens": 14, **options}
     before = PROMPT.clone()
     for function in (fastmix.generate, fastmix.stream):
         with pytest.raises(error, match=f"^{function.__name__}: {message}"):
-            list(function(build("metaformer"), **arguments))
+            function(build("metaformer"), **arguments)
     assert torch.equal(before, PROMPT)
+
+
+@pytest.mark.parametrize("option", ["top_k", "eos_token"])
+def test_models_that_do_not_tell_their_vocabulary_are_asked(option):
+    model = build("metaformer")
+    model.to_logits = torch.nn.Sequential(model.to_logits, torch.nn.Identity())
+    with pytest.raises(ValueError, match=f"generate: {option} must be at most .* got 6"):
+        fastmix.generate(model, PROMPT, 5, **{option: 6})
+    assert fastmix.generate(model, PROMPT, 5, **{option: 4}).shape == (2, 11)
 
 
 # the published wrappers
@@ -144,6 +175,10 @@ WRAPPED = {
         lambda ours: (nn if ours else gated_state_spaces_pytorch.mhesa
                       ).GatedExponentialSmoothingLM(
             num_tokens=30, dim=8, depth=1, heads=2, dim_mhesa=8)),
+    "spaces": (
+        gated_state_spaces_pytorch, nn.gated_state_spaces_pytorch,
+        lambda ours: (nn if ours else gated_state_spaces_pytorch.gss).GatedStateSpacesLM(
+            num_tokens=30, dim=8, depth=1, dss_kernel_N=4, dss_kernel_H=6)),
     "dsconv": (
         gated_state_spaces_pytorch, nn.gated_state_spaces_pytorch,
         lambda ours: (nn if ours else gated_state_spaces_pytorch.dsconv).GatedDsConvLM(

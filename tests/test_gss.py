@@ -31,7 +31,7 @@ def test_kernels_in_one_product_and_in_blocks_are_one(monkeypatch):
     for readable in (True, False):
         with monkeypatch.context() as patch:
             patch.setattr(gss, "_is_readable", lambda x, readable=readable: readable)
-            kernel = gss._kernel(re, im, c, n)
+            kernel = gss._kernel(re, im, gss._gains(re, im, c), n)
         results.append((kernel, *torch.autograd.grad(
             kernel.square().sum(), (re, im, c))))
     for one, other in zip(*results):
@@ -40,6 +40,27 @@ def test_kernels_in_one_product_and_in_blocks_are_one(monkeypatch):
     rates = torch.complex(re, im)
     exact = (powers @ (torch.complex(*c) * (rates.exp() - 1) / rates).T).real
     assert_near(results[0][0][:n], exact)
+
+
+def test_long_pieces_go_on_from_a_state():
+    """Of several blocks each, at rates that some of the state outlives them."""
+    torch.manual_seed(1)
+    module = gss.DSS(dim=3, kernel_N=4).double()
+    with torch.no_grad():
+        module.Lambda_real.copy_(torch.tensor([-9.0, -6.0, -3.0, 0.0]))
+    x = torch.randn(2, 3 * gss.BLOCK + 5, 3, dtype=torch.float64)
+    whole, outs, cache = module(x), [], None
+    for piece in x.split([gss.BLOCK + 7, 1, 1, 2 * gss.BLOCK - 4], dim=1):
+        out, cache = module(piece, cache=cache, return_cache=True)
+        outs.append(out)
+    assert_near(torch.cat(outs, dim=1), whole)
+    for change, message in ((cache[:1], r"\(b, dim, kernel_N\) = \(2, 3, 4\), got \(1, 3, 4\)"),
+                            (cache.mT, r"\(b, dim, kernel_N\) = \(2, 3, 4\), got \(2, 4, 3\)")):
+        with pytest.raises(ValueError, match=f"^DSS: cache must have shape {message}"):
+            module(x, cache=change)
+    for change in (cache.real, cache.to(torch.complex64)):
+        with pytest.raises(TypeError, match="^DSS: cache must be complex128, got"):
+            module(x, cache=change)
 
 
 def test_vmap_reads_no_values():

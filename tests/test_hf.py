@@ -16,6 +16,7 @@ ARGUMENTS = {
     "GateLoopTransformer": {},
     "GatedDsConvLM": {"heads": 2, "dim_dsconv": 16, "max_seq_len": 32},
     "GatedExponentialSmoothingLM": {"heads": 2, "dim_mhesa": 16},
+    "GatedStateSpacesLM": {"dss_kernel_N": 4, "dss_kernel_H": 8},
     "MetaformerGPT": {"heads": 2, "dim_head": 8, "max_seq_len": 32},
     "gMLPGPT": {"heads": 2, "seq_len": 32, "window": [4, [8, 2]]},  # as JSON has them
 }

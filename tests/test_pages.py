@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,20 @@ def test_text_is_learnt_resumed_and_written(tmp_path):
     assert resumed["losses"][:3] == first["losses"] and len(resumed["losses"]) == 5
     written = run("examples/sample_text.py", tmp_path / "checkpoint.pt", "--prompt", "The ")
     assert written.startswith("The ")
+
+
+@pytest.mark.long
+def test_a_training_that_is_killed_goes_on(tmp_path):
+    train = ["examples/train_text.py", "--out", tmp_path, "--seq", "64", "--dim", "32", "--batch",
+             "2", "--sample", "20", "--save-every", "2", "--steps"]
+    checkpoint = tmp_path / "checkpoint.pt"
+    with subprocess.Popen([sys.executable, *map(str, train), "100000"], cwd=ROOT,
+                          stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not checkpoint.exists():
+            time.sleep(0.1)
+        process.kill()
+    done = len(torch.load(checkpoint)["losses"])
+    assert done and f"after {done + 2} steps" in run(*train, str(done + 2), "--resume")
 
 
 @pytest.mark.long

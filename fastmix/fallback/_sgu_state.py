@@ -8,11 +8,11 @@ reading waits for nothing, a single step that all entries are at takes slices in
 import torch
 from torch import Tensor
 
-from fastmix import _torch_private
 from fastmix.dtypes import wide
 from fastmix.fallback import _gating
 from fastmix.fallback._segments import concatenated
 from fastmix.fallback._values import all_finite
+from fastmix.states import steps_on_host
 
 
 def normed_gate(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -34,14 +34,6 @@ def first_rows(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, 
         return torch.nn.functional.pad(rows, (0, 0, 0, size - n))
     first = size - n % size
     return torch.cat([rows[:, first:], rows[:, :first]], dim=1)
-
-
-def steps_on_host(steps: Tensor) -> list[int] | None:
-    """Their values, where a CPU has them and nothing traces or maps what is done."""
-    if (type(steps) is not Tensor or steps.device.type != "cpu" or torch.compiler.is_compiling()
-            or _torch_private.transforms_active()):
-        return None
-    return steps.tolist()
 
 
 def put(rows: Tensor, at: Tensor, new: Tensor, in_place: bool) -> Tensor:

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmix import _torch_private
 from fastmix.checks import check_shape, check_tensor
-from fastmix.states import Rows
+from fastmix.states import Rows, may_write, steps_on_host
 
 Cache = Any
 
@@ -25,6 +24,9 @@ class ModelCache(NamedTuple):
     """(b,): how many tokens there were, int64"""
     layers: tuple[Cache, ...]
     """a cache per mixer"""
+
+
+torch.serialization.add_safe_globals([ModelCache])  # as the states in fastmix.states
 
 
 def call(
@@ -61,7 +63,7 @@ def split_cache(where: str, cache: Cache, count: int) -> Sequence[Cache]:
         return (None,) * count
     if type(cache) is not tuple or len(cache) != count:
         raise ValueError(f"{where}: cache must be one that a module of the same sizes returned, "
-                         f"a tuple of {count}, got {_describe(cache)}: begin with cache=None")
+                         f"a tuple of {count}, got {describe(cache)}: begin with cache=None")
     return cache
 
 
@@ -70,7 +72,7 @@ def split_model_cache(
 ) -> tuple[Tensor, Sequence[Cache]]:
     """The numbers of tokens (b,) that the rows of x (b, n) have had, and `count` mixers' caches.
 
-    ValueError on CPUs where these and x are more than max_length.
+    ValueError on CPUs where these and x are more than max_length, or the cache has been used up.
     """
     b, n = x.shape[:2]
     if cache is None:
@@ -78,11 +80,31 @@ def split_model_cache(
     if not isinstance(cache, ModelCache) or len(cache.layers) != count:
         raise ValueError(
             f"{where}: cache must be one that a model of the same sizes returned, of {count} "
-            f"mixers, got {_describe(cache)}: begin with cache=None")
+            f"mixers, got {describe(cache)}: begin with cache=None")
     check_steps(where, cache.steps, x)
-    if max_length is not None:
-        check_total(where, cache.steps + n, max_length)
+    host = steps_on_host(cache.steps)
+    if host and min(host) < 0:
+        raise ValueError(f"{where}: cache must be one that no call has used up, got one that a "
+                         "call within fastmix.states.in_place() wrote into: go on from the cache "
+                         "that this call returned")
+    if host and max_length is not None:
+        _check_longest(where, max(host) + n, max_length)
     return cache.steps, cache.layers
+
+
+def with_cache(
+    out: Tensor, seen: Tensor, n: int, layers: tuple[Cache, ...], return_cache: bool
+) -> Tensor | tuple[Tensor, ModelCache]:
+    """What a model returns: `out`, with return_cache beside its cache after n tokens more than
+    `seen`.
+
+    Where caches are written in place the one that was handed in, whose steps are `seen`, is used
+    up: it counts -1 tokens from there on.
+    """
+    cache = ModelCache(seen + n, layers) if return_cache else None
+    if may_write():
+        seen.fill_(-1)
+    return out if cache is None else (out, cache)
 
 
 def check_steps(where: str, steps: Any, x: Tensor) -> None:
@@ -92,16 +114,19 @@ def check_steps(where: str, steps: Any, x: Tensor) -> None:
 
 def check_total(where: str, count: Tensor, max_length: int) -> None:
     """Refuses more than `max_length` steps, where to look is not to wait for a device."""
-    if (count.device.type != "cpu" or torch.compiler.is_compiling()
-            or _torch_private.transforms_active() or count.numel() == 0):
-        return
-    if (longest := int(count.max())) > max_length:
+    if host := steps_on_host(count):
+        _check_longest(where, max(host), max_length)
+
+
+def _check_longest(where: str, longest: int, max_length: int) -> None:
+    if longest > max_length:
         raise ValueError(
             f"{where}: x must have at most {max_length} time steps together with those in cache, "
             f"got {longest}: begin anew from the last of them")
 
 
-def _describe(cache: Cache) -> str:
+def describe(cache: Cache) -> str:
+    """In an error."""
     if isinstance(cache, ModelCache):
         return f"one of {len(cache.layers)} mixers"
     if isinstance(cache, tuple):
@@ -117,31 +142,34 @@ def refuse_reversed(where: str, cache: Cache, return_cache: bool) -> None:
             f"return_cache={return_cache}")
 
 
-def append(where: str, cache: Cache, *new: Tensor, start: int = 0) -> Rows:
-    """`cache` with `new`, rows (b, n, …) each, behind its rows. Before the first step there are
-    `start` rows of zeros."""
+def append(where: str, cache: Cache, *new: Tensor, kept: int | None = None) -> Rows:
+    """`cache` with `new`, rows (b, n, …) each, behind its rows.
+
+    Of a cache that keeps no more than the newest `kept` rows there are as many from the start,
+    then zeros: no size depends on time.
+    """
     b, n = new[0].shape[:2]
     if cache is None:
         zeros = torch.zeros(b, dtype=torch.int64, device=new[0].device)
-        cache = Rows(zeros, tuple(t.new_zeros(b, start, *t.shape[2:]) for t in new))
+        cache = Rows(zeros, tuple(t.new_zeros(b, kept or 0, *t.shape[2:]) for t in new))
     if not isinstance(cache, Rows) or len(cache.tensors) != len(new):
         raise ValueError(
             f"{where}: cache must be one that a module of the same sizes returned, Rows of "
-            f"{len(new)} tensors, got {_describe(cache)}: begin with cache=None")
+            f"{len(new)} tensors, got {describe(cache)}: begin with cache=None")
     check_steps(where, cache.steps, new[0])
     for old, t in zip(cache.tensors, new):
         check_tensor(where, "cache", old, (t.dtype,), like=("x", t))
-        if old.ndim != t.ndim or old.shape[0] != b or old.shape[2:] != t.shape[2:]:
-            raise ValueError(f"{where}: cache must hold rows {('b', 'm', *t.shape[2:])} with b={b},"
-                             f" got {tuple(old.shape)}")
+        m = old.shape[1:2] if kept is None else (kept,)
+        if old.shape != (b, *m, *t.shape[2:]):
+            raise ValueError(
+                f"{where}: cache must hold rows ({b}, {'m' if kept is None else kept}, "
+                f"{', '.join(map(str, t.shape[2:]))}), got {tuple(old.shape)}")
     return Rows(cache.steps + n, tuple(
         torch.cat((old, t), dim=1) for old, t in zip(cache.tensors, new)))
 
 
 def last_rows(rows: Rows, count: int) -> Rows:
-    """No more than the newest `count`."""
-    if rows.tensors[0].shape[1] <= count:
-        return rows
+    """The newest `count`."""
     return Rows(rows.steps, tuple(t[:, -count:].clone() for t in rows.tensors))
 
 

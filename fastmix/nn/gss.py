@@ -6,14 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from fastmix import _torch_private, ops
-from fastmix.checks import wide
+from fastmix.checks import check_shape, check_tensor, wide
+from fastmix.dtypes import wide_complex
+from fastmix.nn._cache import (
+    Cache,
+    call,
+    call_layers,
+    refuse_reversed,
+    split_model_cache,
+    with_cache,
+)
 from fastmix.nn._checks import check_sequence, check_sizes, embed_tokens
 from fastmix.nn._loss import token_loss
 from fastmix.ops._register import no_autocast
 
 __all__ = ["DSS", "GSS", "GatedStateSpacesLM"]
 
-BLOCK = 512  # steps of the kernel that share their powers
+BLOCK = 512  # steps that share their powers
 
 
 def _exponential(re: Tensor, im: Tensor) -> Tensor:
@@ -34,10 +43,17 @@ def _is_readable(x: Tensor) -> bool:
         or _torch_private.transforms_active())
 
 
-def _kernel(re: Tensor, im: Tensor, c: Tensor, n: int) -> Tensor:
-    """K_lh = Re Σ_k c_hk (exp(λ_k) - 1) / λ_k · exp(λ_k l), for all l < n and some beyond.
+def _gains(re: Tensor, im: Tensor, c: Tensor) -> Tensor:
+    """c_hk (exp(λ_k) - 1) / λ_k of λ = re + i · im (N,) and c (2, h, N): (2, N, h)."""
+    e = _exponential(re, im)
+    e = torch.stack((e[0] - 1, e[1]))
+    return _times(c, _times(e, torch.stack((re, -im))) / (re.square() + im.square())).mT
 
-    λ = re + i · im (N,), c (2, h, N), real and imaginary part → (m, h), m ≥ n.
+
+def _kernel(re: Tensor, im: Tensor, c: Tensor, n: int) -> Tensor:
+    """K_lh = Re Σ_k c_kh · exp(λ_k l), for all l < n and some beyond.
+
+    λ = re + i · im (N,), gains c (2, N, h), real and imaginary part → (m, h), m ≥ n.
     With l = i · BLOCK + j, exp(λ l) = exp(λ · i · BLOCK) · exp(λ j). The first factor goes to c
     and a real product with the second, (N, BLOCK), gives all steps of a block: never are all
     powers of all λ there at once, (N, n). A λ whose powers have become 0 is left out.
@@ -47,9 +63,6 @@ def _kernel(re: Tensor, im: Tensor, c: Tensor, n: int) -> Tensor:
     else:
         blocks = -(-n // BLOCK)
         block = -(-n // blocks)
-    e = _exponential(re, im)
-    e = torch.stack((e[0] - 1, e[1]))
-    c = _times(c, _times(e, torch.stack((re, -im))) / (re.square() + im.square())).mT  # (2, N, h)
     powers = _exponential(*(t[:, None] * torch.arange(block, device=t.device) for t in (re, im)))
     starts = _exponential(
         *(t[:, None] * (block * torch.arange(blocks, device=t.device)) for t in (re, im)))
@@ -72,17 +85,69 @@ def _kernel(re: Tensor, im: Tensor, c: Tensor, n: int) -> Tensor:
     return kernel.unflatten(1, (c.shape[2], -1)).permute(2, 0, 1).flatten(0, 1)
 
 
+def _rates(dss: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The real and imaginary part of λ, and the gains, of a DSS, ours or the published one.
+
+    In float32 at least: rounded rates of decay forget at other times.
+    """
+    dtype = wide(dss.C_real.dtype)
+    re, im = -dss.Lambda_real.to(dtype).exp(), dss.Lambda_imag.to(dtype)
+    im = im.exp() if dss.dss_kernel_lambda_imag_exp else im
+    return re, im, _gains(re, im, torch.stack((dss.C_real, dss.C_imag)).to(dtype))
+
+
 def convolve(dss: Any, x: Tensor, n: int) -> Tensor:
     """The convolution of a DSS, ours or the published one, with x (b, n, dim)."""
     u = dss.norm(x)
-    # In float32 at least, autocast or not: rounded rates of decay forget at other times.
     with no_autocast([x]):
-        dtype = wide(dss.C_real.dtype)
-        im = dss.Lambda_imag.to(dtype)
-        kernel = _kernel(
-            -dss.Lambda_real.to(dtype).exp(), im.exp() if dss.dss_kernel_lambda_imag_exp else im,
-            torch.stack((dss.C_real, dss.C_imag)).to(dtype), n)
+        kernel = _kernel(*_rates(dss), n)
+    return _convolve(dss, u, kernel)
+
+
+def _convolve(dss: Any, u: Tensor, kernel: Tensor) -> Tensor:
     return ops.fft_conv(u.unsqueeze(-1), kernel, dss.param_D.unsqueeze(-1)).squeeze(-1)
+
+
+def _go_on(dss: "DSS", u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The convolution with u (b, n, dim), normed, and the state after it.
+
+    The state, (b, dim, N), is z_hk = Σ_j exp(λ_k (n - 1 - j)) u_jh of all steps so far: what they
+    add to the output t steps after the last of them is Re Σ_k c_kh exp(λ_k t) z_hk.
+    """
+    with no_autocast([u]):
+        re, im, c = _rates(dss)
+        gains = torch.complex(*c).mT
+        inputs = u.to(re.dtype)
+        after = _state_after(re, im, inputs, state)
+        if u.shape[1] == 1:
+            out = (gains * after).real.sum(-1).unsqueeze(1) + dss.param_D * inputs
+            return out.to(u.dtype), after
+        kernel = _kernel(re, im, c, u.shape[1])
+    out = _convolve(dss, u, kernel)
+    if state is not None:
+        with no_autocast([u]):
+            out = (out + _of_state(re, im, gains * state, u.shape[1])).to(u.dtype)
+    return out, after
+
+
+def _state_after(re: Tensor, im: Tensor, u: Tensor, state: Tensor | None) -> Tensor:
+    for block in u.split(BLOCK, dim=1):
+        m = block.shape[1]
+        ages = torch.arange(m - 1, -1, -1, device=u.device)[:, None]
+        powers = _exponential(re * ages, im * ages)  # (2, m, N)
+        new = torch.complex(*(block.mT @ part for part in powers))
+        state = new if state is None else new + torch.complex(*_exponential(m * re, m * im)) * state
+    assert state is not None  # there is a block
+    return state
+
+
+def _of_state(re: Tensor, im: Tensor, weighed: Tensor, n: int) -> Tensor:
+    """Re Σ_k weighed_bhk · exp(λ_k t) for t from 1 to n: (b, n, h)."""
+    parts = []
+    for steps in torch.arange(1, n + 1, device=re.device).split(BLOCK):
+        powers = _exponential(re[:, None] * steps, im[:, None] * steps)  # (2, N, steps)
+        parts.append((weighed.real @ powers[0] - weighed.imag @ powers[1]).mT)
+    return torch.cat(parts, dim=1)
 
 
 class DSS(nn.Module):
@@ -100,6 +165,7 @@ class DSS(nn.Module):
         super().__init__()
         check_sizes("DSS", dim=dim, kernel_N=kernel_N)
         self.dim = dim
+        self.kernel_N = kernel_N
         self.norm = nn.LayerNorm(dim)
         self.Lambda_real = nn.Parameter(torch.randn(kernel_N))
         self.Lambda_imag = nn.Parameter(torch.randn(kernel_N))
@@ -108,9 +174,18 @@ class DSS(nn.Module):
         self.param_D = nn.Parameter(torch.randn(dim))
         self.dss_kernel_lambda_imag_exp = dss_kernel_lambda_imag_exp
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, *, cache: Cache = None, return_cache: bool = False
+    ) -> Tensor | tuple[Tensor, Cache]:
         n = check_sequence("DSS", x, self.dim)
-        return convolve(self, x, n)
+        if cache is None and not return_cache:
+            return convolve(self, x, n)
+        if cache is not None:
+            check_tensor("DSS", "cache", cache, (wide_complex(self.C_real.dtype),), like=("x", x))
+            check_shape("DSS", "cache", cache, "b dim kernel_N",
+                        {"b": x.shape[0], "dim": self.dim, "kernel_N": self.kernel_N})
+        out, cache = _go_on(self, self.norm(x), cache)
+        return (out, cache) if return_cache else out
 
 
 class GSS(nn.Module):
@@ -139,21 +214,27 @@ class GSS(nn.Module):
         self.to_gate = nn.Linear(dss_kernel_H, dim_hidden, bias=False)
         self.to_out = nn.Linear(dim_hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, *, cache: Cache = None, return_cache: bool = False
+    ) -> Tensor | tuple[Tensor, Cache]:
         check_sequence("GSS", x, self.dim)
         if self.reverse_seq:
+            refuse_reversed("GSS", cache, return_cache)
             x = x.flip(1)
         normed = self.norm(x)
-        gate = self.to_gate(self.dss(self.to_v(normed)))
-        out = self.to_out(gate * self.to_u(normed)) + x
-        return out.flip(1) if self.reverse_seq else out
+        mixed, cache = call(self.dss, self.to_v(normed), cache, return_cache)
+        out = self.to_out(self.to_gate(mixed) * self.to_u(normed)) + x
+        if self.reverse_seq:
+            out = out.flip(1)
+        return (out, cache) if return_cache else out
 
 
 class GatedStateSpacesLM(nn.Module):
     """A language model of `depth` GSS blocks.
 
     x (b, n) token ids, int64 or int32 → logits (b, n, num_tokens), or with labels (b, n),
-    int64, their mean cross entropy. Any n ≥ 1.
+    int64, their mean cross entropy. Any n ≥ 1. With return_cache also a cache, from which a
+    later call goes on.
     """
 
     def __init__(
@@ -170,10 +251,15 @@ class GatedStateSpacesLM(nn.Module):
             for _ in range(depth))
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, *, cache: Cache = None,
+        return_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, Cache]:
         where = "GatedStateSpacesLM"
         x = embed_tokens(where, self.token_emb, x)
-        for layer in self.layers:
-            x = layer(x)
-        logits = self.to_logits(x)
-        return logits if labels is None else token_loss(where, logits, labels)
+        seen, caches = split_model_cache(where, x, cache, len(self.layers))
+        x, kept = call_layers(self.layers, x, caches, return_cache)
+        out = self.to_logits(x)
+        if labels is not None:
+            out = token_loss(where, out, labels)
+        return with_cache(out, seen, x.shape[1], kept, return_cache)

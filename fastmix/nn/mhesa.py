@@ -7,12 +7,12 @@ from fastmix import ops
 from fastmix.checks import check_divides, wide
 from fastmix.nn._cache import (
     Cache,
-    ModelCache,
     call,
     call_layers,
     call_operator,
     refuse_reversed,
     split_model_cache,
+    with_cache,
 )
 from fastmix.nn._checks import check_sequence, check_sizes, embed_tokens
 from fastmix.nn._conv1d_fft import conv1d_fft
@@ -126,4 +126,4 @@ class GatedExponentialSmoothingLM(nn.Module):
         out = self.to_logits(x)
         if labels is not None:
             out = token_loss(where, out, labels)
-        return (out, ModelCache(seen + x.shape[1], kept)) if return_cache else out
+        return with_cache(out, seen, x.shape[1], kept, return_cache)

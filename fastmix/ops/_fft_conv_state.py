@@ -32,7 +32,9 @@ def first(convolve: Convolve, x: Tensor, kernel: Tensor,
 
 def advance(convolve: Convolve, x: Tensor, kernel: Tensor,
             state: FFTConvState) -> tuple[Tensor, FFTConvState]:
-    """x (b, n, h, d) after the steps of a state, kernel (b, n, h) of these steps or all of it."""
+    """x (b, n, h, d) after the steps of a state, kernel (b, n, h) of these steps or all of it,
+    which may be narrower than x.
+    """
     n, done = x.shape[1], _steps(state.blocks)
     if done + n >= state.tail.shape[1] or 8 * n >= state.x.shape[1] + done + n:
         return _begin_epoch(convolve, x, kernel, state)
@@ -62,7 +64,7 @@ def _begin_epoch(convolve: Convolve, x: Tensor, kernel: Tensor,
         all_kernel = _joined(state.kernel, *(block.kernel for block in state.blocks), kernel)
         kept = total
         length = max(min(BLOCK, kept), kept // 4)
-    y = convolve(_padded(all_x, length), all_kernel)
+    y = convolve(_padded(all_x, length), all_kernel.to(all_x.dtype))
     # Copies: a view would keep all of y alive.
     state = FFTConvState(all_x[:, total - kept :].clone() if kept < total else all_x,
                          None if state.kernel is None else all_kernel, y[:, total:].clone(), ())
@@ -74,11 +76,10 @@ def _within_block(convolve: Convolve, x: Tensor, kernel: Tensor,
     """Steps none of which is in another block than the first."""
     revealed, done, n = state.kernel is not None, _steps(state.blocks), x.shape[1]
     blocks = list(state.blocks)
-    if done % BLOCK:
-        under_way = blocks.pop()
-        x = _joined(under_way.x, x)
-        if revealed:
-            kernel = _joined(under_way.kernel, kernel)
+    under_way = [blocks.pop()] if done % BLOCK else []
+    x = _joined(*(block.x for block in under_way), x)
+    if revealed:
+        kernel = _joined(*(block.kernel for block in under_way), kernel)
     stop = done + n
     y, end = state.tail[:, done:stop], 0
     for block in blocks:
@@ -102,7 +103,7 @@ def _ahead(convolve: Convolve, block: FFTConvBlock, state: FFTConvState,
     """The part that a block adds to the outputs of as many steps after it."""
     m = block.x.shape[1]
     lags = kernel if state.kernel is None else state.kernel
-    ahead = convolve(_padded(block.x, m), lags[..., : 2 * m, :])[:, m:]
+    ahead = convolve(_padded(block.x, m), lags[..., : 2 * m, :].to(block.x.dtype))[:, m:]
     if block.kernel is not None:
         begin = state.x[:, : 2 * m]
         ahead = ahead + convolve(_padded(begin, 2 * m - begin.shape[1]), block.kernel)[:, m:]
@@ -112,7 +113,7 @@ def _ahead(convolve: Convolve, block: FFTConvBlock, state: FFTConvState,
 def _newest(convolve: Convolve, x: Tensor, kernel: Tensor, n: int) -> Tensor:
     """The last n steps of x (b, r, h, d) convolved with kernel (…, m, h)."""
     r = x.shape[1]
-    kernel = kernel[..., :r, :]
+    kernel = kernel[..., :r, :].to(x.dtype)
     if n > 1:
         return convolve(x, kernel)[:, r - n :]
     kernel = kernel.flip(-2).unsqueeze(-1)
@@ -120,6 +121,7 @@ def _newest(convolve: Convolve, x: Tensor, kernel: Tensor, n: int) -> Tensor:
 
 
 def _joined(*parts: Tensor | None) -> Tensor:
+    """The parts one behind the other: always a copy, as a state's memory is its own."""
     return torch.cat([part for part in parts if part is not None and part.shape[1]], 1)
 
 

@@ -24,6 +24,7 @@ from fastmix.dtypes import wide
 from fastmix.fallback import _sgu_state
 from fastmix.ops._register import Operator, no_autocast
 from fastmix.ops._states import check_state
+from fastmix.states import steps_on_host
 
 ARGUMENTS = ("Tensor x, Tensor weight, Tensor bias, Tensor? norm_weight, Tensor? norm_bias, "
              "float eps, Tensor? gate_residual, str activation")
@@ -111,7 +112,7 @@ def checked_call(
 
 def _check_room(where: str, n: int, steps: Tensor, s: int) -> None:
     """Refuses steps beyond the weight's, where they can be read without waiting for a device."""
-    longest = max(_sgu_state.steps_on_host(steps) or [0])
+    longest = max(steps_on_host(steps) or [0])
     if longest + n > s:
         raise ValueError(f"{where}: x must have at most {s - longest} time steps after the "
                          f"{longest} of initial_state, because weight has {s}, got n={n}")

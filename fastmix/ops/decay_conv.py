@@ -4,7 +4,14 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fastmix.checks import check_length, check_shape, check_tensor, is_like, match_parameter
+from fastmix.checks import (
+    check_flag,
+    check_length,
+    check_shape,
+    check_tensor,
+    is_like,
+    match_parameter,
+)
 from fastmix.dtypes import wide
 from fastmix.fallback import decay_conv as fallback
 from fastmix.ops._carries import CARRY_EVERY, carry_count, needs_gradient
@@ -94,6 +101,7 @@ def decay_conv(x: Tensor, decay: Tensor, gain: Tensor | None = None, *,
         check_tensor(where, "gain", gain, like=("x", x))
         check_shape(where, "gain", gain, "h", sizes)
         gain = match_parameter(where, "gain", gain, ("x", x))
+    check_flag(where, "return_state", return_state)
     if initial_state is not None:
         check_tensor(where, "initial_state", initial_state, (wide(x.dtype),), like=("x", x))
         check_shape(where, "initial_state", initial_state, "b h d", sizes)

@@ -1,6 +1,6 @@
 """Long causal convolution, with a kernel per sample and head if wanted."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -114,7 +114,8 @@ def fft_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None, *, revealed:
     elif not return_state:
         return _operator(x, kernel, skip)
     dtype = wide(x.dtype)
-    inputs, lags = x.to(dtype), kernel.to(dtype)
+    inputs = x.to(dtype)
+    lags = kernel.to(dtype) if revealed else kernel  # not all of a long kernel for each step
     if initial_state is None:
         out, state = _fft_conv_state.first(_convolve, inputs, lags, revealed)
     else:
@@ -135,6 +136,16 @@ def _check_state(where: str, state: FFTConvState, x: Tensor, revealed: bool) -> 
     if revealed != (state.kernel is not None):
         raise ValueError(f"{where}: initial_state comes from a call with revealed={not revealed}, "
                          f"this one has revealed={revealed}: make all calls alike")
-    sizes, dtypes = dict(zip("bhd", (x.shape[0], *x.shape[2:]))), (wide(x.dtype),)
-    check_tensor(where, "initial_state.x", state.x, dtypes, like=("x", x))
-    check_shape(where, "initial_state.x", state.x, "b p h d", sizes)
+    b, _, h, d = x.shape
+    sizes, dtype = {"b": b, "h": h, "d": d}, wide(x.dtype)
+    parts: list[tuple[str, Any, str]] = [
+        ("x", state.x, "b p h d"), ("kernel", state.kernel, "b p h"),
+        ("tail", state.tail, "b e h d")]
+    for i, block in enumerate(state.blocks):
+        parts += [(f"blocks[{i}].x", block.x, "b m h d"),
+                  (f"blocks[{i}].kernel", block.kernel, "b m h"),
+                  (f"blocks[{i}].ahead", block.ahead, "b m h d")]
+    for name, value, layout in parts:
+        if value is not None or revealed:
+            check_tensor(where, f"initial_state.{name}", value, (dtype,), like=("x", x))
+            check_shape(where, f"initial_state.{name}", value, layout, sizes)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmix.checks import (
     REAL,
+    check_flag,
     check_length,
     check_shape,
     check_tensor,
@@ -147,6 +148,7 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
         gates, gate_logits = _check_logits(where, gate_logits, q, sizes)
     else:
         gates = _check_gates(where, gates, q, sizes)
+    check_flag(where, "return_state", return_state)
     if initial_state is not None:
         _check_state(where, initial_state, _state_dtype(q, gates), given, q, sizes)
     wanted = needs_gradient(q, k, v, gates, gate_logits, initial_state)

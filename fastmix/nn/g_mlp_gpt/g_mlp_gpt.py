@@ -21,7 +21,6 @@ from fastmix import ops
 from fastmix.checks import check_divides, check_length, check_tensor, match_dtypes
 from fastmix.nn._cache import (
     Cache,
-    ModelCache,
     append,
     call,
     call_operator,
@@ -30,6 +29,7 @@ from fastmix.nn._cache import (
     split_cache,
     split_model_cache,
     step_numbers,
+    with_cache,
 )
 from fastmix.nn._checks import (
     check_features,
@@ -183,7 +183,7 @@ class LocalAttention(nn.Module):
         q, k, _ = self.to_qkv(x).chunk(3, dim=-1)
         kept = None
         if cache is not None or return_cache:
-            rows = append("LocalAttention", cache, k, start=self.window)
+            rows = append("LocalAttention", cache, k, kept=2 * self.window - 1)
             kept = last_rows(rows, 2 * self.window - 1)
         out = self.to_out(self._windows(q, k) if cache is None else self._go_on(q, rows))
         return (out, kept) if return_cache else out
@@ -311,12 +311,14 @@ class CausalSGU(nn.Module):
             res, gate = x.chunk(2, dim=-1)
             gate, kept = self.norm(gate), None
             if cache is not None or return_cache:
-                kept = append(where, cache, gate)
+                kept = append(where, cache, gate, kept=self.weight.shape[-1])
                 check_total(where, kept.steps, self.weight.shape[-1])
             if kept is not None and cache is not None:
                 mixed = _mix_rows(kept, n, self.weight, self.bias)
             else:
                 mixed = _mix(gate[:, None], self.weight[:, :n, :n], self.bias[:, :n])[:, 0]
+            if kept is not None:
+                kept = last_rows(kept, self.weight.shape[-1])
             out = self.act(mixed if gate_res is None else mixed + gate_res) * res
         else:
             out, kept = call_operator(
@@ -364,7 +366,7 @@ class CausalLocalSGU(nn.Module):
             gate = pad_to_multiple(gate, self.window, dim=1).unflatten(1, (-1, self.window))
             gate, kept = self.norm(gate), None
             if cache is not None or return_cache:
-                kept = append(where, cache, gate.flatten(1, 2)[:, :n])
+                kept = append(where, cache, gate.flatten(1, 2)[:, :n], kept=2 * self.window - 1)
             if kept is not None and cache is not None:
                 mixed = _mix_rows(kept, n, self.weight, self.bias)
             else:
@@ -426,7 +428,9 @@ class AxiallyFold(nn.Module):
                 continue
             members = list(group)
             steps = torch.cat([x[:, i::every] for i in members])
-            before = None if new else concatenate([queue[i] for i in members], [b] * len(members))
+            before = None if new else queue[members[0]]
+            if before is not None and len(members) > 1:
+                before = concatenate([queue[i] for i in members], [b] * len(members))
             out, after = self.fn(steps, cache=before, return_cache=True)
             for i, part in zip(members, out.split(b)):
                 folded[i] = part
@@ -552,4 +556,4 @@ class gMLPGPT(nn.Module):
         x, cache = call(
             self.net, x, cache, return_cache, layer_dropout=1. - self.prob_survival)
         out = self.to_logits(x)
-        return (out, ModelCache(seen + x.shape[1], (cache,))) if return_cache else out
+        return with_cache(out, seen, x.shape[1], (cache,), return_cache)

@@ -27,11 +27,11 @@ from fastmix.checks import (
 from fastmix.dtypes import wide, wide_complex
 from fastmix.nn._cache import (
     Cache,
-    ModelCache,
     append,
     call,
     split_model_cache,
     step_numbers,
+    with_cache,
 )
 from fastmix.nn._checks import (
     check_features,
@@ -419,4 +419,4 @@ class Transformer(nn.Module):
         out = self.to_logits(x)
         if return_loss:
             out = cross_entropy("Transformer", "x", out.flatten(0, 1), labels.flatten())
-        return (out, ModelCache(seen + x.shape[1], tuple(kept))) if return_cache else out
+        return with_cache(out, seen, x.shape[1], tuple(kept), return_cache)

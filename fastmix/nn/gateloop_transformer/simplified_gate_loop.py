@@ -5,11 +5,13 @@ Shapes: b batch, n time steps, d channels, each with a state of one number.
 
 from typing import Any
 
+import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from fastmix import ops
 from fastmix.checks import check_shape, check_tensor, wide
+from fastmix.nn._cache import describe
 from fastmix.nn._checks import check_sequence, is_plain
 from fastmix.nn.gateloop_transformer.gateloop_transformer import RMSNorm
 
@@ -43,8 +45,10 @@ class SimpleGateLoopLayer(nn.Module):
     to it.
 
     cache: what an earlier call with `return_cache` returned beside its output: the product of
-    all gates so far and the state, (b · dim, 1) each, with channels inside the batch. ValueError
-    for `return_cache` with `reverse`, and for x or a cache of another shape.
+    all gates so far and the state, (b · dim, 1) each, with channels inside the batch, as in the
+    published package. Sequences are chosen from `t.view(b, dim)` of each, not by
+    `fastmix.select_rows`. ValueError for `return_cache` with `reverse`, and for x or a cache of
+    another shape.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ def scan(
                          "from the end has no state to go on from")
     dtype = wide(a.dtype)  # in float32 at least: the gate of a slow channel is 1 in bfloat16
     gates, kv = a.to(dtype).sigmoid(), kv.to(dtype)
-    product, state = _unpack(cache, gates)
+    product, state = _unpack(cache, gates, a.dtype)
     states = ops.linear_scan(gates, kv, state, reverse=layer.reverse)
     out = (q * states).to(q.dtype)
     if not is_plain(layer.split_heads, Rearrange):
@@ -95,14 +99,21 @@ def scan(
     return out, (total.view(-1, 1), states[:, -1].reshape(-1, 1))
 
 
-def _unpack(cache: Cache | None, gates: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The product of the gates before and the state before, (b, dim) each."""
+def _unpack(
+    cache: Cache | None, gates: Tensor, narrow: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The product of the gates before and the state before, (b, dim) each; those of the
+    published layer come in the `narrow` dtype of its x."""
     if cache is None:
         return None, None
+    if not isinstance(cache, tuple) or len(cache) != 2:
+        raise TypeError(f"{WHERE}: cache must be a tuple of two tensors, as return_cache=True "
+                        f"returns it, got {describe(cache)}")
     b, _, dim = gates.shape
     rows = []
-    for name, tensor in zip(("cache[0]", "cache[1]"), cache, strict=True):
-        check_tensor(WHERE, name, tensor, like=("x", gates))
+    for name, tensor in zip(("cache[0]", "cache[1]"), cache):
+        check_tensor(WHERE, name, tensor, tuple(dict.fromkeys((gates.dtype, narrow))),
+                     like=("x", gates))
         check_shape(WHERE, name, tensor, "b·dim 1", {"b·dim": b * dim})
         rows.append(tensor.view(b, dim).to(gates.dtype))
     product, state = rows

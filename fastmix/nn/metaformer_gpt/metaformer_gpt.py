@@ -10,11 +10,11 @@ from fastmix.checks import INTEGER, REAL, check_length, check_tensor, wide
 from fastmix.nn import _conv1d_fft
 from fastmix.nn._cache import (
     Cache,
-    ModelCache,
     call,
     call_operator,
     split_cache,
     split_model_cache,
+    with_cache,
 )
 from fastmix.nn._checks import check_sequence, check_sizes, embed_tokens, feed_forward
 
@@ -166,4 +166,4 @@ class MetaformerGPT(nn.Module):
             kept.append((decay_cache, pool_cache))
             x = feedforward(x) + x
         out = self.to_logits(x)
-        return (out, ModelCache(seen + n, tuple(kept))) if return_cache else out
+        return with_cache(out, seen, n, tuple(kept), return_cache)
