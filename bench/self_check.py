@@ -1,21 +1,26 @@
 """Every Triton kernel, in every configuration that the launchers choose, against float64.
 
-    python bench/self_check.py --device cuda --long
+    python bench/self_check.py --long            # all; --headline: the shapes of the report
+    python bench/self_check.py --only "gate_loop 8x4096 bfloat16"
 
 Triton's compiler has made wrong code of gated chunk kernels before, silently: this runs
 each operator on this machine at the shapes where its launcher changes its mind, and holds
 values and gradients against the pure PyTorch fallback in float64. Exit status 1 if one is
 off by more than twice what that fallback is in the same dtype (four times where there are
-fewer than 64 numbers to judge by).
+fewer than 64 numbers to judge by). What is most in doubt comes first, each row is written as
+it comes, and a process whose GPU has failed is replaced.
 """
 
 import argparse
 import concurrent.futures
 import functools
 import json
+import math
 import multiprocessing
 import os
 import sys
+import threading
+import time
 
 import torch
 
@@ -138,16 +143,45 @@ SHAPES = [
 ]
 
 
-def chosen(long):
-    """[(operator, shape, how, dtype)]: every dtype where only the shape is special."""
-    cases = [(make, shape, how) for make, small, large, variants in VARIANTS
-             for how in variants for shape in ((small, large) if long else (small,))]
+# The shapes that the report is of.
+HEADLINES = [
+    (linear_scan, (8, 4096, 16, 64), dict(dtypes=("bfloat16",))),
+    (linear_scan, (8, 4096, 16, 64), TURNING),
+    *((gate_loop, shape, dict(dtypes=("bfloat16",)) | how) for shape, how in (
+        ((8, 4096, 1024, 1, 1), {}), ((8, 4096, 16, 64, 64), {}),
+        ((8, 4096, 16, 64, 64), dict(gates="real")), ((8, 8192, 8, 128, 128), {}),
+        ((1, 65536, 1024, 1, 1), {}), ((1, 65536, 1024, 1, 1), dict(gates="real")))),
+    (decay_conv, (8, 8192, 8, 64), dict(dtypes=("bfloat16",))),
+    (windowed_sgu, (8, 8192, 512, 4, 128), dict(dtypes=("bfloat16",))),
+    (cumulative_mean, (8, 8192, 512), dict(dtypes=("bfloat16",))),
+]
+
+
+def chosen(long, headline=False, only=""):
+    """[(operator, shape, how, dtype)]: every dtype where only the shape is special; of those whose
+    label has all words of `only`. Backward of linear_scan comes first, whose scans across warps
+    nothing has proven; then the headlines, then what has most numbers.
+    """
+    cases = [] if headline else [
+        (make, shape, how) for make, small, large, variants in VARIANTS
+        for how in variants for shape in ((small, large) if long else (small,))]
     if long:
         cases += [(make, shape, how) for make, how, shapes in SHAPES for shape in shapes]
+    if long or headline:
+        cases += HEADLINES
     # The interpreter truncates where hardware rounds to half precision.
     possible = ACCURATE if os.environ.get("TRITON_INTERPRET") == "1" else EVERY
-    return [(make, shape, how, name) for make, shape, how in cases
-            for name in how.get("dtypes", TWO if how else EVERY) if name in possible]
+    cases = [(make, shape, how, name) for make, shape, how in cases
+             for name in how.get("dtypes", TWO if how else EVERY) if name in possible]
+    cases.sort(key=lambda case: (case[0] is not linear_scan, case[:3] not in HEADLINES,
+                                 -math.prod(case[1])))
+    return [case for case in cases if all(word in label(case).split() for word in only.split())]
+
+
+def label(case):
+    make, shape, how, dtype = case
+    options = [f"{key}={value}".replace(" ", "-") for key, value in how.items() if key != "dtypes"]
+    return " ".join([make.__name__, "x".join(map(str, shape)), dtype, *options])
 
 
 def arguments(make, shape, how, dtype, device):
@@ -173,18 +207,20 @@ def arguments(make, shape, how, dtype, device):
 
 
 def run(operator, tensors, others, weights=None):
-    """(outputs and gradients, weights of the outputs)"""
+    """({name: output or gradient}, weights of the outputs)"""
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     outputs = getattr(ops, operator)(**leaves, **others)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     weights = weights or [torch.randn_like(o) for o in outputs]
     grads = torch.autograd.grad(outputs, leaves.values(),
                                 [w.to(o.dtype) for w, o in zip(weights, outputs)])
-    return [*(o.detach() for o in outputs), *grads], weights
+    names = [*("output", "state")[: len(outputs)], *(f"gradient of {name}" for name in leaves)]
+    return dict(zip(names, [*(o.detach() for o in outputs), *grads], strict=True)), weights
 
 
-def errors(make, shape, how, dtype, device):
-    """[(error, limit)]: root mean squares against float64, of values and gradients."""
+def compared(make, shape, how, dtype, device):
+    """{name: {error, limit}}: root mean squares against float64, of values and gradients. Of what
+    is beyond its limit also where it is furthest off."""
     rounded, others = arguments(make, shape, how, dtype, device)
     exact = {name: t.to(torch.complex128 if t.is_complex() else torch.float64)
              for name, t in rounded.items()}
@@ -199,53 +235,179 @@ def errors(make, shape, how, dtype, device):
 
     # Nothing is more exact than float64: it may differ by what sums of it do.
     floor = 1e-12 if dtype == torch.float64 else 0
-    return [(rms(o - e), (rms(p - e) + max(floor, torch.finfo(o.dtype).eps / 4) * rms(e)) *
-             (2 if o.numel() >= 64 else 4)) for o, p, e in zip(ours, plain, defined, strict=True)]
+    found = {}
+    for name, o in ours.items():
+        e = defined[name]
+        limit = ((rms(plain[name] - e) + max(floor, torch.finfo(o.dtype).eps / 4) * rms(e)) *
+                 (2 if o.numel() >= 64 else 4))
+        found[name] = {"error": rms(o - e), "limit": limit}
+        if not found[name]["error"] <= limit:  # NaN compares as wrong
+            found[name] |= furthest(o, e, limit)
+    return found
+
+
+def furthest(ours, exact, limit):
+    """Where a result is furthest off, of which shape; the part of it that is off by ten limits."""
+    apart = (ours - exact).abs().double().nan_to_num(nan=math.inf)
+    at = tuple(int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
+    return {"shape": list(ours.shape), "at": list(at), "is": str(ours[at].item()),
+            "should_be": str(exact[at].item()),
+            "far_off": (apart > 10 * limit).double().mean().item()}
 
 
 def check(case, device):
-    """The row of one case, said as well."""
+    """The row of one case."""
     make, shape, how, name = case
-    row = {"operator": make.__name__, "shape": shape, "how": how, "dtype": name}
+    row = {"case": label(case), "ok": False, "results": {}}
     torch.manual_seed(0)
+    began = time.perf_counter()
     try:
-        compared = errors(make, shape, how, getattr(torch, name), torch.device(device))
-        # NaN compares as wrong.
-        row |= {"errors": compared, "ok": all(error <= limit for error, limit in compared)}
+        row["results"] = compared(make, shape, how, getattr(torch, name), torch.device(device))
+        row["ok"] = not any("at" in result for result in row["results"].values())
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()  # the others want memory too
     except Exception as error:  # the others are still to be seen
-        row |= {"ok": False, "reason": f"{type(error).__name__}: {error}"}
-    torch.cuda.empty_cache()  # the others want memory too
-    said = row.get("reason") or ", ".join(
-        f"{error / limit if limit else error:.2f}" for error, limit in row["errors"])
-    options = " ".join(f"{key}={value}" for key, value in how.items() if key != "dtypes")
-    print("ok   " if row["ok"] else "WRONG", make.__name__, *shape, name, options, said[:300],
-          flush=True)
-    return row
+        row |= {"reason": f"{type(error).__name__}: {error}",
+                "ends": isinstance(error, torch.AcceleratorError)}
+    return row | {"seconds": round(time.perf_counter() - began, 2)}
+
+
+def explained(row, device):
+    """A wrong row in lines that can be acted on."""
+    lines = [f"WRONG {row['case']}"]
+    if "reason" in row:
+        lines += row["reason"].splitlines()[:6]
+    for name, result in row["results"].items():
+        times = result["error"] / result["limit"] if result["limit"] else math.inf
+        lines.append(f"  {name}: off by {result['error']:.1e}, {times:.3g} × what is allowed")
+        if "at" in result:
+            lines[-1] += (f"; {100 * result['far_off']:.3g} % of {result['shape']} far off, most "
+                          f"at {result['at']}: {result['is']}, not {result['should_be']}")
+    again = f"python3 bench/self_check.py --device {device} --long --only \"{row['case']}\""
+    return "\n".join([*lines[:9], f"  again: {again}"])
+
+
+# ---- processes that may die
+
+
+PATIENCE = 300  # seconds for one case, in which kernels are compiled
+
+
+def work(pipe, function):
+    """Runs function on what comes until None does, or a result says that this process `ends`."""
+    torch.set_num_threads(1)
+    try:
+        while (case := pipe.recv()) is not None:
+            result = function(case)
+            pipe.send(result)
+            if result.get("ends"):  # after an error of the GPU every call in the process fails
+                return
+    except EOFError:  # whoever wanted the results is gone
+        return
+
+
+class Worker:
+    """A process for one case after another; a new one after one that died, hung or has to end."""
+
+    def __init__(self, function):
+        self.function, self.process = function, None
+
+    def __call__(self, case):
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=work, args=(theirs, self.function), daemon=True)
+            self.process.start()
+            theirs.close()
+        try:
+            self.pipe.send(case)
+            result = self.pipe.recv() if self.pipe.poll(PATIENCE) else {
+                "reason": f"no result within {PATIENCE} s", "ends": True}
+        except (EOFError, OSError):
+            self.process.join()
+            result = {"reason": f"its process died, exit status {self.process.exitcode}",
+                      "ends": True}
+        if result.get("ends"):
+            self.stop()
+        return result
+
+    def stop(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+def hand_out(function, cases, jobs, seconds, each):
+    """each(case, function(case)) in the order in which results come; the cases for which there was
+    no time."""
+    end = time.monotonic() + seconds
+    lock, waiting = threading.Lock(), list(reversed(cases))
+
+    def serve():
+        worker = Worker(function)
+        try:
+            while time.monotonic() < end:
+                with lock:
+                    if not waiting:
+                        break
+                    case = waiting.pop()
+                result = worker(case)
+                with lock:
+                    each(case, result)
+        finally:
+            worker.stop()
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for served in [pool.submit(serve) for _ in range(jobs)]:
+            served.result()
+    return waiting[::-1]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--long", action="store_true",
                         help="real sizes; without it, small shapes of every kernel")
+    parser.add_argument("--headline", action="store_true", help="only the shapes of the report")
+    parser.add_argument("--only", default="", metavar="WORDS",
+                        help="cases that have all of these words in their line")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count()),
                         help="processes: compiling is what takes time")
-    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after these")
+    parser.add_argument("--json", metavar="PATH", help="a line for each case, as it comes")
     options = parser.parse_args()
     reason = table.why_not_written("json", options.json)
     if reason:
         parser.error(f"--json{reason}")
-    with concurrent.futures.ProcessPoolExecutor(
-            options.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads,
-            (1,)) as pool:
-        rows = list(pool.map(functools.partial(check, device=options.device),
-                             chosen(options.long)))
-    wrong = sum(not row["ok"] for row in rows)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
-    print(f"{len(rows)} configurations, {wrong} wrong")
-    return wrong > 0
+    cases = chosen(options.long, options.headline, options.only)
+    file = open(options.json, "w", buffering=1) if options.json else None
+    wrong, short_of_memory = [], []
+
+    def each(case, row):
+        row = {"case": label(case), "ok": False, "results": {}} | row
+        if row.get("reason", "").startswith("OutOfMemoryError") and case not in short_of_memory:
+            short_of_memory.append(case)  # again when it is alone
+            return
+        if not row["ok"]:
+            wrong.append(row)
+        if file:
+            print(json.dumps(table.plain(row)), file=file)
+        said = ", ".join(f"{result['error'] / result['limit'] if result['limit'] else 0:.2f}"
+                         for result in row["results"].values())
+        print(f"ok    {row['case']}: {said}" if row["ok"] else explained(row, options.device),
+              flush=True)
+
+    end = time.monotonic() + 60 * options.minutes
+    function = functools.partial(check, device=options.device)
+    left = hand_out(function, cases, options.jobs, 60 * options.minutes, each)
+    left += hand_out(function, list(short_of_memory), 1, end - time.monotonic(), each)
+    print(f"{len(cases) - len(left)} configurations, {len(wrong)} wrong"
+          + (f"; no time for {len(left)}, first {label(left[0])}" if left else ""))
+    if wrong:
+        print("\nThe first:", explained(wrong[0], options.device), sep="\n")
+    return bool(wrong)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ shared memory; it fails where two threads meet, where an access is misaligned or
 where a copy is read that nobody waited for.
 """
 
+import contextlib
 import csv
 import ctypes
 import hashlib
@@ -459,6 +460,32 @@ def test_tensors_without_kernels_are_told_why():
     assert cuda.why_not_for(torch.empty(1, 2, 3, 4)) is None
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_compiled_while_a_cuda_graph_is_captured(monkeypatch, there):
+    """Where there can be kernels; elsewhere the fallback is captured, as ever."""
+    loaded, device = [], torch.device("cuda", 0)
+
+    def load(device_type):
+        loaded.append(device_type)
+        raise RuntimeError("no nvcc")
+
+    monkeypatch.setattr(cuda.library, "load", load)
+    monkeypatch.setattr(cuda.library, "why_not_gpu", lambda: None)
+    monkeypatch.setattr(cuda.library, "why_not", lambda device_type: None if there else "no nvcc")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    why_not_on = cuda.why_not_on.__wrapped__
+    if there:
+        with pytest.raises(RuntimeError, match="on cuda:0 yet.* call the operator once before"):
+            why_not_on(device)
+        assert not loaded
+    else:
+        assert why_not_on(device) == "no nvcc"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert why_not_on(device) == "no nvcc" and loaded[-1] == "cuda"  # tried, for it may be now
+
+
 # ---- on a GPU
 
 
@@ -503,6 +530,18 @@ def test_products_on_a_gpu(n, dtype):
 def _values_and_gradients(leaves, grad):
     y = fastmix.ops.fft_conv(*leaves)
     return y, *torch.autograd.grad(y, leaves, grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here")
+def test_on_another_gpu_than_the_current_one():
+    x, kernel = torch.randn(1, 300, 2, 8, device="cuda:1"), torch.randn(300, 2, device="cuda:1")
+    with fastmix.force("native"), torch.cuda.device(0):
+        y = fastmix.ops.fft_conv(x, kernel)
+        assert torch.cuda.current_device() == 0
+    assert y.device == x.device
+    exact = defined(x, kernel, torch.ones_like(x))[0]
+    assert (y - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
 @pytest.mark.gpu

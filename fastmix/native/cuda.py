@@ -35,19 +35,27 @@ def run(name: str, forced: bool, *args: Any) -> Any:
 
 @functools.cache
 def why_not_on(device: torch.device) -> str | None:
-    """Loads the library and tries it. Why it cannot be used on that device, or None."""
+    """Loads the library and tries it. Why it cannot be used on that device, or None.
+
+    RuntimeError while a CUDA graph is captured: none of that can be part of one.
+    """
     if library.why_not_gpu() is not None:
         return library.why_not_gpu()
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return library.too_old(*capability)
+    with torch.cuda.device(device):
+        captured = torch.cuda.is_current_stream_capturing()
+    if captured and library.why_not("cuda") is None:
+        raise RuntimeError(
+            f"fft_conv: its CUDA kernels have not run on {device} yet, and cannot be compiled, "
+            "loaded and tried while a CUDA graph is captured; call the operator once before the "
+            "capture")
     try:
         library.load("cuda")
         for dtype in (torch.float32, torch.bfloat16):  # by transforms, and by products
             x = torch.ones(1, 2, 1, 1, dtype=dtype, device=device)
             out = torch.ops.fastmix_cuda.fft_conv(x, x[..., 0], None)
-            if torch.cuda.is_current_stream_capturing():
-                continue  # nothing can be read now
             if (out.flatten().cpu() - torch.tensor([1.0, 2.0])).abs().max() > 1e-5:
                 return (f"its self-test failed: [1, 1] convolved with [1, 1] in {dtype} gave "
                         f"{out.flatten().tolist()}, expected [1, 2]")

@@ -1,0 +1,258 @@
+"""bench/on_gpu.sh and what it runs, as far as that can be tried without a GPU."""
+
+import csv
+import importlib.util
+import os
+import signal
+import subprocess
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "bench"
+SCRIPT = BENCH / "on_gpu.sh"
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="compiles with Triton")
+
+
+# ---- stages
+
+
+def test_every_stage_ends_within_nine_minutes():
+    listed = subprocess.run([SCRIPT, "--list"], capture_output=True, text=True, check=True).stdout
+    seconds = Counter()
+    for line in listed.splitlines():
+        stage, _, limit = line.split()
+        seconds[stage] += int(limit)
+    assert list(seconds) == ["truth", "tests", "tune", "sanitize", "report", "counters"]
+    assert max(seconds.values()) <= 540
+
+
+@pytest.fixture
+def day(tmp_path):
+    """day(stage) → the running script, with an interpreter that notes what it is asked for. It is
+    slow at linear_scan while a file "slow" is there, and fails at decay_conv while "bad" is."""
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+cd {tmp_path}
+case "$*" in
+    -c*|-) ;;
+    *) echo "$*" >> asked ;;
+esac
+case "$*" in
+    *linear_scan*) [ ! -e slow ] || sleep 60 ;;
+    *decay_conv*) [ ! -e bad ] || {{ echo 'the very reason'; exit 3; }} ;;
+esac
+""")
+    python.chmod(0o755)
+
+    def run(stage, *flags, work="work"):
+        return subprocess.Popen(
+            [SCRIPT, "--rehearse", *flags, stage, tmp_path / "out"], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env=os.environ | {"PYTHON": str(python), "WORK": str(tmp_path / work)})
+    return run
+
+
+def test_a_stage_goes_on_where_it_was_killed(day, tmp_path):
+    asked = tmp_path / "asked"
+    (tmp_path / "slow").touch()
+    running = day("truth")
+    while not (asked.exists() and "linear_scan" in asked.read_text()):
+        assert running.poll() is None, running.stdout.read()
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    (tmp_path / "slow").unlink()
+    before = asked.read_text().splitlines()
+    assert [line.split()[0] for line in before] == [
+        "-m", "bench/ahead.py", "bench/self_check.py", "bench/run.py"]
+    asked.unlink()
+
+    said, _ = (again := day("truth")).communicate()
+    assert again.returncode == 0 and "all steps passed" in said, said
+    assert said.count("passed before") == 3
+    assert asked.read_text().splitlines()[0] == before[-1]
+    files = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert "truth.tar.gz" in files and len(files) <= 8
+
+    # On another machine, from the archive.
+    said, _ = day("truth", "--from", str(tmp_path / "out"), work="elsewhere").communicate()
+    assert said.count("passed before") == 9, said
+
+
+def test_a_step_that_fails_stops_no_other(day, tmp_path):
+    (tmp_path / "bad").touch()
+    said, _ = (ran := day("truth")).communicate()
+    assert ran.returncode == 1 and said.splitlines()[-1].endswith("s: mixers")
+    assert "    the very reason" in said and said.count(": ok") + said.count("ok, ") == 8
+    with tarfile.open(tmp_path / "out" / "truth.tar.gz") as archive:
+        names = [Path(name).name for name in archive.getnames()]
+    assert "mixers.txt" in names and "mixers.done" not in names and "fft-conv.done" in names
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "STAGE OUT"), (["dance", "out"], "STAGE OUT"), (["truth"], "STAGE OUT"),
+    (["--wheels", "/no/such", "truth", "out"], "--wheels needs a folder that is there")])
+def test_on_gpu_refuses(flags, said, tmp_path):
+    ran = subprocess.run([SCRIPT, *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 2 and said in ran.stderr
+
+
+# ---- the self-check
+
+
+@pytest.fixture
+def self_check(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import self_check
+    return self_check
+
+
+def test_what_is_most_in_doubt_comes_first(self_check, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cases = self_check.chosen(long=True)
+    labels = [self_check.label(case) for case in cases]
+    assert len(set(labels)) == len(labels) > 300
+    scans = sum(case[0] is self_check.linear_scan for case in cases)
+    assert all(label.startswith("linear_scan ") for label in labels[:scans])
+    headlines = [self_check.label(case) for case in self_check.chosen(False, headline=True)]
+    others = [label for label in headlines if not label.startswith("linear_scan ")]
+    assert labels[scans:][:len(others)] == others and len(others) == 9
+    for label in labels[::40]:
+        assert label in map(self_check.label, self_check.chosen(True, only=label))
+
+
+def test_a_process_that_dies_or_whose_gpu_failed_is_replaced(self_check, monkeypatch, tmp_path):
+    (tmp_path / "odd_work.py").write_text("""import os
+def work(case):
+    if case == "die":
+        os._exit(7)
+    return {"process": os.getpid(), "ends": case == "broken"}
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    import odd_work
+    found = {}
+    left = self_check.hand_out(odd_work.work, ["a", "b", "die", "c", "broken", "d"], 1, 600,
+                               lambda case, result: found.update({case: result}))
+    assert left == [] and list(found) == ["a", "b", "die", "c", "broken", "d"]
+    assert found["die"]["reason"] == "its process died, exit status 7"
+    processes = [found[case]["process"] for case in ("a", "b", "c", "broken", "d")]
+    assert processes[0] == processes[1] and processes[2] == processes[3]
+    assert len(set(processes)) == 3
+    assert self_check.hand_out(odd_work.work, ["a", "b"], 1, 0, None) == ["a", "b"]
+
+
+def test_a_wrong_case_is_explained_in_ten_lines(self_check, monkeypatch):
+    import fastmix
+    run = self_check.run
+
+    def wrong(operator, tensors, others, weights=None):
+        results, weights = run(operator, tensors, others, weights)
+        if fastmix.dispatch.forced() == "triton":
+            results["gradient of x"][0, 3, 1] += 1
+        return results, weights
+
+    monkeypatch.setattr(self_check, "run", wrong)
+    monkeypatch.setattr(self_check.fastmix, "force", pretend_force(monkeypatch))
+    case = self_check.cumulative_mean, (1, 260, 15), {}, "float32"
+    row = self_check.check(case, "cpu")
+    assert not row["ok"] and "at" not in row["results"]["output"]
+    assert row["results"]["gradient of x"]["at"] == [0, 3, 1]
+    lines = self_check.explained(row, "cuda").splitlines()
+    assert len(lines) <= 10 and lines[0] == "WRONG cumulative_mean 1x260x15 float32"
+    assert "most at [0, 3, 1]" in lines[2] and "0.0256 % of [1, 260, 15]" in lines[2]
+    assert lines[-1].endswith('--only "cumulative_mean 1x260x15 float32"')
+
+    def raises(*arguments):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access")
+    monkeypatch.setattr(self_check, "run", raises)
+    row = self_check.check(case, "cpu")
+    assert row["ends"] and "illegal memory access" in self_check.explained(row, "cuda")
+
+
+def pretend_force(monkeypatch):
+    """fastmix.force, in which the fallback stands for Triton's kernels."""
+    import contextlib
+
+    import fastmix
+
+    @contextlib.contextmanager
+    def force(name):
+        with monkeypatch.context() as patched:
+            patched.setattr(fastmix.dispatch, "forced", lambda: name)
+            with real("fallback"):
+                yield
+
+    real = fastmix.force
+    return force
+
+
+# ---- compiling ahead, and predictions
+
+
+@needs_triton
+def test_what_is_compiled_ahead_is_found_from_a_packed_cache(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import ahead
+    import self_check
+    labels = list(map(self_check.label, self_check.chosen(False)))
+    index = labels.index("cumulative_mean 1x260x15 float32")
+    launches = ahead.launches_of("sm90", False, False, index)
+    key = next(key for key in launches if key[1] == "_sums")
+    assert ahead.compile_one("sm90", False, False, index, key) is None
+    made = {path.suffix: path for path in tmp_path.rglob("*") if path.is_file()}
+    assert ".cubin" in made and ".ptx" in made
+    for suffix, path in made.items():
+        if suffix not in (".cubin", ".json"):
+            path.unlink()
+    before = made[".cubin"].stat().st_mtime_ns
+    assert ahead.compile_one("sm90", False, False, index, key) is None
+    assert made[".cubin"].stat().st_mtime_ns == before and not list(tmp_path.rglob("*.ptx"))
+
+
+@needs_triton
+def test_kernels_of_every_headline_can_be_traced(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import ahead
+    import self_check
+    for index in range(len(self_check.HEADLINES)):
+        assert ahead.launches_of("sm90", False, True, index)
+
+
+@needs_triton
+def test_predictions_are_what_the_script_makes(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCH)
+    import predictions
+    predictions.write(tmp_path / "made.csv")
+    made = (tmp_path / "made.csv").read_text()
+    assert made == predictions.TABLE.read_text(), (
+        "kernels, or their counts, have changed: python bench/predictions.py")
+    lines = list(csv.DictReader(made.splitlines()))
+    assert len(lines) == 18
+    for line in lines:
+        assert int(line["us"]) > int(line["floor_us"]) > 0 and line["reason"]
+
+    report = tmp_path / "report.json"
+    report.write_text("""{"settings": {"batch": 8}, "header": {"device": "A GPU", "copy_gb_s": 4200,
+        "matmul_gflop_s": 780000}, "operators": [
+        {"row": "decay_conv", "n": 8192, "status": "ok", "ratio_original": {"forward": 12},
+         "forward_ms": {"median": 0.074, "host": 0.2}, "forward_backward_ms": {"median": 0.1}},
+        {"row": "cumulative_mean", "n": 8192, "status": "wrong"}]}""")
+    predictions.main(["--beside", str(report), str(tmp_path / "absent.json")])
+    printed = capsys.readouterr().out
+    cells = next([cell.strip() for cell in line.split("|")[1:-1]]
+                 for line in printed.splitlines() if line.startswith("| decay_conv"))
+    assert cells[:3] == ["decay_conv", "8×8192", "fwd"] and cells[5] == "74.0"
+    assert float(cells[6]) == pytest.approx(74 / int(cells[4]), abs=0.01)
+    assert cells[7:9] == ["200", "12.0"]
+    assert printed.count("wrong") == 2 and printed.count("not measured") == 14
+    assert "A GPU: copy 4200 GB/s" in printed
