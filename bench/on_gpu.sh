@@ -205,9 +205,14 @@ tests() {
 }
 
 tune() {
-    local how=()
-    [ "$rehearse" ] && how=(--made-up --only "cumulative_mean _sums" --most 2)
-    step tune 520 "$python" bench/tune.py --minutes "$(minutes 520)" --out "$results" "${how[@]}"
+    local found=$results/candidates.json of=() how=()
+    [ "$rehearse" ] && of=(--target sm90 --only "cumulative_mean 1x260x15 float32 sliced=True")
+    [ "$rehearse" ] && how=(--made-up)
+    step candidates 240 env TRITON_INTERPRET=0 "$python" bench/tune.py --candidates "$found" \
+        --jobs "$jobs" --minutes "$(minutes 190)" "${of[@]}"
+    step tune 290 "$python" bench/tune.py --time "$found" --out "$results" --device "$device" \
+        --minutes "$(minutes 270)" "${how[@]}"
+    [ "$list" ] || cat "$results/tune.txt"
 }
 
 sanitize() {

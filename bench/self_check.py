@@ -218,32 +218,40 @@ def run(operator, tensors, others, weights=None):
     return dict(zip(names, [*(o.detach() for o in outputs), *grads], strict=True)), weights
 
 
-def compared(make, shape, how, dtype, device):
-    """{name: {error, limit}}: root mean squares against float64, of values and gradients. Of what
-    is beyond its limit also where it is furthest off."""
-    rounded, others = arguments(make, shape, how, dtype, device)
-    exact = {name: t.to(torch.complex128 if t.is_complex() else torch.float64)
-             for name, t in rounded.items()}
-    with fastmix.force("fallback"):
-        plain, weights = run(make.__name__, rounded, others)
-        defined, _ = run(make.__name__, exact, others, weights)
-    with fastmix.force("triton"):
-        ours, _ = run(make.__name__, rounded, others, weights)
+class Truth:
+    """What a case's results are held against: float64, and twice what the fallback is off."""
 
-    def rms(t):
-        return t.abs().double().square().mean().sqrt().item()
+    def __init__(self, make, shape, how, dtype, device):
+        rounded, others = arguments(make, shape, how, dtype, device)
+        exact = {name: t.to(torch.complex128 if t.is_complex() else torch.float64)
+                 for name, t in rounded.items()}
+        with fastmix.force("fallback"):
+            plain, weights = run(make.__name__, rounded, others)
+            self.exact, _ = run(make.__name__, exact, others, weights)
+        self.call = make.__name__, rounded, others, weights
+        # Nothing is more exact than float64: it may differ by what sums of it do.
+        floor = 1e-12 if dtype == torch.float64 else 0
+        self.limits = {
+            name: (rms(o - self.exact[name])
+                   + max(floor, torch.finfo(o.dtype).eps / 4) * rms(self.exact[name]))
+            * (2 if o.numel() >= 64 else 4) for name, o in plain.items()}
 
-    # Nothing is more exact than float64: it may differ by what sums of it do.
-    floor = 1e-12 if dtype == torch.float64 else 0
-    found = {}
-    for name, o in ours.items():
-        e = defined[name]
-        limit = ((rms(plain[name] - e) + max(floor, torch.finfo(o.dtype).eps / 4) * rms(e)) *
-                 (2 if o.numel() >= 64 else 4))
-        found[name] = {"error": rms(o - e), "limit": limit}
-        if not found[name]["error"] <= limit:  # NaN compares as wrong
-            found[name] |= furthest(o, e, limit)
-    return found
+    def judged(self):
+        """{name: {error, limit}} of Triton's kernels: root mean squares of values and gradients.
+        Of what is beyond its limit also where it is furthest off."""
+        with fastmix.force("triton"):
+            ours, _ = run(*self.call)
+        found = {}
+        for name, o in ours.items():
+            limit = self.limits[name]
+            found[name] = {"error": rms(o - self.exact[name]), "limit": limit}
+            if not found[name]["error"] <= limit:  # NaN compares as wrong
+                found[name] |= furthest(o, self.exact[name], limit)
+        return found
+
+
+def rms(t):
+    return t.abs().double().square().mean().sqrt().item()
 
 
 def furthest(ours, exact, limit):
@@ -262,7 +270,8 @@ def check(case, device):
     torch.manual_seed(0)
     began = time.perf_counter()
     try:
-        row["results"] = compared(make, shape, how, getattr(torch, name), torch.device(device))
+        row["results"] = Truth(
+            make, shape, how, getattr(torch, name), torch.device(device)).judged()
         row["ok"] = not any("at" in result for result in row["results"].values())
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # the others want memory too

@@ -2,9 +2,12 @@
 
 import csv
 import importlib.util
+import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -256,3 +259,85 @@ def test_predictions_are_what_the_script_makes(monkeypatch, tmp_path, capsys):
     assert cells[7:9] == ["200", "12.0"]
     assert printed.count("wrong") == 2 and printed.count("not measured") == 14
     assert "A GPU: copy 4200 GB/s" in printed
+
+
+# ---- tuning
+
+
+CANDIDATE = dict(file="cumulative_mean", kernel="_sums", dtype="float32", shapes=[],
+                 option="tile_bytes", before=128, cases=["cumulative_mean 1x260x15 float32"])
+
+
+@pytest.mark.long
+@needs_triton
+def test_candidates_spill_nothing_and_change_something(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    ran = subprocess.run(
+        [sys.executable, BENCH / "tune.py", "--candidates", tmp_path / "found.json", "--target",
+         "sm90", "--only", "cumulative_mean 1x260x15 float32 sliced=True", "--jobs", "1"],
+        capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["candidates"]
+    case, = CANDIDATE["cases"]
+    assert found == [CANDIDATE | {"value": value, "cases": [f"{case} sliced=True"]}
+                     for value in (64, 256)]
+
+    import tune
+    label, = CANDIDATE["cases"]
+    for value, said in ((128, "changes nothing"), (1024, "spills")):
+        assert re.search(said, tune.why_not(CANDIDATE | {"value": value}, label, "sm90"))
+
+
+@needs_triton
+def test_the_tuner_writes_the_fastest_that_is_right(tmp_path):
+    """End to end but for the times, in the interpreter: one candidate is slower, one gives wrong
+    results, one does not run, two are faster."""
+    (tmp_path / "odd.py").write_text("""import sys
+sys.path.insert(0, sys.argv.pop(1))
+import self_check, tune
+judged = self_check.Truth.judged
+def judge(truth):
+    results = judged(truth)
+    if tune.file_of("cumulative_mean").LAUNCH.rows[-1].options == {"tile_bytes": 16}:
+        results["output"]["at"] = [0]
+    return results
+self_check.Truth.judged = judge
+if __name__ == "__main__":
+    tune.main()
+""")
+    candidates = [CANDIDATE | {"value": value} for value in (64, 256, 16, 32)]
+    candidates.append(CANDIDATE | {"option": "no_such_option", "value": 2})
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({"target": "sm90", "candidates": candidates}))
+    ran = subprocess.run(
+        [sys.executable, tmp_path / "odd.py", BENCH, "--time", found, "--out", tmp_path,
+         "--device", "cpu", "--made-up"], capture_output=True, text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert ran.returncode == 0, ran.stderr
+    assert "5 candidates timed, 1 rows written" in ran.stdout
+    status = {}
+    for line in ran.stdout.splitlines()[2:7]:
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        status[cells[2], cells[4]] = cells[8].split()[0]
+    assert status == {("tile_bytes", "64"): "faster", ("tile_bytes", "256"): "slower",
+                      ("tile_bytes", "16"): "wrong", ("tile_bytes", "32"): "taken",
+                      ("no_such_option", "2"): "wrong"}
+    assert len((tmp_path / "tune.jsonl").read_text().splitlines()) == 5
+    before = (ROOT / "kernels" / "triton" / "cumulative_mean.py").read_text().splitlines()
+    after = (tmp_path / "cumulative_mean.py").read_text().splitlines()
+    added = [line for line in after if line not in before]
+    assert [line for line in after if line not in added] == [
+        line for line in before if line in after] and len(after) == len(before) + len(added)
+    assert added[0] == '    Row("_sums", "interpreter", "float32", ANY, dict(tile_bytes=32),'
+    reason = " ".join(line.strip() for line in added[1:])
+    assert "times made up" in reason and "1000 -> 250 us at cumulative_mean" in reason
+    assert max(map(len, added)) <= 100
+    compile("\n".join(after), "cumulative_mean.py", "exec")
+
+
+def test_neighbours_are_a_step_away(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    tune = pytest.importorskip("tune", reason="needs Triton")
+    assert tune.neighbours({"num_warps": 4, "num_stages": 1, "maxnreg": 168}) == [
+        ("num_warps", 2), ("num_warps", 8), ("num_stages", 2), ("maxnreg", 128), ("maxnreg", 208)]
