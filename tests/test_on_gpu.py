@@ -4,12 +4,12 @@ import csv
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -270,23 +270,48 @@ CANDIDATE = dict(file="cumulative_mean", kernel="_sums", dtype="float32", shapes
 
 @pytest.mark.long
 @needs_triton
-def test_candidates_spill_nothing_and_change_something(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(BENCH)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+def test_candidates_are_found_and_compiled(tmp_path):
     ran = subprocess.run(
         [sys.executable, BENCH / "tune.py", "--candidates", tmp_path / "found.json", "--target",
          "sm90", "--only", "cumulative_mean 1x260x15 float32 sliced=True", "--jobs", "1"],
-        capture_output=True, text=True)
+        capture_output=True, text=True, env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert ran.returncode == 0, ran.stderr
     found = json.loads((tmp_path / "found.json").read_text())["candidates"]
     case, = CANDIDATE["cases"]
     assert found == [CANDIDATE | {"value": value, "cases": [f"{case} sliced=True"]}
                      for value in (64, 256)]
 
+
+@needs_triton
+def test_candidates_that_spill_do_not_fit_or_change_nothing_are_left_out(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import triton_static
     import tune
+    compiled = types.SimpleNamespace(spills=0, stack=0, shared=1024)
+    monkeypatch.setattr(triton_static.Launch, "compiled", lambda launch: compiled)
     label, = CANDIDATE["cases"]
-    for value, said in ((128, "changes nothing"), (1024, "spills")):
-        assert re.search(said, tune.why_not(CANDIDATE | {"value": value}, label, "sm90"))
+
+    def why_not(**changes):
+        return tune.why_not(CANDIDATE | {"value": 64} | changes, label, "sm90")
+
+    assert why_not() is None
+    assert why_not(value=128) == "changes nothing"
+    assert why_not(option="no_such_option").startswith("TypeError: ")
+    compiled.shared = 228 << 10
+    assert why_not() == "_ends needs 233472 bytes of shared memory"
+    compiled.stack = 8
+    assert why_not() == "_ends spills 8"
+
+
+@needs_triton
+def test_launches_on_the_host_are_counted_and_timed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import host
+    import operators
+    monkeypatch.setattr(host, "ROUNDS", 2)
+    row = host.measure(operators.windowed_sgu, 8, 8192)
+    assert row["launches"] == {"forward": 2, "forward_backward": 15}
+    assert row["us"]["forward_backward"] > row["us"]["forward"] > 0
 
 
 @needs_triton
