@@ -133,6 +133,7 @@ def test_what_is_most_in_doubt_comes_first(self_check, monkeypatch):
         assert label in map(self_check.label, self_check.chosen(True, only=label))
 
 
+@pytest.mark.long
 def test_a_process_that_dies_or_whose_gpu_failed_is_replaced(self_check, monkeypatch, tmp_path):
     (tmp_path / "odd_work.py").write_text("""import os
 def work(case):
@@ -314,6 +315,7 @@ def test_launches_on_the_host_are_counted_and_timed(monkeypatch):
     assert row["us"]["forward_backward"] > row["us"]["forward"] > 0
 
 
+@pytest.mark.long
 @needs_triton
 def test_the_tuner_writes_the_fastest_that_is_right(tmp_path):
     """End to end but for the times, in the interpreter: one candidate is slower, one gives wrong
