@@ -130,7 +130,7 @@ def test_gate_loop_is_finite_where_its_steps_are(
 
 
 def not_finite(n):
-    """{operator, and of what kind: its arguments}, whose steps are n; time is axis 1."""
+    """Arguments of n steps, by the name of the operator and their kind. Time is axis 1."""
     def random(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
