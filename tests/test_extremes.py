@@ -126,6 +126,88 @@ def test_gate_loop_is_finite_where_its_steps_are(
         assert (ours / scale - theirs / scale).abs().max() < 3e-5
 
 
+# ---- products of gates beyond the range of numbers
+
+
+def _zero_states(operator, gate=1e12):
+    """Arguments whose states are 0 but for the last 2 of 60 steps."""
+    late, zeros = torch.zeros(1, 60, 2, 3), torch.zeros(1, 2, 3)
+    late[:, 58:] = torch.randn(1, 2, 2, 3)
+    gates = torch.full((1, 60, 2), gate)
+    if operator == "decay_conv":
+        return {"x": late, "decay": gates[0, 0], "initial_state": zeros}
+    if operator == "gate_loop":
+        return {"q": torch.rand(1, 60, 2, 3), "k": late, "v": torch.rand(1, 60, 2, 1),
+                "gates": gates, "initial_state": zeros[..., None]}
+    if operator == "gate_loop-channels":
+        return {"q": torch.rand(1, 60, 2, 1), "k": late[..., :1], "v": torch.rand(1, 60, 2, 1),
+                "gates": gates, "initial_state": zeros[..., :1, None]}
+    return {"gates": gates[..., None], "inputs": late, "initial_state": zeros}
+
+
+@pytest.mark.parametrize("operator", ["linear_scan", "linear_scan-reverse", "decay_conv",
+                                      "gate_loop", "gate_loop-channels"])
+@pytest.mark.parametrize("state", [False, True])
+def test_a_state_of_zero_stays_zero_whatever_the_products_of_gates(
+        implementation, operator, state):
+    """And the adjoint, which is 0 after the last gradient that arrives."""
+    tensors, (operator, _, kind) = _zero_states(operator), operator.partition("-")
+    options = {"reverse": True} if kind == "reverse" else {}
+    if options:
+        tensors = {name: t.flip(1) if t.shape[1] == 60 else t for name, t in tensors.items()}
+    if not state:
+        del tensors["initial_state"]
+    results = []
+    for function in (getattr(ops, operator), getattr(reference, operator)):
+        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        out = function(**leaves, **options)
+        grad = torch.zeros_like(out)
+        grad[:, slice(-2, None) if options else slice(2)] = 1
+        results.append([out, *torch.autograd.grad(out, list(leaves.values()), grad)])
+    for what, ours, defined in zip(["out", *tensors], *results, strict=True):
+        assert defined.isfinite().all() and ours.isfinite().all(), what
+        assert torch.allclose(ours, defined, rtol=1e-5), what
+
+
+def test_outputs_of_gate_loop_at_the_end_of_the_range(implementation):
+    """Each chunk multiplies gates, keys and queries in an order of its own."""
+    q, k, v = torch.ones(1, 7, 1, 2), torch.ones(1, 7, 1, 2), torch.full((1, 7, 1, 3), 0.1)
+    gates = torch.tensor([1.0, 1e19, 1e19, 0.5, 0.5, 1, 1]).view(1, 7, 1)
+    k[:, 0], k[:, 1:] = 15, 0
+    results = []
+    for function in (ops.gate_loop, reference.gate_loop):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, gates)]
+        out, state = function(*leaves, return_state=True)
+        results.append([out, state, *torch.autograd.grad(out[:, 3:].sum() / 1e38, leaves)])
+    for ours, defined in zip(*results, strict=True):
+        assert defined.isfinite().all() and ours.isfinite().all()
+        assert torch.allclose(ours, defined, rtol=1e-5)
+
+
+@pytest.mark.parametrize("operator", ["gate_loop", "linear_scan", "decay_conv"])
+def test_gradients_inside_vmap_of_what_is_not_finite(operator):
+    n = 20
+    tensors = not_finite(n)[operator]
+    for name, value in itertools.product(tensors, (NAN, INF)):
+        if tensors[name].shape[:2] != (2, n):
+            continue
+        leaves = {name: t.clone() for name, t in tensors.items()}
+        leaves[name][0, 11, ..., 0] = value
+        axes = tuple(0 if t.shape[:2] == (2, n) else None for t in tensors.values())
+        results = []
+        for function in (getattr(ops, operator), getattr(reference, operator)):
+            def loss(*values, run=function):
+                given = {name: v[None] if axis == 0 else v
+                         for name, v, axis in zip(tensors, values, axes)}
+                out = run(**given)
+                return (torch.view_as_real(out) if out.is_complex() else out).sum()
+
+            results.append(torch.vmap(torch.func.grad(loss, tuple(range(len(axes)))), axes)(
+                *leaves.values()))
+        for what, ours, defined in zip(tensors, *results, strict=True):
+            assert torch.equal(ours.isfinite(), defined.isfinite()), (name, value, what)
+
+
 # ---- what is not finite
 
 

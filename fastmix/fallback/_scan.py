@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmix.fallback._segments import output_buffer
+from fastmix.fallback._values import all_finite
 
 # Sequences this short are scanned step by step.
 DIRECT = 16
@@ -30,15 +31,15 @@ def adjoint(gates: Tensor, grad_states: Tensor, g_next: Tensor, reverse: bool = 
 
 
 def scan(gates: Tensor, inputs: Tensor, initial: Tensor, reverse: bool = False,
-         out: Tensor | None = None, fresh: bool = False) -> Tensor:
+         out: Tensor | None = None) -> Tensor:
     """h_t = gates_t · h_{t-1} + inputs_t from h_{-1} = initial; every state (b, n, …).
 
     gates (b, n, …) broadcasts against inputs (b, n, …); one time step of gates
     (b, 1, …) holds for all. Three sweeps of √n vectorised steps: reduce every chunk to
     its end, scan the ends, run every chunk from its entry. Only products of gates are
-    formed, never quotients, so gates of 0 are exact. `out` is where the states go, if given.
-    `fresh`, of a forward scan: initial is 0, and products from the first gate on count as 0, since
-    they may be beyond the range of numbers where no state is.
+    formed, never quotients, so gates of 0 are exact. Products may be beyond the range of numbers
+    where no state is, because a state is 0: an end that is not finite has every step taken one by
+    one. `out` is where the states go, if given.
     """
     n = inputs.shape[1]
     out = output_buffer(inputs, gates, initial) if out is None else out
@@ -62,13 +63,13 @@ def scan(gates: Tensor, inputs: Tensor, initial: Tensor, reverse: bool = False,
     for gate, step in zip(*(_steps_in_order(t, 2, reverse, length)
                             for t in (chunk_gates, chunk_inputs))):
         end = step if end is None else torch.addcmul(step, gate, end)
-        if not constant and product is None:
-            product = torch.cat([0 * gate[:, :1], gate[:, 1:]], 1) if fresh else gate
-        elif not constant:
-            product = product * gate
+        if not constant:
+            product = gate if product is None else product * gate
     if constant:
         product = chunk_gates[:, :, 0] ** length
     ends = scan(product, end, initial, reverse)
+    if not all_finite(ends):
+        return _scan_steps(gates, inputs, 1, initial, reverse, out)
     first = initial.unsqueeze(1)
     entries = (torch.cat([ends[:, 1:], first], dim=1) if reverse
                else torch.cat([first, ends[:, :-1]], dim=1))

@@ -1,8 +1,8 @@
 """Looks at the numbers that come, on which it may depend which algorithm is right.
 
 That costs a pass, and a wait where a device computes by itself, so it is done on CPUs only. On
-other devices, and while a program is compiled, numbers count as ordinary. Those that vmap hides on
-a CPU may be anything.
+other devices, and while a program is compiled, numbers count as ordinary. What vmap hides on a CPU
+is read below it, for all slices at once.
 """
 
 import math
@@ -30,17 +30,22 @@ def is_anything(x: Tensor) -> bool:
             and not _torch_private.legacy_vmap_active() and is_on_host(x))
 
 
-def all_finite(x: Tensor) -> bool:
-    """False for a NaN or an infinity, and perhaps for numbers whose sum overflows."""
-    return bool(x.detach().sum().isfinite()) if is_readable(x) else not is_anything(x)
+def all_finite(*tensors: Tensor) -> bool:
+    """False for a NaN or an infinity, of any slice that vmap hides."""
+    return all(not (is_readable(x) or is_anything(x)) or _everywhere(x.detach().sum().isfinite())
+               or _everywhere(x.detach().isfinite().all()) for x in tensors)
+
+
+def _everywhere(condition: Tensor) -> bool:
+    return bool(_torch_private.innermost(condition).all())
 
 
 def products_fit(x: Tensor, y: Tensor) -> bool:
     """Whether products of x (…, steps, d) and y, likewise, are finite and keep their digits,
     judged by the largest magnitudes of each (steps, d)."""
-    if not (is_readable(x) and is_readable(y)):
-        return not (is_anything(x) or is_anything(y))
+    if not all(is_readable(t) or is_anything(t) for t in (x, y)):
+        return True
     of_x, of_y = (t.detach().abs().amax((-2, -1)).log2() for t in (x, y))
     exponent = of_x + of_y  # -∞ where one is 0
     limit = 0.75 * math.log2(torch.finfo(x.dtype).max)
-    return bool(((exponent.abs() < limit) | (exponent == -math.inf)).all())
+    return _everywhere((exponent.abs() < limit) | (exponent == -math.inf))

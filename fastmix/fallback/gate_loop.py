@@ -6,10 +6,9 @@ enters through the state at the chunk's start. Products of gates are formed step
 by step: a gate of 0 is exact, and nothing is ever divided by one. Real gates have a real state
 and no imaginary parts anywhere, at half the products.
 
-A chunk multiplies q and k before v comes in, and what is later by a zero. Where such a product
-would be NaN or infinite, or lose its digits, every step's state is formed, as for head dimension 1.
-Where there is no initial state (`fresh`), products from the first gate on multiply nothing and
-count as 0: they may be beyond the range of numbers where no state is.
+A chunk multiplies q and k before v comes in, gates before states, and what is later by a zero.
+Where q kᵀ would lose its digits, or a result is not finite, every step's state is formed, as for
+head dimension 1: the results are those of the definition then.
 """
 
 from typing import Any
@@ -111,7 +110,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: 
         a = (given[:, at].to(state_dtype) if gates is not None
              else activate(given[:, at].to(dtype)))
         out, state, entries = run(q[:, at].to(dtype), k[:, at].to(dtype), v[:, at].to(dtype),
-                                  a, state, carry_every, initial_state is None and at.start == 0)
+                                  a, state, carry_every)
         outs.append(out.to(q.dtype))
         carries.append(entries)
     return concatenated(outs), state.clone(), all_carries(carries, state)
@@ -139,8 +138,7 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, q: Tensor, k: Te
         a = given[:, at].to(carries.dtype) if logits is None else activate(logits)
         grad_q[:, at], grad_k[:, at], grad_v[:, at], grad_a, g = run(
             grad[:, at].to(dtype), g, carries[:, at.start // carry_every],
-            q[:, at].to(dtype), k[:, at].to(dtype), v[:, at].to(dtype), a,
-            initial_state is None and at.start == 0)
+            q[:, at].to(dtype), k[:, at].to(dtype), v[:, at].to(dtype), a)
         grad_given[:, at] = grad_a if logits is None else _activate_backward(grad_a, logits)
     return (grad_q, grad_k, grad_v, None if gates is None else grad_given,
             None if gate_logits is None else grad_given,
@@ -150,18 +148,18 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, q: Tensor, k: Te
 # ---- head dimension 1: a scan over a (b, n, h)
 
 
-def _diagonal(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor, carry_every: int,
-              fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
-    states = scan(a, (k * v)[..., 0].to(a.dtype), state[..., 0, 0], fresh=fresh)[..., None, None]
+def _diagonal(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor,
+              carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
+    states = scan(a, (k * v)[..., 0].to(a.dtype), state[..., 0, 0])[..., None, None]
     return q * states.real[..., 0], states[:, -1], segment_carries(states, state, carry_every)
 
 
 def _diagonal_backward(grad: Tensor, g_next: Tensor, entry: Tensor, q: Tensor, k: Tensor, v: Tensor,
-                       a: Tensor, fresh: bool) -> tuple[Tensor, ...]:
+                       a: Tensor) -> tuple[Tensor, ...]:
     """g_next is the gradient of the last state from later steps; entry, the state before the
     first."""
     entry = entry[..., 0, 0]
-    states = scan(a, (k * v)[..., 0].to(a.dtype), entry, fresh=fresh)
+    states = scan(a, (k * v)[..., 0].to(a.dtype), entry)
     g = adjoint(a, (q * grad)[..., 0].to(a.dtype), g_next[..., 0, 0])
     before = torch.cat([entry[:, None], states[:, :-1]], dim=1)
     g_entry = (torch.conj_physical(a[:, 0]) * g[:, 0])[..., None, None]
@@ -204,13 +202,11 @@ def _real_product(x: Tensor, parts: list[Tensor]) -> Tensor:
     return (x.real * parts[0] - x.imag * parts[1]) if x.is_complex() else x * parts[0]
 
 
-def _weights(a: Tensor, fresh: bool) -> Tensor:
+def _weights(a: Tensor) -> Tensor:
     """P[s, 0] = Π_{i ≤ s} a_i, P[s, r + 1] = Π_{r < i ≤ s} a_i, 0 for r > s: (…, c, c + 1)."""
     c = a.shape[-1]
     unit = torch.eye(c + 1, dtype=a.dtype, device=a.device)
     row = unit[0].expand(*a.shape[:-1], c + 1)
-    if fresh:
-        row = torch.cat([torch.zeros_like(row[:, :1]), row[:, 1:]], 1)
     rows = []
     for s in range(c):
         row = torch.addcmul(unit[s + 1], a[..., s, None], row)
@@ -241,20 +237,28 @@ def _chunk_states(k: Tensor, v: Tensor, weights: Tensor, state: Tensor) -> tuple
     return torch.cat([state[:, None], after[:, :-1]], dim=1), after[:, -1]
 
 
-def _stepwise(q: Tensor, k: Tensor, v: Tensor, a: Tensor, entries: Tensor, length: int,
-              fresh: bool) -> Tensor:
-    """out (b, n, h, dv), of the state of every step; entries as from _chunk_states."""
-    chunks = zip(*(t.split(length, 1) for t in (q, k, v, a)), entries.unbind(1))
-    return torch.cat([(q[..., None] * _states(k, v, a, entry, fresh and i == 0).real).sum(-2)
-                      for i, (q, k, v, a, entry) in enumerate(chunks)], 1)
+def _stepwise(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor, carry_every: int,
+              length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As _chunked, of the state of every step; `length` steps at once bound the memory."""
+    outs, carries = [], []
+    for q_part, *rest in zip(*(t.split(length, 1) for t in (q, k, v, a))):
+        states = _states(*rest, state)
+        outs.append((q_part[..., None] * states.real).sum(-2))
+        carries.append(state)
+        state = states[:, -1]
+    entries = torch.stack(carries, 1)
+    return torch.cat(outs, 1), state, (
+        entries[:, :: carry_every // length] if carry_every else entries[:, :0])
 
 
-def _stepwise_backward(grad: Tensor, g_next: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor,
-                       entries: Tensor, length: int, fresh: bool) -> tuple[Tensor, ...]:
-    chunks = [*zip(*(t.split(length, 1) for t in (grad, q, k, v, a)), entries.unbind(1))]
+def _stepwise_backward(grad: Tensor, g_next: Tensor, entry: Tensor, q: Tensor, k: Tensor, v: Tensor,
+                       a: Tensor, length: int) -> tuple[Tensor, ...]:
+    """As _chunked_backward, of the state of every step."""
+    entries = _stepwise(q, k, v, a, entry, length, length)[2].unbind(1)
+    chunks = [*zip(*(t.split(length, 1) for t in (grad, q, k, v, a)), entries)]
     grads, g_entry = [], g_next
-    for i, (grad, q, k, v, a, entry) in reversed([*enumerate(chunks)]):
-        states, a = _states(k, v, a, entry, fresh and i == 0), a[..., None, None]
+    for grad, q, k, v, a, entry in reversed(chunks):
+        states, a = _states(k, v, a, entry), a[..., None, None]
         g = adjoint(a, (q[..., None] * grad[..., None, :]).to(a.dtype), g_entry)
         before = torch.cat([entry[:, None], states[:, :-1]], 1)
         grads.append(((states.real * grad[..., None, :]).sum(-1),
@@ -264,41 +268,42 @@ def _stepwise_backward(grad: Tensor, g_next: Tensor, q: Tensor, k: Tensor, v: Te
     return (*(torch.cat(parts[::-1], 1) for parts in zip(*grads)), g_entry)
 
 
-def _states(k: Tensor, v: Tensor, a: Tensor, entry: Tensor, fresh: bool) -> Tensor:
+def _states(k: Tensor, v: Tensor, a: Tensor, entry: Tensor) -> Tensor:
     """All of them, (b, n, h, dk, dv)."""
-    return scan(a[..., None, None], (k[..., None] * v[..., None, :]).to(a.dtype), entry,
-                fresh=fresh)
+    return scan(a[..., None, None], (k[..., None] * v[..., None, :]).to(a.dtype), entry)
 
 
-def _chunked(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor, carry_every: int,
-             fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _chunked(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor,
+             carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
     n = q.shape[1]
     length = min(n, _chunk(q.shape[-1], v.shape[-1]))
-    steps = q, k, v, a
+    steps = q, k, v, a, state, carry_every, length
     q, k, v, a = _split(q, length), _split(k, length), _split(v, length), _split(a, length, 1.0)
-    weights = _weights(a, fresh)
+    if not products_fit(q, k):
+        return _stepwise(*steps)
+    weights = _weights(a)
     entries, state = _chunk_states(k, v, weights, state)
     carries = entries[:, :: carry_every // length] if carry_every else entries[:, :0]
-    if not (products_fit(q, k) and all_finite(v) and all_finite(a)):
-        return _stepwise(*steps, entries, length, fresh), state, carries
     out = ((q @ k.mT) * weights.real[..., 1:]) @ v
     for sign, from_entry, part in zip((1, -1), _parts(weights[..., 0, None]),
                                       _dense_parts(entries)):
         out = torch.add(out, from_entry * (q @ part), alpha=sign)
+    if not all_finite(out, state):
+        return _stepwise(*steps)
     return _merge(out, n), state, carries
 
 
 def _chunked_backward(grad: Tensor, g_next: Tensor, entry: Tensor, q: Tensor, k: Tensor, v: Tensor,
-                      a: Tensor, fresh: bool) -> tuple[Tensor, ...]:
+                      a: Tensor) -> tuple[Tensor, ...]:
     n = q.shape[1]
     length = min(n, _chunk(q.shape[-1], v.shape[-1]))
-    steps = grad, g_next, q, k, v, a
+    steps = grad, g_next, entry, q, k, v, a, length
     grad, q, k, v, a = (_split(grad, length), _split(q, length), _split(k, length),
                         _split(v, length), _split(a, length, 1.0))
-    weights = _weights(a, fresh)
+    if not (products_fit(q, k) and products_fit(grad, v)):
+        return _stepwise_backward(*steps)
+    weights = _weights(a)
     entries, _ = _chunk_states(k, v, weights, entry)
-    if not (products_fit(q, k) and products_fit(grad, v) and all_finite(a)):
-        return _stepwise_backward(*steps, entries, length, fresh)
     inside = weights.real[..., 1:]
 
     # Within the chunk.
@@ -330,5 +335,7 @@ def _chunked_backward(grad: Tensor, g_next: Tensor, entry: Tensor, q: Tensor, k:
     grad_weights[..., -1, 1:] += _joined([(k * by).sum(-1) for by in by_g])
 
     grad_a = _weights_backward(grad_weights, weights, a)
+    if not all_finite(grad_q, grad_k, grad_v, grad_a, g_entries[:, 0]):
+        return _stepwise_backward(*steps)
     return (_merge(grad_q, n), _merge(grad_k, n), _merge(grad_v, n), _merge(grad_a, n),
             g_entries[:, 0])
