@@ -190,7 +190,7 @@ def differs(call, what, ours, definition):
                + 2 * info.tiny * info.eps + 8 * wide.tiny)
     for bad, word in ((sure & finite & plain_finite & ~ours_finite,
                        "not finite where the definition is"),
-                      (sure & ~finite & ~plain_finite & ours_finite,
+                      (sure & ~whole(definition.exact[what]) & ~plain_finite & ours_finite,
                        "finite where the definition is not"),
                       (plain_finite & (error > allowed), "off")):
         if bad.any():

@@ -31,7 +31,7 @@ def implementation(request):
     library.choose_instruction_set()
 
 
-def gates_and_gradients(logits):
+def gates_and_gradients(logits, size=1.0):
     """The gates of logits (…, 2), as gate_loop's states show them, and the gradients of the logits.
 
     The gates are 19 heads of one step, and heads of 2 x 3, which run different kernels."""
@@ -42,7 +42,7 @@ def gates_and_gradients(logits):
         wide = torch.promote_types(z.dtype, torch.complex64)
         _, state = ops.gate_loop(k, k, v, gate_logits=z[None, None], return_state=True,
                                  initial_state=torch.ones(1, h, dk, dv, dtype=wide))
-        weight = torch.complex(torch.tensor(1.0), torch.tensor(-2.0)).to(wide)
+        weight = size * torch.complex(torch.tensor(1.0), torch.tensor(-2.0)).to(wide)
         grad, = torch.autograd.grad((state * weight).real.sum(), z)
         yield state[0, :, 0, 0].detach(), grad / (dk * dv)
 
@@ -85,6 +85,20 @@ def test_logits_whose_length_is_beyond_all_numbers(implementation, dtype, size):
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("size", [2.0 ** -k for k in (120, 126, 127, 128, 140)])
+def test_gradients_of_logits_below_normal_numbers(implementation, size):
+    """Across z the slope is ½ / |z|, while that is a number."""
+    logits = size * torch.tensor([(0.6, 0.8), (-1, 0), (0, 1), (0.8, -0.6)] * 5)
+    exact = logits.double().requires_grad_()
+    gate = reference.gate_from_logits(exact)
+    grad, = torch.autograd.grad(0.05 * (gate.real + 2 * gate.imag).sum(), exact)
+    defined = grad.float()
+    for _, ours in gates_and_gradients(logits, 0.05):
+        assert ours.isfinite().all()
+        if size >= 2.0 ** -128:
+            assert ((ours - defined).abs() <= 1e-5 * defined.abs().amax(-1, keepdim=True)).all()
+
+
 # ---- gate_loop far from 1
 
 
@@ -124,6 +138,22 @@ def test_gate_loop_is_finite_where_its_steps_are(
         assert theirs.isfinite().all() and ours.isfinite().all()
         scale = theirs.abs().max()
         assert (ours / scale - theirs / scale).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("dk, dv", [(3, 5), (24, 20)])
+@pytest.mark.parametrize("real", [False, True])
+def test_a_gradient_of_large_keys_whose_product_with_them_overflows(implementation, dk, dv, real):
+    """One step without a state, whose gates and so their gradients multiply nothing."""
+    q, k, v, grad = (size * (1 + torch.rand(2, 1, 2, d)) for size, d in (
+        (1e10, dk), (1e20, dk), (1e5, dv), (1e5, dv)))
+    gates = torch.full((2, 1, 2), 0.5, dtype=torch.float32 if real else torch.complex64)
+    results = []
+    for function in (ops.gate_loop, reference.gate_loop):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, gates)]
+        out = function(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for ours, defined in zip(*results, strict=True):
+        assert defined.isfinite().all() and torch.allclose(ours, defined, rtol=1e-4)
 
 
 # ---- products of gates beyond the range of numbers
@@ -196,7 +226,7 @@ def test_gradients_inside_vmap_of_what_is_not_finite(operator):
         axes = tuple(0 if t.shape[:2] == (2, n) else None for t in tensors.values())
         results = []
         for function in (getattr(ops, operator), getattr(reference, operator)):
-            def loss(*values, run=function):
+            def loss(*values, run=function, axes=axes):
                 given = {name: v[None] if axis == 0 else v
                          for name, v, axis in zip(tensors, values, axes)}
                 out = run(**given)

@@ -78,19 +78,20 @@ FASTMIX_INLINE C expm1_below_zero(C x) {
   return (e.power - C(1)) + e.power * e.part;
 }
 
-// Beyond `small` and `large` squares would leave the range of normal numbers.
+// Beyond `small` and `large` squares would leave the range of normal numbers, and ½ over a length
+// below `least` that of all numbers.
 template <class C>
 struct Range;
 template <>
 struct Range<float> {
   static constexpr float small = 1e-15f, large = 1e15f, up = 0x1p100f, down = 0x1p-100f,
-                         least = 0x1p-126f, most = 0x1.fffffep127f;
+                         least = 0x1p-128f, most = 0x1.fffffep127f;
   static FASTMIX_INLINE float root(float x) { return __builtin_sqrtf(x); }
 };
 template <>
 struct Range<double> {
   static constexpr double small = 1e-140, large = 1e140, up = 0x1p800, down = 0x1p-800,
-                          least = 0x1p-1022, most = 0x1.fffffffffffffp1023;
+                          least = 0x1p-1024, most = 0x1.fffffffffffffp1023;
   static FASTMIX_INLINE double root(double x) { return __builtin_sqrt(x); }
 };
 
@@ -159,9 +160,14 @@ bool activate_backward(const C* __restrict z, const C* __restrict re, const C* _
     const C share = C(1) / (p.length * (C(1) + p.e));
     const C sigmoid = share * p.length, inverse = share + share * p.e;
     const C unit_re = p.re * inverse, unit_im = p.im * inverse;
-    const C size = p.size < Range<C>::least ? Range<C>::least : p.size;
     const C along = (unit_re * re[c] + unit_im * im[c]) * (p.e * sigmoid * sigmoid);
-    const C across = (unit_re * im[c] - unit_im * re[c]) * (careful ? sigmoid / size : share);
+    const C turn = unit_re * im[c] - unit_im * re[c];
+    C across = turn * share;
+    if constexpr (careful) {  // ends at the largest power of two where it would leave the range
+      const C least = (turn < 0 ? -turn : turn) * Range<C>::least;
+      const C size = p.size < least ? least : p.size;
+      across = size == 0 ? C(0) : turn * sigmoid / size;
+    }
     const bool keep = careful & p.safe;
     grad[2 * c] = keep ? grad[2 * c] : unit_re * along - unit_im * across;
     grad[2 * c + 1] = keep ? grad[2 * c + 1] : unit_im * along + unit_re * across;

@@ -6,7 +6,8 @@
 // enters step s through P_s = Π_{i≤s} a_i, as Re(P_s S), and step r enters the state after
 // the chunk through W[last, r]. Products are formed step by step, so a gate of 0 is exact. Scores
 // q · k could leave the range of numbers where k vᵀ and q · S do not: where a key is very large or
-// small, a power of two moves from it to its value, which changes no digit of k vᵀ.
+// small, a power of two moves from it to its value, which changes no digit of k vᵀ. Where a result
+// is not finite all the same, the chunk is computed again step by step, as the definition does.
 //
 // Kernels are templates of N, the number that gates and states are: Complex<C>, whose parts lie
 // apart, or a real C, which has no imaginary parts: the pointers to them are those to the real
@@ -19,7 +20,6 @@ namespace fastmix {
 struct GateLoop {
   int64_t n, h, dk, dv, block, carry_every;
   bool real;                                     // whether gates, and so states, are
-  bool from_zero;                                // without an initial state
   Source q, k, v, gates, logits, initial_state;  // of gates and logits, one; gates may be real
   Sink out, state, carries;                      // forward
   Source grad, grad_state, kept;
@@ -287,6 +287,11 @@ void scale_row(int64_t count, C scale, C* row) {
   for (int64_t c = 0; c < count; ++c) row[c] *= scale;
 }
 
+template <class C>
+bool finite(const C* row, int64_t count) {
+  return sum_over<C>(count, [&](int64_t c) FASTMIX_LAMBDA { return row[c] * 0; }) == 0;
+}
+
 // A chunk of one head, `steps` rows, in matrices whose rows are whole vectors.
 template <class N>
 struct Chunk {
@@ -300,6 +305,7 @@ struct Chunk {
   C *weight_re, *weight_im, *prefix_re, *prefix_im;  // W (steps, steps), P (steps)
   C *gate_re, *gate_im, *logits;                     // (steps), (steps, 2)
   C *state_re, *state_im;                            // (dk, dv)
+  C *entry_re, *entry_im;                            // the state before the chunk, likewise
   C *x, *y;                                          // (steps, larger of dk and dv)
   C* k_scale;   // (steps): powers of two, that of a key moved to its value
   bool scaled;  // whether one of them is not 1
@@ -326,6 +332,8 @@ struct Chunk {
     logits = scratch.zeros<C>(2 * length);
     state_re = scratch.zeros<C>(args.dk * dv_padded);
     state_im = imaginary<N>(scratch, args.dk * dv_padded, state_re);
+    entry_re = scratch.zeros<C>(args.dk * dv_padded);
+    entry_im = imaginary<N>(scratch, args.dk * dv_padded, entry_re);
     x = scratch.zeros<C>(length * larger(dk_padded, dv_padded));
     y = scratch.zeros<C>(length * larger(dk_padded, dv_padded));
     k_scale = scratch.zeros<C>(length);
@@ -370,11 +378,6 @@ struct Chunk {
         logits[2 * s] = source[0];
         logits[2 * s + 1] = source[1];
       }
-    }
-    // Where nothing enters, the first gate multiplies 0; in P it could leave the range.
-    if (t0 == 0 && args.from_zero) {
-      gate_re[0] *= 0;  // NaN and infinity times 0 are NaN
-      gate_im[0] *= 0;
     }
     for (int64_t s = 0; s < steps; ++s) {
       C *re = weight_re + s * steps_padded, *im = weight_im + s * steps_padded;
@@ -466,6 +469,63 @@ struct Chunk {
         to[s * steps_padded + r] = scores[s * steps_padded + r] * weight_re[s * steps_padded + r];
   }
 
+  bool finite_state() const {
+    const int64_t size = args.dk * dv_padded;
+    return finite(state_re, size) && (!kComplex<N> || finite(state_im, size));
+  }
+
+  void copy_state(const C* from_re, const C* from_im, C* to_re, C* to_im) const {
+    memcpy(to_re, from_re, args.dk * dv_padded * sizeof(C));
+    if constexpr (kComplex<N>) memcpy(to_im, from_im, args.dk * dv_padded * sizeof(C));
+  }
+
+  // Takes the state across the chunk at t0, and keeps its entry.
+  void advance(int64_t t0) {
+    copy_state(state_re, state_im, entry_re, entry_im);
+    advance_state();
+    if (finite_state()) return;
+    start_again(t0);
+    for (int64_t s = 0; s < steps; ++s) step(s);
+  }
+
+  // The chunk's entry, and its keys and values as they came.
+  void start_again(int64_t t0) {
+    copy_state(entry_re, entry_im, state_re, state_im);
+    rows(args.k, t0, args.dk, k, dk_padded);
+    rows(args.v, t0, args.dv, v, dv_padded);
+    scaled = false;
+  }
+
+  // S = a_s S + k_s v_sᵀ
+  void step(int64_t s) {
+    const C x = gate_re[s], y = gate_im[s];
+    for (int64_t i = 0; i < args.dk; ++i) {
+      const C key = k[s * dk_padded + i], *value = v + s * dv_padded;
+      C *re = state_re + i * dv_padded, *im = state_im + i * dv_padded;
+      for (int64_t c = 0; c < args.dv; ++c) {
+        const C before = re[c];
+        if constexpr (kComplex<N>) {
+          re[c] = x * before - y * im[c] + key * value[c];
+          im[c] = x * im[c] + y * before;
+        } else {
+          re[c] = x * before + key * value[c];
+        }
+      }
+    }
+  }
+
+  // The chunk's outputs, of the state of every step.
+  void step_through(int64_t t0, C* out) {
+    start_again(t0);
+    for (int64_t s = 0; s < steps; ++s) {
+      step(s);
+      memset(out + s * dv_padded, 0, dv_padded * sizeof(C));
+      for (int64_t i = 0; i < args.dk; ++i)
+        for (int64_t c = 0; c < args.dv; ++c)
+          out[s * dv_padded + c] += q[s * dk_padded + i] * state_re[i * dv_padded + c];
+    }
+  }
+
   // S = P_last S + Σ_r W[last, r] k_r v_rᵀ
   void advance_state() {
     const int64_t last = steps - 1;
@@ -521,8 +581,9 @@ void heads_forward(const GateLoop& args, int64_t b, int64_t head) {
             {chunk.v, chunk.dv_padded}, {out, chunk.dv_padded}, false, kLower);
     chunk.add_state(chunk.prefix_re, C(1), chunk.state_re, out);
     if constexpr (kComplex<N>) chunk.add_state(chunk.prefix_im, C(-1), chunk.state_im, out);
+    chunk.advance(t0);
+    if (!finite(out, chunk.steps * chunk.dv_padded)) chunk.step_through(t0, out);
     chunk.write_rows(args.out, t0, args.dv, out, chunk.dv_padded);
-    chunk.advance_state();
   }
   if (args.carry_every)
     chunk.write_state(args.carries, args.carries.n_size - 1, chunk.state_re, chunk.state_im);
@@ -536,22 +597,26 @@ template <class N>
 struct HeadBackward {
   using C = Real<N>;
   const GateLoop& args;
+  Scratch& scratch;
   Chunk<N> chunk;
   const int64_t steps_padded, dk_padded, dv_padded, state_size;
   C *entry_re, *entry_im;      // entries of the chunks between two carries, (chunks, dk, dv)
   C *turned_re, *turned_im;    // a transposed state, (dv, dk)
   C *adjoint_re, *adjoint_im;  // (dk, dv)
-  C *grad, *v_turned;          // (steps, dv), (dv, steps)
-  C *scores, *grad_scores;     // q kᵀ and grad vᵀ, (steps, steps)
-  C* weighed;                  // either of them ∘ Re W
-  C *grad_weight_re, *grad_weight_im;                                // (steps, steps)
+  C *exit_re, *exit_im;        // the adjoint after the chunk, (dk, dv)
+  C *states_re = nullptr, *states_im = nullptr;  // before and after every step, where needed
+  C *grad, *v_turned;                            // (steps, dv), (dv, steps)
+  C *scores, *grad_scores;                       // q kᵀ and grad vᵀ, (steps, steps)
+  C* weighed;                                    // either of them ∘ Re W
+  C *grad_weight_re, *grad_weight_im;            // (steps, steps)
   C *grad_prefix_re, *grad_prefix_im, *grad_gate_re, *grad_gate_im;  // (steps)
   C *grad_q, *grad_k, *grad_v;
   C *row_re, *row_im;  // (steps)
 
   HeadBackward(const GateLoop& args, int64_t b, int64_t head, Scratch& scratch)
-      : args(args), chunk(args, b, head, scratch), steps_padded(chunk.steps_padded),
-        dk_padded(chunk.dk_padded), dv_padded(chunk.dv_padded), state_size(args.dk * dv_padded) {
+      : args(args), scratch(scratch), chunk(args, b, head, scratch),
+        steps_padded(chunk.steps_padded), dk_padded(chunk.dk_padded), dv_padded(chunk.dv_padded),
+        state_size(args.dk * dv_padded) {
     const int64_t length = chunk.length, chunks = args.carry_every / length;
     entry_re = scratch.zeros<C>(chunks * state_size);
     entry_im = imaginary<N>(scratch, chunks * state_size, entry_re);
@@ -559,6 +624,8 @@ struct HeadBackward {
     turned_im = imaginary<N>(scratch, args.dv * dk_padded, turned_re);
     adjoint_re = scratch.zeros<C>(state_size);
     adjoint_im = imaginary<N>(scratch, state_size, adjoint_re);
+    exit_re = scratch.zeros<C>(state_size);
+    exit_im = imaginary<N>(scratch, state_size, exit_re);
     grad = scratch.zeros<C>(length * dv_padded);
     v_turned = scratch.zeros<C>(args.dv * steps_padded);
     scores = scratch.zeros<C>(length * steps_padded);
@@ -584,12 +651,11 @@ struct HeadBackward {
     chunk.read_state(args.kept, carry, chunk.state_re, chunk.state_im);
     chunk.ahead = chunk.length;
     for (int64_t i = 0; i <= last_chunk; ++i) {
-      memcpy(entry_re + i * state_size, chunk.state_re, state_size * sizeof(C));
-      if constexpr (kComplex<N>)
-        memcpy(entry_im + i * state_size, chunk.state_im, state_size * sizeof(C));
+      chunk.copy_state(chunk.state_re, chunk.state_im, entry_re + i * state_size,
+                       entry_im + i * state_size);
       if (i == last_chunk) break;
       chunk.load_chunk(first + i * chunk.length);
-      chunk.advance_state();
+      chunk.advance(first + i * chunk.length);
     }
     chunk.ahead = -chunk.length;
     return last_chunk;
@@ -788,8 +854,70 @@ struct HeadBackward {
     }
   }
 
+  bool finite_gradients() const {
+    const int64_t steps = chunk.steps;
+    return finite(grad_q, steps * dk_padded) && finite(grad_k, steps * dk_padded) &&
+           finite(grad_v, steps * dv_padded) && finite(grad_gate_re, steps) &&
+           finite(grad_gate_im, steps) && finite(adjoint_re, state_size) &&
+           finite(adjoint_im, state_size);
+  }
+
+  // All gradients of the chunk at t0, of the states and adjoints of every step.
+  void step_through(int64_t t0, const C* state_re, const C* state_im) {
+    if (states_re == nullptr) {
+      states_re = scratch.zeros<C>((chunk.length + 1) * state_size);
+      states_im = imaginary<N>(scratch, (chunk.length + 1) * state_size, states_re);
+    }
+    chunk.copy_state(state_re, state_im, chunk.entry_re, chunk.entry_im);
+    chunk.start_again(t0);
+    chunk.copy_state(state_re, state_im, states_re, states_im);
+    for (int64_t s = 0; s < chunk.steps; ++s) {
+      chunk.step(s);
+      const int64_t at = (s + 1) * state_size;
+      chunk.copy_state(chunk.state_re, chunk.state_im, states_re + at, states_im + at);
+    }
+    chunk.copy_state(exit_re, exit_im, adjoint_re, adjoint_im);
+    for (int64_t s = chunk.steps - 1; s >= 0; --s) step_back(s);
+  }
+
+  // G_s = q_s grad_sᵀ + conj(a_{s+1}) G_{s+1}, the second of which is in `adjoint`: dq = Re S grad,
+  // dk = Re G v, dv = k Re G, da = Σ G conj(S_{s-1}). Then the adjoint becomes conj(a_s) G_s.
+  void step_back(int64_t s) {
+    const C a_re = chunk.gate_re[s], a_im = chunk.gate_im[s];
+    const C *dy = grad + s * dv_padded, *v = chunk.v + s * dv_padded;
+    C* dv = grad_v + s * dv_padded;
+    memset(dv, 0, dv_padded * sizeof(C));
+    double sum_re = 0, sum_im = 0;
+    for (int64_t i = 0; i < args.dk; ++i) {
+      const C q = chunk.q[s * dk_padded + i], k = chunk.k[s * dk_padded + i];
+      const C *x = states_re + s * state_size + i * dv_padded, *after = x + state_size,
+              *y = states_im + s * state_size + i * dv_padded;
+      C *re = adjoint_re + i * dv_padded, *im = adjoint_im + i * dv_padded;
+      C dq = 0, dk = 0;
+      for (int64_t c = 0; c < args.dv; ++c) {
+        re[c] += q * dy[c];
+        dq += after[c] * dy[c];
+        dk += re[c] * v[c];
+        dv[c] += k * re[c];
+        const C g = re[c];
+        if constexpr (kComplex<N>) {
+          sum_re += g * x[c] + im[c] * y[c];
+          sum_im += im[c] * x[c] - g * y[c];
+          re[c] = a_re * g + a_im * im[c];
+          im[c] = a_re * im[c] - a_im * g;
+        } else {
+          sum_re += g * x[c];
+          re[c] = a_re * g;
+        }
+      }
+      grad_q[s * dk_padded + i] = dq;
+      grad_k[s * dk_padded + i] = dk;
+    }
+    grad_gate_re[s] = sum_re;
+    if constexpr (kComplex<N>) grad_gate_im[s] = sum_im;
+  }
+
   void write_gradients(int64_t t0) {
-    chunk.unscale_keys(grad_k, grad_v);
     chunk.write_rows(args.grad_q, t0, args.dk, grad_q, dk_padded);
     chunk.write_rows(args.grad_k, t0, args.dk, grad_k, dk_padded);
     chunk.write_rows(args.grad_v, t0, args.dv, grad_v, dv_padded);
@@ -815,12 +943,16 @@ void heads_backward(const GateLoop& args, int64_t b, int64_t head) {
       const int64_t t0 = first + i * chunk.length;
       const C *entry_re = backward.entry_re + i * backward.state_size,
               *entry_im = backward.entry_im + i * backward.state_size;
+      chunk.copy_state(backward.adjoint_re, backward.adjoint_im, backward.exit_re,
+                       backward.exit_im);
       backward.load_chunk(t0);
       backward.within_chunk();
       backward.from_entry(entry_re, entry_im);
       backward.into_exit();
       backward.advance_adjoint(entry_re, entry_im);
       backward.gate_gradients();
+      chunk.unscale_keys(backward.grad_k, backward.grad_v);
+      if (!backward.finite_gradients()) backward.step_through(t0, entry_re, entry_im);
       backward.write_gradients(t0);
     }
   }
@@ -886,14 +1018,13 @@ Source states(const Tensor& x, bool steps) {
 }
 
 GateLoop arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& gates,
-                   const OptionalTensor& logits, bool from_zero, int64_t carry_every) {
+                   const OptionalTensor& logits, int64_t carry_every) {
   GateLoop args{};
   args.n = q.size(1);
   args.h = q.size(2);
   args.dk = q.size(3);
   args.dv = v.size(3);
   args.block = args.dk == 1 && args.dv == 1 ? channel_block(q.size(0), args.h, 512) : 1;
-  args.from_zero = from_zero;
   args.carry_every = carry_every;
   args.q = source(q);
   args.k = source(k);
@@ -918,7 +1049,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_loop(const Tensor& q, const Tensor& k, c
                                              const OptionalTensor& logits,
                                              const OptionalTensor& initial_state,
                                              int64_t carry_every) {
-  GateLoop args = arguments(q, k, v, gates, logits, !initial_state, carry_every);
+  GateLoop args = arguments(q, k, v, gates, logits, carry_every);
   const int64_t b = q.size(0), numbers = args.h * args.dk * args.dv;
   const int64_t carries = carry_count(args.n, carry_every);
   const ScalarType number = args.real ? wide(q) : wide_complex(q);
@@ -938,7 +1069,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_loop_backward(
     const Tensor& grad, const Tensor& grad_state, const Tensor& carries, const Tensor& q,
     const Tensor& k, const Tensor& v, const OptionalTensor& gates, const OptionalTensor& logits,
     const OptionalTensor& initial_state, int64_t carry_every) {
-  GateLoop args = arguments(q, k, v, gates, logits, !initial_state, carry_every);
+  GateLoop args = arguments(q, k, v, gates, logits, carry_every);
   const int64_t numbers = args.h * args.dk * args.dv;
   Tensor grad_q = fresh(q), grad_k = fresh(k), grad_v = fresh(v),
          grad_gates = gates ? fresh(*gates) : nothing(q),

@@ -83,8 +83,10 @@ def _activate_backward(grad: Tensor, logits: Tensor) -> Tensor:
     re, im = direction.unbind(-1)
     sigmoid = length.sigmoid()
     along = (re * grad.real + im * grad.imag) * (sigmoid * (1 - sigmoid))
-    smallest = torch.finfo(larger.dtype).tiny
-    across = (re * grad.imag - im * grad.real) * (sigmoid / size / larger.clamp(min=smallest))
+    turn, info = re * grad.imag - im * grad.real, torch.finfo(larger.dtype)
+    # It ends at the largest power of two where it would leave the range of numbers.
+    least = (turn.abs() * (info.tiny / 4)).clamp(min=info.tiny * info.eps)
+    across = turn * (sigmoid / size) / torch.maximum(larger, least)
     return torch.stack([re * along - im * across, im * along + re * across], dim=-1)
 
 
@@ -241,9 +243,9 @@ def _stepwise(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor, carry_e
               length: int) -> tuple[Tensor, Tensor, Tensor]:
     """As _chunked, of the state of every step; `length` steps at once bound the memory."""
     outs, carries = [], []
-    for q_part, *rest in zip(*(t.split(length, 1) for t in (q, k, v, a))):
-        states = _states(*rest, state)
-        outs.append((q_part[..., None] * states.real).sum(-2))
+    for queries, keys, values, gates in zip(*(t.split(length, 1) for t in (q, k, v, a))):
+        states = _states(keys, values, gates, state)
+        outs.append((queries[..., None] * states.real).sum(-2))
         carries.append(state)
         state = states[:, -1]
     entries = torch.stack(carries, 1)
