@@ -5,6 +5,7 @@ Most tests use a stand-in for the compiler, which copies the library that the ot
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +144,19 @@ def test_a_compiler_may_speak_another_encoding(stand_in, tmp_path, monkeypatch, 
     else:
         build.build(tmp_path / "made.so", TORCH)
     assert build.output_of([str(command), "-o", str(tmp_path / "o")]) == ""  # prints to stderr
+
+
+def test_sources_are_read_whatever_the_locale(stand_in):
+    """In ASCII, as in any encoding but UTF-8, their formulas cannot be read."""
+    said = python(CALL, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert said.returncode == 0 and said.stdout.split()[0] == "0", said.stdout + said.stderr
+    assert (stand_in.parent / "calls").exists()
+
+
+def test_no_text_is_read_or_written_in_the_encoding_of_the_locale():
+    for path in (ROOT / "fastmix").rglob("*.py"):
+        for call in re.findall(r"(?:read|write)_text\(.*", path.read_text(encoding="utf-8")):
+            assert "encoding=" in call or "errors=" in call, (path, call)
 
 
 def at_once(stand_in):
@@ -493,3 +507,20 @@ import fastmix
 """)
     assert "cannot be registered twice: import" in other.stderr.splitlines()[-1]
     assert "in a new process" in other.stderr.splitlines()[-1]
+
+
+def test_reloading_one_file_is_refused_in_words():
+    said = python("""
+import importlib, sys
+import fastmix
+for name in ("fastmix.ops._register", "fastmix.ops.gate_loop", "fastmix.ops.fft_conv"):
+    try:
+        importlib.reload(sys.modules[name])
+    except ImportError as error:
+        assert "Start a new process" in str(error), error
+    else:
+        raise AssertionError(name)
+import torch
+assert fastmix.ops.cumulative_mean(torch.ones(1, 3)).tolist() == [[1, 1, 1]]""",
+                  {"FASTMIX_IMPLEMENTATION": "fallback"})
+    assert said.returncode == 0, said.stderr

@@ -102,7 +102,7 @@ def parallel_jobs() -> int:
 def _quotas(membership: Path, root: Path) -> list[float]:
     """The cores that control groups, versions 1 and 2, grant this process and its parents."""
     quotas = []
-    lines = membership.read_text().splitlines() if membership.exists() else []
+    lines = membership.read_text(encoding="utf-8").splitlines() if membership.exists() else []
     for line in lines:
         _, controllers, own = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -112,10 +112,10 @@ def _quotas(membership: Path, root: Path) -> list[float]:
         for group in (folder, *folder.parents):
             try:
                 if controllers:
-                    quota = (group / "cpu.cfs_quota_us").read_text()
-                    period = (group / "cpu.cfs_period_us").read_text()
+                    quota = (group / "cpu.cfs_quota_us").read_text(encoding="utf-8")
+                    period = (group / "cpu.cfs_period_us").read_text(encoding="utf-8")
                 else:
-                    quota, period = (group / "cpu.max").read_text().split()
+                    quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
                 if float(quota) > 0:
                     quotas.append(float(quota) / float(period))
             except (OSError, ValueError):  # no limit here: no such file, "max" or -1
@@ -162,7 +162,8 @@ def own_instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ..
     the one that is named (see below); all where the system does not list what the processor has, or
     with FASTMIX_INSTRUCTION_SETS=all (for tests)."""
     named = named_instruction_set()
-    listed = re.search(r"^flags\s*:(.*)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    listed = re.search(r"^flags\s*:(.*)", text, re.M)
     if os.environ.get("FASTMIX_INSTRUCTION_SETS") == "all" or listed is None and not named:
         return tuple(INSTRUCTION_SETS)
     has = set(listed[1].split()) if listed else None
@@ -250,7 +251,7 @@ def build(target: Path, torch_folder: Path,
                    "-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu"]], folder)
         library.chmod(0o755)  # whatever the umask: others must not be able to write to it
         checksum = checksum_file(library)
-        checksum.write_text(_checksum(library))
+        checksum.write_text(_checksum(library), encoding="utf-8")
         for file in (library, checksum):
             with open(file, "rb+") as opened:  # on disk before it has its name
                 os.fsync(opened.fileno())
@@ -282,7 +283,7 @@ def _commands(torch_folder: Path, flags: Sequence[str], cpu: bool, cuda: Sequenc
         # The longest first, so that none is left for the end; a file without FASTMIX_CPU has
         # no kernels.
         for file in sorted(folder.glob("*.cpp"), key=lambda file: -file.stat().st_size):
-            for name in sets if "#ifdef FASTMIX_CPU" in file.read_text() else ():
+            for name in sets if "#ifdef FASTMIX_CPU" in file.read_text(encoding="utf-8") else ():
                 jobs[f"{file.stem}.{name}.o"] = [
                     *command, *FLAGS, *KERNELS, *INSTRUCTION_SETS[name], f"-DFASTMIX_CPU={name}",
                     *flags, "-c", str(file)]
@@ -293,7 +294,8 @@ def _commands(torch_folder: Path, flags: Sequence[str], cpu: bool, cuda: Sequenc
 def _cuda_parts(file: Path) -> list[str]:
     """The parts of a CUDA source that are compiled side by side: each kernel that the header of the
     same name lists, and the rest."""
-    kernels = re.search(r"enum class Kernel \{(.*?)\}", file.with_suffix(".h").read_text(), re.S)
+    header = file.with_suffix(".h").read_text(encoding="utf-8")
+    kernels = re.search(r"enum class Kernel \{(.*?)\}", header, re.S)
     names = re.findall(r"^ *(\w+),", kernels[1], re.M) if kernels else []
     return [*names, "rest"]
 
@@ -367,7 +369,7 @@ def why_not_whole(library: Path) -> str | None:
     """Why a library cannot be what the compiler wrote, or None. Loading a damaged one would end
     the process."""
     try:
-        whole = (checksum_file(library).read_text() == _checksum(library)
+        whole = (checksum_file(library).read_text(encoding="utf-8") == _checksum(library)
                  or _as_installed(library))
     except FileNotFoundError:
         return f"{library} has no checksum beside it"

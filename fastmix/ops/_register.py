@@ -21,6 +21,10 @@ from fastmix import _torch_private
 from fastmix.dtypes import autocast_enabled
 from fastmix.ops import _derivatives, _vmap
 
+TWICE = ("fastmix cannot be reloaded file by file: its operators can be registered once in a "
+         "process. Start a new process")
+if "LIBRARY" in globals():  # of the module that is reloaded
+    raise ImportError(TWICE)
 LIBRARY = torch.library.Library("fastmix", "DEF")
 OPERATORS: dict[str, Operator] = {}
 
@@ -76,6 +80,8 @@ class Operator:
 
     def __init__(self, name: str, arguments: str, outputs: str, fallback: ModuleType,
                  fake: Callable, batched: dict[str, int | None]) -> None:
+        if name in OPERATORS:
+            raise ImportError(TWICE)
         self.name = name
         self.outputs = outputs.split()
         with_carries = self.outputs[-1] == "carries"
