@@ -23,8 +23,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_tensor(where: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = REAL,
-                 like: tuple[str, Tensor] | None = None) -> None:
-    """A dense tensor of one of `dtypes`, on the device of `like`, a (name, tensor) pair."""
+                 like: tuple[str, Tensor] | None = None, *, wider: bool = True) -> None:
+    """A dense tensor of one of `dtypes`, on the device of `like`, a (name, tensor) pair.
+
+    Of real tensors, those that stay as they are have the dtype of `like`, or, if `wider`, that of
+    its sums: others are not among what is expected."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{where}: {name} must be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
@@ -32,6 +35,8 @@ def check_tensor(where: str, name: str, value: Any, dtypes: Sequence[torch.dtype
         raise TypeError(f"{where}: {name} must be a dense tensor, got one of layout {layout}: "
                         "convert it, by to_dense or to_padded_tensor")
     if value.dtype not in dtypes:
+        if dtypes is REAL and like is not None and not autocast_enabled(like[1].device.type):
+            dtypes = tuple(dict.fromkeys((like[1].dtype, wide(like[1].dtype))))[: 1 + wider]
         expected = " or ".join(dtype_name(d) for d in dtypes)
         raise TypeError(f"{where}: {name} must be {expected}, got {dtype_name(value.dtype)}")
     if like is not None and value.device != like[1].device:

@@ -1,5 +1,7 @@
 """What every operator computes: against its definition, in every dtype and layout."""
 
+import re
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from cases import (
     squared_errors,
     weigh,
 )
+from fastmix.checks import dtype_name
 from fastmix.fallback import _segments, causal_sgu, fft_conv, windowed_sgu
 
 F64 = torch.float64
@@ -229,3 +232,20 @@ def test_tensors_that_are_not_dense_are_refused(case, make, layout):
             with pytest.raises(TypeError, match=f"^{case.operator}: {name} must be a dense tensor, "
                                                 f"got one of layout {layout}"):
                 case.run(tensors | {name: make(t)})
+
+
+@pytest.mark.parametrize("operator, wrong", [
+    ("gate_loop", "k"), ("gate_loop", "gate_logits"), ("decay_conv", "decay"),
+    ("decay_conv", "gain"), ("fft_conv", "kernel"), ("fft_conv", "skip"),
+    ("windowed_sgu", "weight"), ("causal_sgu", "norm_bias"), ("causal_sgu", "gate_residual")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_refused_dtype_is_told_those_that_will_be_taken(operator, wrong, dtype):
+    """Converted to any dtype that the error names, the call runs."""
+    case = next(c for c in CASES.values() if c.operator == operator and wrong in c.make(3, dtype))
+    tensors = case.make(3, dtype)
+    with pytest.raises(TypeError, match=f"{operator}: {wrong} must be .*, got int32") as refused:
+        case.run({**tensors, wrong: tensors[wrong].int()})
+    expected = re.search(r"must be (.*), got", str(refused.value))[1].split(" or ")
+    assert dtype_name(dtype) in expected
+    for name in expected:
+        case.run({**tensors, wrong: tensors[wrong].to(getattr(torch, name))})

@@ -71,7 +71,7 @@ def checked_call(
             check_tensor(where, name, parameters[name], like=("x", x))
             check_shape(where, name, parameters[name], layout, sizes)
     if gate_residual is not None:
-        check_tensor(where, "gate_residual", gate_residual, like=("x", x))
+        check_tensor(where, "gate_residual", gate_residual, like=("x", x), wider=False)
         check_shape(where, "gate_residual", gate_residual, "b n c", sizes)
         x, gate_residual = match_dtypes(where, x=x, gate_residual=gate_residual)
     weight, bias, norm_weight, norm_bias = (

@@ -138,9 +138,9 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
     if is_like(k, q) and is_like(v, q):
         sizes["dv"] = sizes["dk"]
     else:
-        check_tensor(where, "k", k, like=("q", q))
+        check_tensor(where, "k", k, like=("q", q), wider=False)
         check_shape(where, "k", k, "b n h dk", sizes)
-        check_tensor(where, "v", v, like=("q", q))
+        check_tensor(where, "v", v, like=("q", q), wider=False)
         sizes = check_shape(where, "v", v, "b n h dv", sizes)
         q, k, v = match_dtypes(where, q=q, k=k, v=v)
     given = "gates" if gate_logits is None else "gate_logits.sigmoid()"
