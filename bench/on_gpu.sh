@@ -149,13 +149,14 @@ self_check() {  # name, seconds, processes, cases …
 kernels() {  # ten tests to a process, on all cores: compiling is what takes time
     set -o pipefail
     # What is chosen, here all, runs whole; a rehearsal takes the first test of each file.
-    "$python" -m pytest --collect-only -q -p no:cacheprovider $every tests/triton | grep :: | shuf |
+    "$python" -m pytest --collect-only -q -p no:cacheprovider $every tests/triton tests/test_gpu.py |
+        grep :: | shuf |
         xargs -r -d '\n' -n 10 -P "$jobs" "$python" -m pytest -q -p no:cacheprovider
 }
 
-gpu_tests() {  # without those that hold a module against an original that is not here
+gpu_tests() {  # the others, without those of a module whose original is not here
     local files=() said
-    for file in $(grep -lE 'mark\.gpu' tests/*.py); do
+    for file in $(grep -lE 'mark\.gpu' tests/*.py | grep -v test_gpu.py); do
         if said=$("$python" -m pytest --collect-only -q -p no:cacheprovider -m gpu "$file" 2>&1) ||
                 ! grep -q "ModuleNotFoundError: No module named" <<< "$said"; then
             files+=("$file")

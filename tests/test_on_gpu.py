@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import types
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def day(tmp_path):
     python.write_text(f"""#!/bin/sh
 cd {tmp_path}
 case "$*" in
-    -c*|-) ;;
+    -c*) ;;
+    - | "-m zipfile"*) exec {sys.executable} "$@" ;;
     *) echo "$*" >> asked ;;
 esac
 case "$*" in
@@ -99,6 +101,17 @@ def test_a_step_that_fails_stops_no_other(day, tmp_path):
     with tarfile.open(tmp_path / "out" / "truth.tar.gz") as archive:
         names = [Path(name).name for name in archive.getnames()]
     assert "mixers.txt" in names and "mixers.done" not in names and "fft-conv.done" in names
+
+
+def test_wheels_are_put_on_the_path_and_what_is_absent_is_named(day, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "fla-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("fla/__init__.py", "")
+    for flags in [], ["--wheels", str(wheels)]:
+        said, _ = (ran := day("tune", *flags, work=f"work{len(flags)}")).communicate()
+        absent, = [line for line in said.splitlines() if line.startswith("not installed, so left")]
+        assert ran.returncode == 0 and ("fla" in absent) == (not flags), said
 
 
 @pytest.mark.parametrize("flags, said", [
