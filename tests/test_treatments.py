@@ -512,6 +512,41 @@ def test_half_precision_position_gates():
     assert (model(x) - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_tells_late_rotary_positions_apart(dtype, autocast):
+    """And its gradients. 16 bits of bfloat16 have no odd numbers above 256."""
+    pytest.importorskip("rotary_embedding_torch")
+    model = fast.CausalFullAttention(DIM, dim_head=8, heads=2, rotary_emb=True)
+    model = model.to(torch.float32 if autocast else dtype)
+    x = 2 * torch.randn(1, 300, DIM).to(dtype)
+    weight = torch.zeros(1, 300, DIM)
+    weight[:, 257:] = 1
+    results = []
+    for module in (model, copy.deepcopy(model).double()):
+        leaf = x.to(module.to_out[1].weight.dtype).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=autocast and module is model):
+            out = module(leaf)
+        results.append([out[:, 257:], *torch.autograd.grad((out.double() * weight).sum(), leaf)])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.double() - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_infinite_logits_of_position_gates_have_finite_gradients(dtype):
+    model = fast.CausalFullAttention(DIM, dim_head=4, heads=2, data_dependent_rel_pos=True)
+    model = model.to(dtype)
+    given = torch.zeros(1, N, 2, 2, 2, dtype=dtype)
+    given[..., 0] = 1
+    given[0, 2, 0, 0, 0], given[0, 3, 1, 1, 0] = torch.inf, 1e4
+    leaf = given.requires_grad_()
+    model.to_a = torch.nn.Module()
+    model.to_a.forward = lambda x: leaf
+    out = model(torch.randn(1, N, DIM, dtype=dtype))
+    grad, = torch.autograd.grad(out.float().sum(), leaf)
+    assert out.isfinite().all() and grad.isfinite().all() and grad.any()
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 0.9, 1.0])
 def test_infinite_gate_logits_pass_the_blend(fraction):
     logits = torch.tensor([[torch.inf, 1.0], [-torch.inf, torch.inf], [2.0, 3.0]],

@@ -165,7 +165,7 @@ class CausalFullAttention(nn.Module):
         self.data_dependent_rel_pos = data_dependent_rel_pos
         self.frac_gradient_data_dependent_rel_pos = frac_gradient_data_dependent_rel_pos
 
-        self.rotary_emb = None
+        self.rotary_emb: Any = None
         if rotary_emb:
             from rotary_embedding_torch import RotaryEmbedding
 
@@ -193,7 +193,11 @@ class CausalFullAttention(nn.Module):
         if self.data_dependent_rel_pos and not ablate_state_transition:
             z = _gate_logits(
                 self.to_a(x), self.frac_gradient_data_dependent_rel_pos, ablate_complex)
-            z = torch.view_as_complex(z.to(wide(z.dtype)))
+            z = z.to(wide(z.dtype))
+            # An infinite one has no slope, and the gate of any large one of its direction.
+            infinite = z.isinf()
+            z = torch.where(infinite.any(-1, keepdim=True), 1e4 * infinite * z.detach().sign(), z)
+            z = torch.complex(*z.unbind(-1))
             gates = torch.polar(z.abs().sigmoid(), z.angle())
             decay = gates.cumprod(dim=-1).real.clamp(min=1e-10)
             decay = decay.repeat_interleave(2, dim=-1).transpose(1, 2)
@@ -211,8 +215,7 @@ class CausalFullAttention(nn.Module):
                 seen = (steps >= 0)[:, None] & (steps[:, None] <= steps[:, m - n:, None])
                 visible = seen[:, None]  # (b, 1, n, m)
         if self.rotary_emb is not None:
-            q = self.rotary_emb.rotate_queries_or_keys(q, offset=m - n)
-            k = self.rotary_emb.rotate_queries_or_keys(k)
+            q, k = self._rotated(q, m - n), self._rotated(k, 0)
         if decay is not None:
             q, k = q * decay, k / key_decay
 
@@ -232,6 +235,22 @@ class CausalFullAttention(nn.Module):
             out = out * self.to_gates(x)
         out = self.to_out(out)
         return (out, cache) if return_cache else out
+
+    def _rotated(self, x: Tensor, first: int) -> Tensor:
+        """x (b, h, n, d), turned by the positions first … first + n - 1.
+
+        The package counts positions in the dtypes of x and of the frequencies: 16 bits do not tell
+        those above 256 from one another.
+        """
+        frequencies = self.rotary_emb.freqs
+        if all(dtype == wide(dtype) for dtype in (x.dtype, frequencies.dtype)):
+            return self.rotary_emb.rotate_queries_or_keys(x, offset=first)
+        from rotary_embedding_torch import apply_rotary_emb
+
+        dtype = wide(frequencies.dtype)
+        steps = torch.arange(first, first + x.shape[-2], device=x.device, dtype=dtype)
+        angles = (steps[:, None] * frequencies.to(dtype)).repeat_interleave(2, dim=-1)
+        return apply_rotary_emb(angles, x.to(wide(x.dtype))).to(x.dtype)
 
 
 def gate_loop_operator(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
