@@ -485,8 +485,9 @@ def test_ensemble(name):
 
 
 @every_class
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_bfloat16_modules(name):
+def test_half_precision_modules(name, dtype):
     """As near to float64 as twice the distance of float32 weights under autocast, whatever the
     stored weights say: slow decays above all."""
     (_, model), x = twins(name)
@@ -495,12 +496,12 @@ def test_bfloat16_modules(name):
     for key, p in model.named_parameters():
         if "alpha" in key or "dampen" in key:
             p.fill_(-7.0 if "alpha" in key else 9.0)
-    model = model.to(torch.bfloat16)
-    x = x.bfloat16() if x.is_floating_point() else x
+    model = model.to(dtype)
+    x = x.to(dtype) if x.is_floating_point() else x
     exact = copy.deepcopy(model).double()(x.double() if x.is_floating_point() else x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         plain = copy.deepcopy(model).float()(x.float() if x.is_floating_point() else x)
-    error, allowed = ((out.bfloat16() - exact).norm() for out in (model(x), plain))
+    error, allowed = ((out.to(dtype) - exact).norm() for out in (model(x), plain))
     assert error <= 2 * allowed
 
 
