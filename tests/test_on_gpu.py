@@ -258,6 +258,13 @@ def test_predictions_are_what_the_script_makes(monkeypatch, tmp_path, capsys):
     for line in lines:
         assert int(line["us"]) > int(line["floor_us"]) > 0 and line["reason"]
 
+    page = (ROOT / "docs" / "gpu.md").read_text("utf-8").partition("| | target | expected |")[2]
+    for name in "gate_loop 1024×1", "decay_conv", "windowed_sgu w=128":
+        both = [line for line in lines if line["row"] == name and line["batch"] == "8"]
+        percent = [round(100 * int(line["floor_us"]) / int(line["us"])) for line in both]
+        said = next(line for line in page.splitlines() if line.startswith(f"| {name}"))
+        assert "{} / {} %".format(*percent) in said.split("|")[3], name
+
     report = tmp_path / "report.json"
     report.write_text("""{"settings": {"batch": 8}, "header": {"device": "A GPU", "copy_gb_s": 4200,
         "matmul_gflop_s": 780000}, "operators": [
