@@ -46,8 +46,9 @@ step() {  # name, seconds it may take, command …
     [ "$list" ] && { echo "$stage $name $limit"; return; }
     printf '%-28s' "$name"
     [ -e "$results/$name.done" ] && { echo "passed before"; return; }
-    # Interpreted kernels are slow, and so are two cores.
-    timeout -k 5 $((rehearse ? 8 * limit : limit)) "$@" > "$results/$name.txt" 2>&1
+    # Interpreted kernels are slow, and so are two cores. A report that is interrupted writes what
+    # there is.
+    timeout -s INT -k 10 $((rehearse ? 8 * limit : limit)) "$@" > "$results/$name.txt" 2>&1
     status=$?
     if [ $status = 0 ]; then
         touch "$results/$name.done"
