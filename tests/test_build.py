@@ -249,18 +249,27 @@ def test_first_use_compiles_what_the_processor_has(tmp_path, monkeypatch):
     assert build.own_instruction_sets(cpuinfo) == everything  # nothing is known
     for flags, best in (("fpu sse2", "portable"), ("avx avx2 fma", "portable"),
                         ("avx avx2 fma f16c avx512f", "avx2"),
-                        ("avx2 fma f16c avx512f avx512dq avx512bw avx512vl", "avx512")):
+                        ("avx2 fma f16c avx512f avx512dq avx512bw avx512vl", "avx512"),
+                        ("avx2 fma f16c avx512f avx512dq avx512bw avx512vl amx_tile amx_bf16",
+                         "avx512")):
         cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\nbugs : \n")
         assert build.own_instruction_sets(cpuinfo) == (best,)
     monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "all")
     assert build.own_instruction_sets(cpuinfo) == everything
     monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "sse")
     with pytest.raises(RuntimeError, match="FASTMIX_INSTRUCTION_SETS must be 'all', one of "
-                                           "portable, avx2, avx512, or not set, got 'sse'"):
+                                           "portable, avx2, avx512, amx, or not set, got 'sse'"):
         build.own_instruction_sets(cpuinfo)
     monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "avx2")
     assert build.own_instruction_sets(cpuinfo) == ("avx2",)
     assert build.own_instruction_sets(tmp_path / "missing") == ("avx2",)
+    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "amx")  # avx512's kernels use it
+    assert build.own_instruction_sets(tmp_path / "missing") == ("avx512",)
+    with pytest.raises(RuntimeError, match="one that this processor has: portable, avx2, avx512, "
+                                           "got 'amx'"):
+        cpuinfo.write_text("flags : avx2 fma f16c avx512f avx512dq avx512bw avx512vl\n")
+        build.own_instruction_sets(cpuinfo)
+    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "avx2")
     cpuinfo.write_text("flags : fpu sse2\n")
     with pytest.raises(RuntimeError, match="one that this processor has: portable, got 'avx2'"):
         build.own_instruction_sets(cpuinfo)

@@ -369,6 +369,128 @@ def test_complex_rows_of_a_large_output_that_start_within_a_vector():
         assert distance(f, e) < 1e-5
 
 
+# ---- the matrix unit
+
+
+@pytest.fixture
+def both_units():
+    """Calls a function with the matrix unit and without: [its results, its results]."""
+    if build.MATRIX_UNIT not in library.available_instruction_sets():
+        pytest.skip("this machine has no matrix unit, or does not let this process use it")
+
+    def run(function, *tensors):
+        results = []
+        for name in (build.MATRIX_UNIT, "avx512"):
+            library.choose_instruction_set(name)
+            results.append(function(*tensors))
+        return results
+
+    yield run
+    library.choose_instruction_set()
+
+
+def gating_unit(operator, n, heads, d, size):
+    """Numbers of bfloat16 for a gating unit, whose weight is (heads, size, size or 2 · size)."""
+    columns = 2 * size if operator == "windowed_sgu" else size
+    shapes = {"x": (2, n, 2 * heads * d), "weight": (heads, size, columns), "bias": (heads, size),
+              "norm_weight": (heads * d,), "norm_bias": (heads * d,), "grad": (2, n, heads * d)}
+    return {name: randn(*shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+
+
+def both_ways(operator, tensors, dtype, weight_dtype):
+    """A gating unit's results and gradients. Its kernels, unlike ops, take a narrower weight: so
+    results show what products were rounded to."""
+    t = {name: tensor.to(weight_dtype if name == "weight" else dtype)
+         for name, tensor in tensors.items()}
+    arguments = (t["x"], t["weight"], t["bias"], t["norm_weight"], t["norm_bias"], 1e-5, None,
+                 "tanh")
+    unit = getattr(torch.ops.fastmix, operator)
+    backward = getattr(torch.ops.fastmix, f"{operator}_backward")
+    return [unit(*arguments), *backward(t["grad"], *arguments)[:5]]
+
+
+@pytest.mark.parametrize("operator, size", [("causal_sgu", None), ("windowed_sgu", 128),
+                                            ("windowed_sgu", 171)])
+def test_products_of_the_matrix_unit_are_as_exact(both_units, operator, size):
+    """Of every awkward length, beside float64: as those of floats."""
+    differ = 0
+    for n, heads, d in ((127, 1, 5), (128, 2, 16), (129, 3, 17), (144, 1, 33),
+                        (145, 2, 70), (257, 1, 130), (500, 2, 64)):
+        tensors = gating_unit(operator, n, heads, d, size or n + n % 3)
+        exact = both_ways(operator, tensors, torch.float64, torch.float64)
+        ours, floats = both_units(both_ways, operator, tensors, torch.float32, torch.bfloat16)
+        differ += not torch.equal(ours[0], floats[0])
+        for name, a, b, e in zip(("out", *tensors), ours, floats, exact, strict=False):
+            assert distance(a, e) <= 2 * distance(b, e) + 1e-7, (name, n, heads, d)
+    assert differ  # it ran
+
+
+def mixture(weight, norm_weight, x):
+    """The mixture of a causal gating unit alone: triangle(W) · normed gate."""
+    bias = weight.new_zeros(weight.shape[:2], dtype=x.dtype)
+    return torch.ops.fastmix.causal_sgu(x, weight, bias, norm_weight, torch.zeros_like(norm_weight),
+                                        1e-5, None, "outside")
+
+
+@pytest.mark.parametrize("smallest", [-4, -12, -25, -38])
+def test_the_matrix_unit_keeps_small_numbers(both_units, smallest):
+    """It takes those below 2⁻¹²⁶, and parts of larger ones, for zeros."""
+    n, c = 150, 48
+    x = torch.randn(1, n, 2 * c)
+    weight = torch.randn(1, n, n) * 10 ** (torch.rand(1, n, 1) * smallest)
+    weight = torch.where(torch.rand(1, n, n) < 0.1, 0, weight).bfloat16()
+    norm_weight = torch.randn(c) * 10 ** (torch.rand(c) * smallest / 2)
+    norm_weight[:5] = 0
+    exact = mixture(weight.double(), norm_weight.double(), x.double())
+    normed = mixture(torch.eye(n, dtype=torch.float64)[None], norm_weight.double(), x.double())
+    sizes = weight.double().tril().abs() @ (normed.abs() + norm_weight.double().abs())
+    for result in both_units(mixture, weight, norm_weight, x):
+        assert ((result - exact).abs() <= 1e-6 * sizes + 1e-42).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_the_matrix_unit_spreads_what_is_not_finite_as_floats_do(both_units, value):
+    n, c = 200, 40
+    x, weight = torch.randn(2, n, 2 * c), torch.randn(1, n, n).bfloat16()
+    weight[0, 130, 70], weight[0, 60, 61] = value, value  # this one meets nothing
+    x[1, 90] = value
+    ours, floats = both_units(mixture, weight, torch.ones(c), x)
+    assert 0 < ours.isfinite().float().mean() < 1
+    assert ours[0, :130].isfinite().all() and ours[0, 131:].isfinite().all()
+    torch.testing.assert_close(ours, floats, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
+def test_the_same_bits_with_the_matrix_unit_for_any_number_of_threads(both_units, operator):
+    tensors = gating_unit(operator, 700, 2, 72, 130 if operator == "windowed_sgu" else 700)
+    del tensors["grad"]
+    both_units(check_bits, operator, tensors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux grants the matrix unit")
+def test_a_matrix_unit_that_is_refused_is_left_alone(both_units):
+    """Linux refuses it to a process whose signal stack cannot hold its registers."""
+    ran = python("-c", """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+stack = Stack(ctypes.addressof(memory), 0, 4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+import torch, fastmix
+x, weight, bias = torch.randn(1, 100, 8), torch.randn(1, 100, 100), torch.randn(1, 100)
+fastmix.ops.causal_sgu(*(t.bfloat16() for t in (x, weight, bias)))
+from fastmix.native import library
+print(library.instruction_set())
+try:
+    library.choose_instruction_set("amx")
+except RuntimeError as error:
+    print(error)
+""", environment={"FASTMIX_INSTRUCTION_SETS": ""})
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("avx512\nthis machine has no amx: choose one of portable")
+
+
 # ---- threads and processes
 
 
@@ -484,7 +606,8 @@ def quick(quick_compiler, tmp_path):
 
 SETS = """
 from fastmix.native import build, library
-assert library.available_instruction_sets() == build.own_instruction_sets()
+own, = build.own_instruction_sets()
+assert library.available_instruction_sets() in [(own,), ("avx512", build.MATRIX_UNIT)]
 library.choose_instruction_set(build.own_instruction_sets()[-1])
 if build.own_instruction_sets()[0] != "portable":
     try:

@@ -13,6 +13,7 @@ namespace fastmix {
 struct CausalSgu {
   int64_t b, n, c, h, s;
   Activation activation;
+  bool unit;  // whether the matrix unit multiplies with the weight
   double eps;
   const double *bias, *norm_weight, *norm_bias;  // (h, s), (c,), (c,)
   const void* weight;                            // (h, s, s), rows without gaps
@@ -98,9 +99,9 @@ struct Block {
       using A = decltype(stored);
       if constexpr (sizeof(Computed<A>) == sizeof(C)) {
         const A* weight = static_cast<const A*>(args.weight) + head * args.weight_head;
-        gemm<C, A>(args.n, width, args.n,
-                   {weight, turned ? 1 : args.weight_row, turned ? args.weight_row : 1},
-                   {from, kBlock}, {to, kBlock}, !turned, turned ? kUpper : kLower);
+        matrix_product<C, A>(args.unit, args.n, width, args.n,
+                             {weight, turned ? 1 : args.weight_row, turned ? args.weight_row : 1},
+                             {from, kBlock}, {to, kBlock}, !turned, turned ? kUpper : kLower);
       }
     });
   }
@@ -148,6 +149,7 @@ struct Block {
 template <class C>
 void forward(const CausalSgu& args, int64_t begin, int64_t end) {
   Scratch scratch;
+  const Tiles tiles(args.unit);
   Block<C> block(args, scratch);
   for (int64_t i = begin; i < end; ++i) {
     block.select(i);
@@ -171,6 +173,7 @@ void forward(const CausalSgu& args, int64_t begin, int64_t end) {
 template <class C>
 void grad_mixed(const CausalSgu& args, int64_t begin, int64_t end) {
   Scratch scratch;
+  const Tiles tiles(args.unit);
   Block<C> block(args, scratch);
   C *grad_mixed = block.slope, *grad_res = block.value;
   for (int64_t i = begin; i < end; ++i) {
@@ -243,6 +246,7 @@ void grad_weight(const CausalSgu& args, int64_t begin, int64_t end) {
 template <class C>
 void grad_normed(const CausalSgu& args, int64_t begin, int64_t end) {
   Scratch scratch;
+  const Tiles tiles(args.unit);
   Block<C> block(args, scratch);
   C *grad = block.mixed, *product = block.normed;
   for (int64_t i = begin; i < end; ++i) {
@@ -336,7 +340,8 @@ struct CausalSguCall {
   CausalSguCall(const Tensor& x, const Tensor& weight, const Tensor& bias,
                 const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
                 const OptionalTensor& residual, Activation activation)
-      : parameters(x, stored(weight, wide(x)), bias, norm_weight, norm_bias),
+      : parameters(x, stored(weight, wide(x)), weight.scalar_type() == ScalarType::BFloat16, bias,
+                   norm_weight, norm_bias),
         statistics(fresh(x, {x.size(0), x.size(1), 2}, wide(x))) {
     fill(args, x, parameters, eps, residual, activation);
     args.s = weight.size(1);

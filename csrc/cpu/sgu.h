@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "gemm.h"
 #include "gate.h"
+#include "matrix_unit.h"
 
 namespace fastmix {
 

@@ -41,13 +41,14 @@ namespace fastmix {
 struct Parameters {
   std::vector<double> bias, norm_weight, norm_bias;
   Tensor weight;
+  bool halves;  // whether the weight's numbers are bfloat16's
 
-  Parameters(const Tensor& x, Tensor weight, const Tensor& bias, const OptionalTensor& norm_weight,
-             const OptionalTensor& norm_bias)
+  Parameters(const Tensor& x, Tensor weight, bool halves, const Tensor& bias,
+             const OptionalTensor& norm_weight, const OptionalTensor& norm_bias)
       : bias(values(bias)),
         norm_weight(norm_weight ? values(*norm_weight) : std::vector<double>(x.size(2) / 2, 1.0)),
         norm_bias(norm_bias ? values(*norm_bias) : std::vector<double>(x.size(2) / 2, 0.0)),
-        weight(std::move(weight)) {}
+        weight(std::move(weight)), halves(halves) {}
 };
 
 // What both take, into the arguments of either.
@@ -64,6 +65,7 @@ void fill(Arguments& args, const Tensor& x, const Parameters& p, double eps,
   args.norm_weight = p.norm_weight.data();
   args.norm_bias = p.norm_bias.data();
   args.weight = p.weight.const_data_ptr();
+  args.unit = p.halves && matrix_unit();
   args.x = source(x);
   if (residual) args.residual = source(*residual);
 }

@@ -7,6 +7,11 @@
 #include <dirent.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include <atomic>
@@ -46,14 +51,33 @@ void scatter(const Tensor& x, const std::vector<double>& from, int64_t first) {
   for (size_t i = 0; i < from.size(); ++i) data[i] = static_cast<T>(from[i]);
 }
 
+// Numbers of instruction sets; kernels are compiled for those up to AVX-512, which know the
+// matrix unit.
+constexpr int kAvx512 = 2, kAmx = 3;
+
+// Whether the processor has a matrix unit for bfloat16 and Linux lets this process use it, which
+// must be asked for: its registers are large.
+bool may_use_matrix_unit() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24;
+  constexpr long ask_for_state = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tiles) &&
+         syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 int best_instruction_set() {
 #if defined(FASTMIX_ONLY)
-  return FASTMIX_ONLY_INDEX;
+  if (FASTMIX_ONLY_INDEX < kAvx512) return FASTMIX_ONLY_INDEX;
+  return may_use_matrix_unit() ? kAmx : kAvx512;
 #elif defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    return 2;
+    return may_use_matrix_unit() ? kAmx : kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
@@ -148,12 +172,16 @@ Tensor reshaped(const Tensor& x, std::vector<int64_t> shape) {
   return torch::stable::reshape(may_use_threads() ? x : dense(x), shape);
 }
 
-int instruction_set() {
+static int chosen_or_best() {
   const int set = chosen.load(std::memory_order_relaxed);
   if (set >= 0) return set;
   static const int best = best_instruction_set();
   return best;
 }
+
+int instruction_set() { return std::min(chosen_or_best(), kAvx512); }
+
+bool matrix_unit() { return chosen_or_best() == kAmx; }
 
 }  // namespace fastmix
 

@@ -107,6 +107,10 @@ using Kernel = void (*)(const Arguments&, int64_t, int64_t);
 // 0 portable, 1 AVX2, 2 AVX-512: the best that this machine runs, or a test's choice.
 int instruction_set();
 
+// Whether the kernels for AVX-512 may use the matrix unit: this machine has one, lets the process
+// use it, and no lesser set has been chosen.
+bool matrix_unit();
+
 // False after fork() from a process with several threads: the child has no thread pool.
 bool may_use_threads();
 

@@ -13,6 +13,7 @@ namespace fastmix {
 struct WindowedSgu {
   int64_t b, n, c, h, w, windows;
   Activation activation;
+  bool unit;  // whether the matrix unit multiplies in `mix`
   double eps;
   const double *bias, *norm_weight, *norm_bias;  // (h, w), (c,), (c,)
   const void* weight;                            // (h, w, 2w), dense, in the compute type
@@ -115,10 +116,12 @@ struct Sgu {
         for (int64_t c = 0; c < d_padded; ++c) at(mixed, head, r)[c] = bias;
       }
       if (window > 0)
-        gemm<C>(rows, d_padded, args.w, weight(head, false), {at(before.rows, head, 0), d_padded},
-                {at(mixed, head, 0), d_padded}, true, kFull);
-      gemm<C>(rows, d_padded, rows, weight(head, true), {at(own.rows, head, 0), d_padded},
-              {at(mixed, head, 0), d_padded}, true, kLower);
+        matrix_product<C>(args.unit, rows, d_padded, args.w, weight(head, false),
+                          {at(before.rows, head, 0), d_padded}, {at(mixed, head, 0), d_padded},
+                          true, kFull);
+      matrix_product<C>(args.unit, rows, d_padded, rows, weight(head, true),
+                        {at(own.rows, head, 0), d_padded}, {at(mixed, head, 0), d_padded}, true,
+                        kLower);
     }
   }
 
@@ -137,6 +140,7 @@ struct Sgu {
 template <class C>
 void forward(const WindowedSgu& args, int64_t begin, int64_t end) {
   Scratch scratch;
+  const Tiles tiles(args.unit);
   Sgu<C> s(args, scratch);
   Gate<C> before = s.gate(scratch, false), own = s.gate(scratch, false);
   for (int64_t index = begin; index < end; ++index) {
@@ -327,6 +331,7 @@ void backward(Sgu<C>& s, Backward<C>& kept, int64_t run) {
 template <class C>
 void backward(const WindowedSgu& args, int64_t begin, int64_t end) {
   Scratch scratch;
+  const Tiles tiles(args.unit);
   Sgu<C> s(args, scratch);
   Backward<C> kept(s, scratch);
   for (int64_t run = begin; run < end; ++run) backward(s, kept, run);
@@ -393,7 +398,8 @@ Tensor windowed_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                     const OptionalTensor& residual, Activation activation) {
   if (causal(x, weight))
     return causal_sgu(x, weight, bias, norm_weight, norm_bias, eps, residual, activation);
-  const Parameters p(x, computed(weight, x), bias, norm_weight, norm_bias);
+  const Parameters p(x, computed(weight, x), weight.scalar_type() == ScalarType::BFloat16, bias,
+                     norm_weight, norm_bias);
   WindowedSgu args = arguments(x, p, eps, residual, activation);
   Tensor out = fresh(x, {args.b, args.n, args.c}, x.scalar_type());
   args.out = sink(out, args.n, args.c);
@@ -409,7 +415,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
   if (causal(x, weight))
     return causal_sgu_backward(grad, x, weight, bias, norm_weight, norm_bias, eps, residual,
                                activation);
-  const Parameters p(x, computed(weight, x), bias, norm_weight, norm_bias);
+  const Parameters p(x, computed(weight, x), weight.scalar_type() == ScalarType::BFloat16, bias,
+                     norm_weight, norm_bias);
   WindowedSgu args = arguments(x, p, eps, residual, activation);
   Tensor grad_x = fresh(x), grad_residual = residual ? fresh(*residual) : nothing(x);
   args.grad = source(grad);

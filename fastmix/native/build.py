@@ -36,6 +36,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
         "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c",
                    "-mprefer-vector-width=512"]}
+# Names avx512's kernels where they use the processor's matrix unit, which is found at run time.
+MATRIX_UNIT = "amx"
 SILENCE = 10  # seconds after which show_progress says again, off a terminal, how far it is
 
 
@@ -159,8 +161,8 @@ def name_built_ahead(cuda: bool) -> str:
 
 def own_instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     """The sets to compile on first use: the best of INSTRUCTION_SETS that this processor has, or
-    the one that is named (see below); all where the system does not list what the processor has, or
-    with FASTMIX_INSTRUCTION_SETS=all (for tests)."""
+    the one that runs what is named (see below); all where the system does not list what the
+    processor has, or with FASTMIX_INSTRUCTION_SETS=all (for tests)."""
     named = named_instruction_set()
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     listed = re.search(r"^flags\s*:(.*)", text, re.M)
@@ -170,18 +172,23 @@ def own_instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ..
     # "-mavx2" is the flag of "avx2"; what has a value is a preference.
     able = [name for name, flags in INSTRUCTION_SETS.items()
             if has is None or {flag[2:] for flag in flags if "=" not in flag} <= has]
+    if "avx512" in able and (has is None or {"amx_tile", "amx_bf16"} <= has):
+        able.append(MATRIX_UNIT)
     if named and named not in able:
         raise RuntimeError(f"FASTMIX_INSTRUCTION_SETS must be one that this processor has: "
                            f"{', '.join(able)}, got {named!r}: name one of these, or unset it")
-    return (named or able[-1],)
+    runs = named or able[-1]
+    return ("avx512" if runs == MATRIX_UNIT else runs,)
 
 
 def named_instruction_set() -> str | None:
-    """The one of INSTRUCTION_SETS that $FASTMIX_INSTRUCTION_SETS names, so that no other runs."""
+    """What $FASTMIX_INSTRUCTION_SETS names, so that nothing else runs: one of INSTRUCTION_SETS, or
+    MATRIX_UNIT."""
     named = os.environ.get("FASTMIX_INSTRUCTION_SETS") or "all"
-    if named not in ("all", *INSTRUCTION_SETS):
+    names = [*INSTRUCTION_SETS, *([MATRIX_UNIT] if "avx512" in INSTRUCTION_SETS else [])]
+    if named not in ("all", *names):
         raise RuntimeError("FASTMIX_INSTRUCTION_SETS must be 'all', one of "
-                           f"{', '.join(INSTRUCTION_SETS)}, or not set, got {named!r}")
+                           f"{', '.join(names)}, or not set, got {named!r}")
     return None if named == "all" else named
 
 

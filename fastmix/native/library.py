@@ -22,7 +22,8 @@ import torch
 
 from fastmix.native import build
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+# What can run, in this order; the last is avx512 with the matrix unit.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", build.MATRIX_UNIT)
 
 _lock = threading.Lock()
 _loaded: dict[str, Path] = {}   # by device type
