@@ -1,8 +1,10 @@
 """The definition of every operator, in plain lines to check against a formula.
 
 Nothing here is fast. Each function takes the arguments of its namesake in
-`fastmix.ops` and computes in the dtype it is given: pass float64 (complex128) for
-an oracle. Tests and the report hold every implementation against these.
+`fastmix.ops`, but of states only those of gate_loop and decay_conv, and linear_scan's
+initial one: the others are defined by whole sequences. It computes in the dtype it is
+given: pass float64 (complex128) for an oracle. Tests and the report hold every
+implementation against these.
 """
 
 from collections.abc import Callable

@@ -6,6 +6,7 @@ Most tests use a stand-in for the compiler, which copies the library that the ot
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -372,6 +373,48 @@ def test_a_full_disk_leaves_nothing_behind(stand_in, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="could not be built or loaded.*No space left"):
         library.load("cpu")
     assert [path.name for path in library.cache_folder().iterdir()] == [".lock"]
+
+
+def test_a_disk_that_is_full_while_compiling_leaves_nothing_behind(stand_in, monkeypatch):
+    command = script(stand_in.parent / "full", "echo made | cat > /dev/full")
+    monkeypatch.setenv("CXX", str(command))
+    with pytest.raises(RuntimeError, match="No space left"):
+        library.load("cpu")
+    assert [path.name for path in library.cache_folder().iterdir()] == [".lock"]
+
+
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+
+
+def test_a_home_that_is_read_only_is_one_warning(stand_in, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir(mode=0o500)
+    under = []
+    if os.getuid() == 0:  # who can write there all the same
+        under = ["unshare", "-m", "sh", "-c", READ_ONLY, str(home)]
+        if shutil.which("unshare") is None or subprocess.run([*under, "true"]).returncode:
+            pytest.skip("this root cannot mount a folder as one to be read only")
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("FASTMIX_CACHE", "XDG_CACHE_HOME")}
+    ran = subprocess.run([*under, sys.executable, "-c", CALL], capture_output=True, text=True,
+                         env=environment | {"HOME": str(home), "PYTHONPATH": str(ROOT)})
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("1 fastmix runs its pure PyTorch fallback on the CPU: ")
+    assert str(home) in ran.stdout and "FASTMIX_CACHE" in ran.stdout
+
+
+def test_two_versions_on_one_home_have_a_library_each(stand_in, tmp_path, monkeypatch):
+    """Sources of another version make another name; neither goes when the other is compiled."""
+    first = library._compiled("cpu")
+    other = tmp_path / "csrc"
+    shutil.copytree(build.sources(), other)
+    (other / "cpu" / "registration.cpp").open("a").write("// of another version\n")
+    monkeypatch.setattr(build, "sources", lambda: other)
+    monkeypatch.setattr(build, "fingerprint", build.fingerprint.__wrapped__)
+    second = library._compiled("cpu")
+    assert first != second and first.parent == second.parent
+    assert first.exists() and second.exists()
+    assert library.existing("cpu") == second
 
 
 def test_others_stop_where_one_compiler_fails(stand_in, tmp_path, monkeypatch):
