@@ -54,7 +54,7 @@ C* parameter(Scratch& scratch, const double* values, const Unit& u) {
   return row;
 }
 
-// From the state before a chunk to the one after it; against time, of decay · g.
+// Advances `state` over a chunk: y forward, or with `backward` decay · g from its end to its start.
 template <class T, bool backward, class C>
 void walk(const DecayConv& args, const Unit& u, const C* decay, const C* gain, C* state,
           T* gathered) {

@@ -326,7 +326,8 @@ void enter(const FftPlan& p, const In& in, C* at, C* tile, Largest& largest) {
   }
 }
 
-// And back, real parts only: out(t, values) for the first n, a tile's together.
+// The inverse of `enter`: calls out(t, values) with the real parts of the first n steps, a tile at
+// a time.
 template <int R, class C, class Out>
 void leave(const FftPlan& p, C* at, C* tile, int64_t n, const Out& out) {
   using V = Vector<C>;

@@ -287,8 +287,8 @@ void spectra(const FftConv& args, int64_t begin, int64_t end) {
   }
 }
 
-// Calls g(lane, lags) for all that did not go through transforms of the gradients of `count`
-// kernels from `first` on.
+// Calls g(i, lags) for the lags' gradients that were summed without transforms, of the i-th of
+// `count` kernels from `first` on.
 template <class C, class G>
 FASTMIX_INLINE void each_segmented(const FftConv& args, int64_t first, int64_t count, G g) {
   for (int64_t i = 0; i < count; ++i)

@@ -270,8 +270,8 @@ LinearScan arguments(const Tensor& gates, const Tensor& inputs, bool reverse, in
   args.carry_every = carry_every;
   args.reverse = reverse;
   args.complex = is_complex(gates) || is_complex(inputs);
-  // Whole heads; if complex, whole vectors too: a compiler fuses the products of what is left
-  // over from those in another way.
+  // Blocks are whole heads. Blocks of complex numbers are whole vectors too, because compilers
+  // contract a partial vector's products into other FMAs, and the bits would depend on the block.
   const int64_t d = std::max<int64_t>(1, args.d);
   const int64_t least = args.complex ? 16 / std::gcd<int64_t>(d, 16) : 1;
   args.block = std::max<int64_t>(1, channel_block(b, args.heads * d, 512) / d);

@@ -24,7 +24,7 @@ FASTMIX_HD int unit_of(int units, int block, int thread) {
   return unit < units ? unit : -1;
 }
 
-// Of all heads of all samples one: its channels from c on, if there are any …
+// Channels of a head, which is counted over all samples, from c on; none where it has no more.
 template <class S>
 FASTMIX_HD Channels channels_of(const FftConv& conv, int head, int c) {
   if (c < 0 || c >= conv.channels) return {0, 0, 0, 0};
@@ -32,14 +32,14 @@ FASTMIX_HD Channels channels_of(const FftConv& conv, int head, int c) {
           conv.channels - c < S::at_once ? conv.channels - c : S::at_once};
 }
 
-// … the i-th one's skip …
+// The skip of the i-th of those channels.
 template <class Block, class Conv>
 FASTMIX_HD float skip_of(Block& block, const Conv& conv, Channels at, int i) {
   if (conv.skip == nullptr || i >= at.count) return 0;
   return as_float(block.template load_one<4>(conv.skip + at.h * conv.channels + at.c + i));
 }
 
-// … and its kernel, whose spectra are here.
+// The kernel of a head, which is counted over all samples.
 FASTMIX_HD int kernel_of(const FftConv& conv, int head) {
   return conv.kernels == 1 ? head % conv.heads : head;
 }
@@ -423,9 +423,9 @@ inline int length_for(int64_t n, int64_t shared) {
   return length < n || (length == kLongest && shared < kRoomy) ? 0 : length;
 }
 
-// f(the Shape for sequences of `length`). Kernels and their gradients are few, and go one by
-// one, as float32; backward two sequences are in a block's hands. Of the shortest sequences of 16
-// bits, most of which are multiplied anyway, four words would be one register too many.
+// Calls f with the Shape for sequences of `length`. Kernels and their gradients are few, so a block
+// has one at a time, as float32; in backward it has two sequences. Four words of the shortest
+// sequences of 16 bits, most of which are multiplied anyway, would be one register too many.
 template <Kernel kernel, int bytes, class F>
 auto with_shape(int length, int64_t shared, F f) {
   constexpr bool two = kernel == Kernel::backward, wide = kernel == Kernel::forward;

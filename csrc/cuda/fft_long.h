@@ -24,8 +24,8 @@ struct LongConv {
   int first_kernel, kernels;  // the heads of kernels whose spectra are at hand
   int first_unit, units;      // the slab: groups of `width` channels, counted from that kernel on
   int width;
-  View view;          // what columns read or write …
-  int steps;          // … of which so many matter
+  View view;          // what columns read or write
+  int steps;          // of `view` that matter
   const float* skip;  // (h, channels), or null
   Complex* columns;   // (units, width, N)
   Complex* grad_columns;
@@ -406,7 +406,7 @@ struct RowBackward {
   }
 };
 
-// The gradients of kernels from their spectra, into the place of the kernels' own.
+// Transforms the spectra of kernels' gradients back, and leaves them where the kernels' own were.
 template <class S>
 struct RowLags {
   static constexpr int shared = S::shared;

@@ -207,7 +207,7 @@ struct Transform {
                        table.get(at + 3 * R));
   }
 
-  // Of `thread`: its numbers x_{thread + M/16 j}, j < 16, on their way in …
+  // The first stage of `thread`, which takes in the numbers x_{thread + M/16 j}, j < 16.
   template <class Shared>
   static FASTMIX_HD void first(const float* x, Shared points, Shared table, int thread) {
     Complex v[16];
@@ -220,7 +220,7 @@ struct Transform {
     unrolled<16>([&](auto k) { points.put(padded(thread) + k * padded(threads), v[k]); });
   }
 
-  // … and on their way out, divided by M.
+  // The inverse of `first`, divided by M.
   template <class Shared>
   static FASTMIX_HD void first_back(float* x, Shared points, Shared table, int thread) {
     Complex v[16];

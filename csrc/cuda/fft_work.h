@@ -28,7 +28,8 @@ struct Work {
     for (int i = thread; i < Stages::tables; i += S::threads) Stages::tabulate(table, i);
   }
 
-  // Where the j-th pair of a thread's sixteen values lies, r = 1: pairs of all threads together.
+  // Where the j-th pair of a thread's sixteen values lies where r is 1: the j-th pairs of all
+  // threads lie side by side.
   FASTMIX_HD static int pair(int thread, int j) { return 2 * (S::slot * j + thread % S::slot); }
 
   // f(thread, i) for each subsequence of each thread, then a barrier.
