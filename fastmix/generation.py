@@ -176,10 +176,11 @@ class _RowsOfModel:
         self.lengths = sorted(set(lengths))
         self.sizes = [lengths.count(length) for length in self.lengths]
         self.order = torch.tensor(lengths).argsort(stable=True)
+        self.back = self.order.argsort()
 
     def begin(self, prompt: Tensor) -> Tensor:
         """The logits (b, num_tokens) after each row's own last token."""
-        self.order = self.order.to(prompt.device)
+        self.order, self.back = self.order.to(prompt.device), self.back.to(prompt.device)
         parts = prompt[self.order].split(self.sizes)
         runs = [self.step(part[:, :length], return_cache=True)
                 for part, length in zip(parts, self.lengths)]
@@ -191,7 +192,10 @@ class _RowsOfModel:
 
     def go_on(self, tokens: Tensor) -> Tensor:
         """The logits after one token (b,) more."""
-        parts = tokens[self.order, None].split(self.sizes)
+        if len(self.lengths) == 1:
+            parts: Sequence[Tensor] = (tokens[:, None],)
+        else:
+            parts = tokens[self.order, None].split(self.sizes)
         with in_place():  # no one else knows these caches
             runs = [self.step(part, cache=cache, return_cache=True)
                     for part, cache in zip(parts, self.caches)]
@@ -199,8 +203,9 @@ class _RowsOfModel:
         return self._in_callers_order([logits[:, -1] for logits, _ in runs])
 
     def _in_callers_order(self, parts: list[Tensor]) -> Tensor:
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return logits.index_select(0, self.order.argsort())
+        if len(self.lengths) == 1:
+            return parts[0]
+        return torch.cat(parts).index_select(0, self.back)
 
 
 def _pick(

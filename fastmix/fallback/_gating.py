@@ -68,7 +68,7 @@ def _overflowed(inverse_deviation: Tensor) -> bool:
     """Whether squares of a row's numbers did, or may have, or one of them is not finite."""
     if not is_readable(inverse_deviation):
         return is_anything(inverse_deviation)
-    return not bool((inverse_deviation.detach() > 0).all())
+    return inverse_deviation.numel() > 0 and not inverse_deviation.detach().amin().item() > 0
 
 
 def _factor(gate: Tensor) -> Tensor:

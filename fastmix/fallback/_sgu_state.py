@@ -18,8 +18,12 @@ from fastmix.states import steps_on_host
 def normed_gate(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
                 eps: float) -> Tensor:
     """x (b, n, 2c) → rows (b, n, c) in the wide dtype."""
-    c = x.shape[2] // 2
-    gate = x[..., c:].to(wide(x.dtype))
+    return _normed(x.chunk(2, dim=-1)[1], norm_weight, norm_bias, eps)
+
+
+def _normed(gate: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+            eps: float) -> Tensor:
+    gate = gate.to(wide(gate.dtype))
     if not torch.is_grad_enabled():
         return _gating.normalize(gate, norm_weight, norm_bias, eps)[0]
     return _gating.normalize_plain(gate, norm_weight, norm_bias, eps)[0]
@@ -49,42 +53,47 @@ def weighed(weights: Tensor, rows: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _weighed_step(weight: Tensor, rows: Tensor) -> Tensor:
-    """weight (h, k), rows (b, k, c) → (b, 1, c), in one product where strides allow it."""
-    h, b = weight.shape[0], rows.shape[0]
-    if h == 1:
-        return torch.matmul(weight, rows)
-    if b == 1:
-        heads = rows[0].unflatten(1, (h, -1)).transpose(0, 1)  # (h, k, d)
-        return torch.bmm(weight[:, None], heads).view(1, 1, -1)
-    return weighed(weight[:, None, None].expand(h, b, 1, -1), rows)
-
-
 def finished(mixed: Tensor, bias: Tensor, x: Tensor, gate_residual: Tensor | None,
              activation: str) -> Tensor:
     """mixed (b, n, c) and bias (h, b, n) → what the unit returns."""
     c, h = mixed.shape[2], bias.shape[0]
     by_channel = bias.permute(1, 2, 0)
     mixed = mixed + (by_channel if h == 1 else by_channel.repeat_interleave(c // h, dim=2))
+    return _gated(mixed, x.chunk(2, dim=-1)[0], gate_residual, activation)
+
+
+def _gated(mixed: Tensor, res: Tensor, gate_residual: Tensor | None, activation: str) -> Tensor:
+    """From the mixture with its bias, in the wide dtype, and res, in that of x."""
     if gate_residual is not None:
         mixed = mixed + gate_residual.to(mixed.dtype)
-    return _gating.finish(mixed, x[..., :c].to(mixed.dtype), activation).to(x.dtype)
+    return _gating.finish(mixed, res.to(mixed.dtype), activation).to(res.dtype)
 
 
-def _step(x: Tensor, weights: list[Tensor], slices: list[slice], bias: Tensor, at: int,
-          norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+def _step(x: Tensor, weight: Tensor, parts: list[tuple[int, int, int]], bias: Tensor, row: int,
+          at: int, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
           gate_residual: Tensor | None, activation: str, rows: Tensor,
           in_place: bool) -> tuple[Tensor, Tensor]:
-    """One step, whose row goes to `at` and which mixes `slices` of the rows by `weights`, (h, k)
-    each. bias (h,).
+    """One step, whose row goes to `at`, and which a row of weight and bias mixes.
+
+    parts: (first of the columns, first of the rows (b, size, c) that they weigh, how many)
     """
-    normed = normed_gate(x, norm_weight, norm_bias, eps)
+    res, gate = x.chunk(2, dim=-1)
     rows = rows if in_place else rows.clone()
-    rows[:, at : at + 1] = normed
-    dtype = rows.dtype
-    parts = [_weighed_step(weight.to(dtype), rows[:, of]) for weight, of in zip(weights, slices)]
-    mixed = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    return finished(mixed, bias[:, None, None].to(dtype), x, gate_residual, activation), rows
+    rows[:, at : at + 1] = _normed(gate, norm_weight, norm_bias, eps)
+    (b, size, c), h = rows.shape, weight.shape[0]
+    cuts = [(weight[:, row : row + 1, column : column + count].to(rows.dtype),
+             slice(first, first + count)) for column, first, count in parts]
+    if b == 1:
+        mixed = bias[:, row].view(h, 1, 1).to(rows.dtype)
+        heads = rows[0].view(size, h, c // h).transpose(0, 1)
+        for weights, of in cuts:
+            mixed = torch.baddbmm(mixed, weights, heads[:, of])
+        mixed = mixed.view(1, 1, c)
+    else:
+        mixed = bias[:, row].to(rows.dtype).repeat_interleave(c // h)
+        for weights, of in cuts:
+            mixed = mixed + weighed(weights.unsqueeze(1).expand(h, b, 1, -1), rows[:, of])
+    return _gated(mixed, res, gate_residual, activation), rows
 
 
 def causal(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
@@ -94,8 +103,8 @@ def causal(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
     host = steps_on_host(count) if x.shape[1] == 1 else None
     if host and min(host) == max(host):
         t = host[0]
-        return _step(x, [weight[:, t, : t + 1]], [slice(t + 1)], bias[:, t], t, norm_weight,
-                     norm_bias, eps, gate_residual, activation, rows, in_place)
+        return _step(x, weight, [(0, 0, t + 1)], bias, t, t, norm_weight, norm_bias, eps,
+                     gate_residual, activation, rows, in_place)
     n, dtype, steps = x.shape[1], rows.dtype, torch.arange(rows.shape[1], device=x.device)
     at = count[:, None] + steps[:n]
     rows = put(rows, at, normed_gate(x, norm_weight, norm_bias, eps), in_place)
@@ -118,11 +127,12 @@ def windowed(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None
     if host and min(host) == max(host):
         window, row = divmod(host[0], w)
         own = window % 2 * w  # where this window begins in the ring
-        both = slice(2 if window else 1)
-        return _step(x, [weight[:, row, w : w + row + 1], weight[:, row, :w]][both],
-                     [slice(own, own + row + 1), slice(w - own, 2 * w - own)][both],
-                     bias[:, row], own + row, norm_weight, norm_bias, eps, gate_residual,
-                     activation, rows, in_place)
+        if own:  # behind the one before, as weight has them
+            parts = [(0, 0, w + row + 1)]
+        else:
+            parts = [(w, 0, row + 1), (0, w, w)][: 2 if window else 1]
+        return _step(x, weight, parts, bias, row, own + row, norm_weight, norm_bias, eps,
+                     gate_residual, activation, rows, in_place)
     normed = normed_gate(x, norm_weight, norm_bias, eps)
     steps = torch.arange(n, device=x.device)
     place = count % w

@@ -98,6 +98,7 @@ class Operator:
         LIBRARY.define(f"{name}_backward({', '.join(backward_arguments)})"
                        f" -> {_tensors(len(self.tensors))}")
         self.forward = getattr(torch.ops.fastmix, name).default
+        self._run = _torch_private.bare(self.forward)
         self.backward = getattr(torch.ops.fastmix, f"{name}_backward").default
         self._register(fake)
 
@@ -121,15 +122,19 @@ class Operator:
         if torch.compiler.is_compiling():
             run = self.run_fallback if _decomposed else self.forward
             return run(*_derivatives.physical(args))
-        tensors = [args[i] for i in self.tensors if args[i] is not None]
-        if any(t.is_conj() or t.is_neg() for t in tensors):
+        lazy = differentiated = False
+        for i in self.tensors:
+            if (t := args[i]) is not None:
+                lazy = lazy or t.is_conj() or t.is_neg()
+                differentiated = differentiated or t.requires_grad
+        if lazy:
             args = _derivatives.physical(args)
         if _torch_private.transforms_active() or _torch_private.forward_mode_active():
             return _derivatives.Transformed.apply(self, *args)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return self.forward(*args)
+        if differentiated and torch.is_grad_enabled():
+            return self._run(*args)
         with _torch_private.below_autograd():
-            return self.forward(*args)
+            return self._run(*args)
 
     def _run_default(self, op: Any, fallback: Callable, *args: Any) -> Any:
         device_type = args[0].device.type

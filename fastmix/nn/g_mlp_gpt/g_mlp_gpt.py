@@ -222,8 +222,9 @@ _ACTIVATION_NAMES = {nn.Identity: "identity", nn.Tanh: "tanh", nn.Sigmoid: "sigm
 def _activation(act: Callable[[Tensor], Tensor]) -> str | Callable[[Tensor], Tensor]:
     """The name of an activation that operators fuse, any other callable as it is."""
     for kind, name in _ACTIVATION_NAMES.items():
-        if is_plain(act, kind) and getattr(act, "approximate", "none") == "none":
-            return name
+        if isinstance(act, kind):
+            exact = getattr(act, "approximate", "none") == "none"
+            return name if exact and is_plain(act, kind) else act
     return act
 
 

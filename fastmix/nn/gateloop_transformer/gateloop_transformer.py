@@ -14,7 +14,7 @@ from einops import rearrange
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from fastmix import ops
+from fastmix import _torch_private, ops
 from fastmix.checks import (
     COMPLEX,
     INTEGER,
@@ -50,8 +50,10 @@ __all__ = ["RMSNorm", "PreNorm", "PostNorm", "FeedForward", "CausalFullAttention
 
 def _gate_logits(z: Tensor, frac_gradient: float, ablate_complex: bool) -> Tensor:
     """z (…, 2), its gradient scaled by `frac_gradient`, its imaginary part zeroed if asked."""
-    blended = torch.lerp(z.detach(), z, frac_gradient)
-    z = torch.where(blended.isnan(), z.detach(), blended)  # ∞ - ∞ is no number, but ∞ a logit
+    if (torch.is_grad_enabled() or torch.compiler.is_compiling()
+            or _torch_private.transforms_active() or _torch_private.forward_mode_active()):
+        blended = torch.lerp(z.detach(), z, frac_gradient)
+        z = torch.where(blended.isnan(), z.detach(), blended)  # ∞ - ∞ is no number, but ∞ a logit
     return F.pad(z[..., :1], (0, 1)) if ablate_complex else z
 
 
@@ -78,6 +80,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             check_features("RMSNorm", x, self.dim)
+        if x.dtype == self.gamma.dtype and (x.dtype == torch.float32 or x.dtype == torch.float64):
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return x / length.clamp_min(1e-12) * (self.gamma * self.scale)
         dtype = torch.promote_types(x.dtype, self.gamma.dtype)
         # In float32 at least: the length of a row and γ √dim are rounded once, with the result.
         unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
@@ -328,7 +333,10 @@ class GateLoopedAttention(nn.Module):
         cache: Cache = None, return_cache: bool = False,
     ) -> Tensor | tuple[Tensor, Cache]:
         check_sequence("GateLoopedAttention", x, self.dim)
-        q, k, v = map(self._split, self.to_qkv(x).chunk(3, dim=-1))
+        if is_plain(self.split_heads, Rearrange):
+            q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        else:
+            q, k, v = map(self._split, self.to_qkv(x).chunk(3, dim=-1))
         if ablate_state_transition:
             gates = {"gates": q.new_ones(q.shape[2])}
         else:
@@ -341,9 +349,7 @@ class GateLoopedAttention(nn.Module):
         return (out, cache) if return_cache else out
 
     def _split(self, x: Tensor) -> Tensor:
-        """(b, n, h · d) → (b, n, h, d), through split_heads if that is not as it was built."""
-        if is_plain(self.split_heads, Rearrange):
-            return x.unflatten(-1, (self.heads, -1))
+        """(b, n, h · d) → (b, n, h, d), through split_heads."""
         return rearrange(self.split_heads(x), "(b h) n d -> b n h d", h=self.heads)
 
     def _merge(self, x: Tensor) -> Tensor:

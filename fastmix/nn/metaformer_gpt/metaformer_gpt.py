@@ -154,8 +154,12 @@ class MetaformerGPT(nn.Module):
         x = embed_tokens(where, self.token_emb, x, self.max_seq_len)
         n = x.shape[1]
         seen, caches = split_model_cache(where, x, cache, len(self.layers), self.max_seq_len)
-        steps = torch.arange(n, device=x.device)
-        x = x + self.pos_emb(steps if cache is None else seen[:, None] + steps)
+        if cache is not None and n == 1:
+            steps = seen[:, None]
+        else:
+            steps = torch.arange(n, device=x.device)
+            steps = steps if cache is None else seen[:, None] + steps
+        x = x + self.pos_emb(steps)
         kept = []
         for (time_decay, pool, feedforward), cache in zip(self.layers, caches):
             decay_cache, pool_cache = split_cache(where, cache, 2)
