@@ -138,7 +138,6 @@ struct Product {
 
   template <class Block>
   FASTMIX_HD static void run(Block& block, const Toeplitz& conv) {
-    using Word = typename Block::template Lanes<uint32_t>;
     const int units = Rows16::units(conv), unit = block.index() % units;
     const int above = kWarps * (row_blocks(conv) - 1 - block.index() / units),  // tiles of rows
         wide = above < band(conv) ? above : band(conv), all = tiles_of_steps(conv),
@@ -157,6 +156,36 @@ struct Product {
 
     const int top = kTile * (kWarps + wide) - 1, second = 4 * words_of_lags(kWarps + wide);
     const int head = unit / tiles_of_channels(conv);
+    load_lags(block, conv, head, top, second);
+
+    typename Block::template OfWarp<Sums<Block>> sums(block);
+    block.warps([&](int warp) { sums.of(warp).clear(block); });
+    FASTMIX_ROLLED for (int tile = first; tile < end; ++tile) {
+      block.template wait<buffers - 2>();
+      queue(tile + buffers - 1);
+      block.warps([&](int warp) {
+        const int down = above + warp - tile;  // from the diagonal
+        if (down < 0 || down > band(conv) || above + warp >= all) return;
+        const int from = ((tile - first) & (buffers - 1)) * kTileBytes;
+        multiply_tile(block, sums.of(warp), from, (top - kTile * down - 57) / 2, second);
+        if (down > 0 || conv.skip == nullptr) return;
+        const float* skip =
+            conv.skip + head % conv.heads * conv.channels + unit % tiles_of_channels(conv) * kTile;
+        add_skip(block, sums.of(warp), from, skip, x.channels);
+      });
+    }
+
+    block.template wait<0>();
+    block.warps([&](int warp) { put_sums(block, sums.of(warp), warp); });
+    block.barrier();
+    write_rows(block, Rows16(conv.out, conv, unit), has_whole_chunks(conv.out), above * kTile);
+  }
+
+ private:
+  // The lags from `top` to -63, twice, into shared memory; zeros where the kernel has none.
+  template <class Block>
+  FASTMIX_HD static void load_lags(Block& block, const Toeplitz& conv, int head, int top,
+                                   int second) {
     const char* kernel =
         static_cast<const char*>(conv.kernel.data) +
         2 * (head / conv.heads * conv.kernel.b + head % conv.heads * conv.kernel.d);
@@ -178,82 +207,82 @@ struct Product {
         }
       }
     });
+  }
 
-    typename Block::template OfWarp<Sums<Block>> sums(block);
-    block.warps([&](int warp) { sums.of(warp).clear(block); });
-    FASTMIX_ROLLED for (int tile = first; tile < end; ++tile) {
-      block.template wait<buffers - 2>();
-      queue(tile + buffers - 1);
-      block.warps([&](int warp) {
-        const int down = above + warp - tile;  // from the diagonal
-        if (down < 0 || down > band(conv) || above + warp >= all) return;
-        Word t[15], b[4];  // T eight by eight, from top down the differences i - j
-        block.lanes([&](int lane) {
-          const int g = lane / 4, q = lane % 4, word = (top - kTile * down - 57) / 2 - g / 2 + q;
-          const int at = lags_at + (g % 2 ? 0 : second) + 4 * word;
-          FASTMIX_UNROLLED for (int u = 0; u < 15; ++u) {
-            block.template get<1>(at + 16 * u, &t[u].of(lane));
-          }
-        });
-        const int from = ((tile - first) & (buffers - 1)) * kTileBytes;
-        FASTMIX_UNROLLED for (int k = 0; k < 4; ++k) {
-          FASTMIX_UNROLLED for (int pair = 0; pair < 4; ++pair) {
-            block.template load_matrices<true>(b, [&](int lane) {
-              return from + place(16 * k + lane % 16, 2 * pair ^ lane / 16);
-            });
-            FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
-              const int u = 7 - 2 * i + 2 * k;
-              FASTMIX_UNROLLED for (int j = 0; j < 2; ++j) {
-                block.template multiply<type>(sums.of(warp).of[i][2 * pair + j], t[u], t[u - 1],
-                                              t[u + 1], t[u], b[2 * j], b[2 * j + 1]);
-              }
-            }
-          }
-        }
-        if (down > 0 || conv.skip == nullptr) return;
-        const float* skip =
-            conv.skip + head % conv.heads * conv.channels + unit % tiles_of_channels(conv) * kTile;
-        block.lanes([&](int lane) {
-          const int row = lane / 4, q = lane % 4;
-          FASTMIX_UNROLLED for (int j = 0; j < 8; ++j) {
-            float d[2];
-            FASTMIX_UNROLLED for (int e = 0; e < 2; ++e) {
-              const int c = 8 * j + 2 * q + e;
-              d[e] = c < x.channels ? block.load_float(skip + c) : 0;
-            }
-            FASTMIX_UNROLLED for (int i = 0; i < 8; ++i) {
-              uint32_t both;
-              block.template get<1>(from + place(8 * i + row, j) + 4 * q, &both);
-              auto* sum = sums.of(warp).of[i / 2][j] + 2 * (i % 2);
-              sum[0].of(lane) += d[0] * Block::template unpack<type>(both);
-              sum[1].of(lane) += d[1] * Block::template unpack<type>(both >> 16);
-            }
-          }
-        });
-      });
-    }
-
-    block.template wait<0>();
-    block.warps([&](int warp) {
-      FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
-        FASTMIX_UNROLLED for (int j = 0; j < 8; ++j) {
-          FASTMIX_UNROLLED for (int half = 0; half < 2; ++half) {
-            auto* pair = sums.of(warp).of[i][j] + 2 * half;
-            block.lanes([&](int lane) {
-              const int row = kTile * warp + 16 * i + 8 * half + lane / 4;
-              const uint32_t word = Block::template pack<type>(pair[0].of(lane), pair[1].of(lane));
-              block.template put<1>(place(row, j) + lane % 4 * 4, &word);
-            });
+  // Adds a tile of T times the tile of x at `from`. The lags of T's tile begin at word `lags`.
+  template <class Block>
+  FASTMIX_HD static void multiply_tile(Block& block, Sums<Block>& sums, int from, int lags,
+                                       int second) {
+    // T eight by eight, from top down the differences i - j.
+    typename Block::template Lanes<uint32_t> t[15], b[4];
+    block.lanes([&](int lane) {
+      const int g = lane / 4, q = lane % 4, word = lags - g / 2 + q;
+      const int at = lags_at + (g % 2 ? 0 : second) + 4 * word;
+      FASTMIX_UNROLLED for (int u = 0; u < 15; ++u) {
+        block.template get<1>(at + 16 * u, &t[u].of(lane));
+      }
+    });
+    FASTMIX_UNROLLED for (int k = 0; k < 4; ++k) {
+      FASTMIX_UNROLLED for (int pair = 0; pair < 4; ++pair) {
+        block.template load_matrices<true>(
+            b, [&](int lane) { return from + place(16 * k + lane % 16, 2 * pair ^ lane / 16); });
+        FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
+          const int u = 7 - 2 * i + 2 * k;
+          FASTMIX_UNROLLED for (int j = 0; j < 2; ++j) {
+            block.template multiply<type>(sums.of[i][2 * pair + j], t[u], t[u - 1], t[u + 1], t[u],
+                                          b[2 * j], b[2 * j + 1]);
           }
         }
       }
+    }
+  }
+
+  // Adds the skip of each channel times the tile of x at `from`.
+  template <class Block>
+  FASTMIX_HD static void add_skip(Block& block, Sums<Block>& sums, int from, const float* skip,
+                                  int channels) {
+    block.lanes([&](int lane) {
+      const int row = lane / 4, q = lane % 4;
+      FASTMIX_UNROLLED for (int j = 0; j < 8; ++j) {
+        float d[2];
+        FASTMIX_UNROLLED for (int e = 0; e < 2; ++e) {
+          const int c = 8 * j + 2 * q + e;
+          d[e] = c < channels ? block.load_float(skip + c) : 0;
+        }
+        FASTMIX_UNROLLED for (int i = 0; i < 8; ++i) {
+          uint32_t both;
+          block.template get<1>(from + place(8 * i + row, j) + 4 * q, &both);
+          auto* sum = sums.of[i / 2][j] + 2 * (i % 2);
+          sum[0].of(lane) += d[0] * Block::template unpack<type>(both);
+          sum[1].of(lane) += d[1] * Block::template unpack<type>(both >> 16);
+        }
+      }
     });
-    block.barrier();
-    const Rows16 out(conv.out, conv, unit);
-    const bool whole = has_whole_chunks(conv.out);
+  }
+
+  // Rounds a warp's sums into its tile of shared memory.
+  template <class Block>
+  FASTMIX_HD static void put_sums(Block& block, Sums<Block>& sums, int warp) {
+    FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
+      FASTMIX_UNROLLED for (int j = 0; j < 8; ++j) {
+        FASTMIX_UNROLLED for (int half = 0; half < 2; ++half) {
+          auto* pair = sums.of[i][j] + 2 * half;
+          block.lanes([&](int lane) {
+            const int row = kTile * warp + 16 * i + 8 * half + lane / 4;
+            const uint32_t word = Block::template pack<type>(pair[0].of(lane), pair[1].of(lane));
+            block.template put<1>(place(row, j) + lane % 4 * 4, &word);
+          });
+        }
+      }
+    }
+  }
+
+  // Writes the tiles of all warps out as the rows from `first` on, by chunks where those are whole.
+  template <class Block>
+  FASTMIX_HD static void write_rows(Block& block, const Rows16& out, bool whole, int first) {
     block.own([&](int thread) {
       FASTMIX_ROLLED for (int i = thread; i < kWarps * kTile * 8; i += kThreads) {
-        const int row = i / 8, chunk = i % 8, t = above * kTile + row, count = out.count(t, chunk);
+        const int row = i / 8, chunk = i % 8, t = first + row, count = out.count(t, chunk);
         char* to = out.data + t * out.step + 16 * chunk;
         uint32_t words[4];
         block.template get<4>(place(row, chunk), words);
@@ -292,7 +321,6 @@ struct Diagonals {
 
   template <class Block>
   FASTMIX_HD static void run(Block& block, const Toeplitz& conv) {
-    using Word = typename Block::template Lanes<uint32_t>;
     const int units = Rows16::units(conv), unit = block.index() % units,
               part = block.index() / units % parts(conv, 0),
               group = block.index() / units / parts(conv, 0);
@@ -331,49 +359,14 @@ struct Diagonals {
         const int mine = grad_buffer + warp,
                   buffer = mine < grad_buffers ? mine : mine - grad_buffers,
                   of_grad = grad_at + buffer * kTileBytes, of_x = x_buffer * kTileBytes;
-        FASTMIX_UNROLLED for (int k = 0; k < 4; ++k) {
-          Word a[4][4], b[4];
-          FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
-            block.template load_matrices<false>(a[i], [&](int lane) {
-              return of_grad + place(16 * i + lane % 16, 2 * k ^ lane / 16);
-            });
-          }
-          FASTMIX_UNROLLED for (int pair = 0; pair < 4; ++pair) {
-            block.template load_matrices<false>(b, [&](int lane) {
-              return of_x + place(16 * pair + lane / 16 * 8 + lane % 8, 2 * k ^ lane / 8 % 2);
-            });
-            FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
-              FASTMIX_UNROLLED for (int j = 0; j < 2; ++j) {
-                block.template multiply<type>(sums.of(warp).of[i][2 * pair + j], a[i][0], a[i][1],
-                                              a[i][2], a[i][3], b[2 * j], b[2 * j + 1]);
-              }
-            }
-          }
-        }
+        multiply_tile(block, sums.of(warp), of_grad, of_x);
       });
       x_buffer = x_buffer == x_buffers - 1 ? 0 : x_buffer + 1;
       grad_buffer = grad_buffer == grad_buffers - 1 ? 0 : grad_buffer + 1;
     }
 
-    // Eight by eight places of a diagonal are in the same lane: those are summed first.
     block.template wait<0>();
-    block.warps([&](int warp) {
-      FASTMIX_UNROLLED for (int u = 0; u < 17; ++u) {
-        const int far = u - 8;  // rows of eight below the diagonal
-        const int least = far < 0 ? 0 : far, most = far < 0 ? 8 + far : 8;
-        block.lanes([&](int lane) {
-          float pair[2] = {0, 0};
-          FASTMIX_UNROLLED for (int i = 0; i < most - least; ++i) {
-            const int row = least + i, column = row - far;
-            FASTMIX_UNROLLED for (int e = 0; e < 2; ++e) {
-              pair[e] += sums.of(warp).of[row / 2][column][row % 2 * 2 + e].of(lane);
-            }
-          }
-          const uint32_t words[2] = {as_bits(pair[0]), as_bits(pair[1])};
-          block.template put<2>(4 * diagonal(warp, u, lane / 4, lane % 4 * 2), words);
-        });
-      }
-    });
+    block.warps([&](int warp) { put_diagonals(block, sums.of(warp), warp); });
     block.barrier();
     float* to = conv.sums + ((int64_t{unit} * parts(conv, 0) + part) * groups(conv) + group) * lags;
     block.own([&](int thread) {
@@ -385,6 +378,52 @@ struct Diagonals {
         block.template store_one<4>(to + i, as_bits(sum));
       }
     });
+  }
+
+ private:
+  // Adds the tile of grad times the tile of x, transposed.
+  template <class Block>
+  FASTMIX_HD static void multiply_tile(Block& block, Sums<Block>& sums, int of_grad, int of_x) {
+    using Word = typename Block::template Lanes<uint32_t>;
+    FASTMIX_UNROLLED for (int k = 0; k < 4; ++k) {
+      Word a[4][4], b[4];
+      FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
+        block.template load_matrices<false>(
+            a[i], [&](int lane) { return of_grad + place(16 * i + lane % 16, 2 * k ^ lane / 16); });
+      }
+      FASTMIX_UNROLLED for (int pair = 0; pair < 4; ++pair) {
+        block.template load_matrices<false>(b, [&](int lane) {
+          return of_x + place(16 * pair + lane / 16 * 8 + lane % 8, 2 * k ^ lane / 8 % 2);
+        });
+        FASTMIX_UNROLLED for (int i = 0; i < 4; ++i) {
+          FASTMIX_UNROLLED for (int j = 0; j < 2; ++j) {
+            block.template multiply<type>(sums.of[i][2 * pair + j], a[i][0], a[i][1], a[i][2],
+                                          a[i][3], b[2 * j], b[2 * j + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  // Puts a warp's diagonals into shared memory. The places of a diagonal that are eight by eight
+  // apart are in the same lane: those are summed first.
+  template <class Block>
+  FASTMIX_HD static void put_diagonals(Block& block, Sums<Block>& sums, int warp) {
+    FASTMIX_UNROLLED for (int u = 0; u < 17; ++u) {
+      const int far = u - 8;  // rows of eight below the diagonal
+      const int least = far < 0 ? 0 : far, most = far < 0 ? 8 + far : 8;
+      block.lanes([&](int lane) {
+        float pair[2] = {0, 0};
+        FASTMIX_UNROLLED for (int i = 0; i < most - least; ++i) {
+          const int row = least + i, column = row - far;
+          FASTMIX_UNROLLED for (int e = 0; e < 2; ++e) {
+            pair[e] += sums.of[row / 2][column][row % 2 * 2 + e].of(lane);
+          }
+        }
+        const uint32_t words[2] = {as_bits(pair[0]), as_bits(pair[1])};
+        block.template put<2>(4 * diagonal(warp, u, lane / 4, lane % 4 * 2), words);
+      });
+    }
   }
 
   // Where a warp's sum of the places (g, c) eight by eight is: no two of 32 neighbouring
