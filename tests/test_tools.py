@@ -10,8 +10,8 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmix
-from cases import distance
-from fastmix import ops
+from cases import distance, random_gates
+from fastmix import fallback, ops
 from fastmix.ops._flops import FORMULAS
 from fastmix.ops._register import OPERATORS
 from test_models import MODELS, build
@@ -32,6 +32,62 @@ def test_decomposes_to_aten(name):
     assert not others
     with torch.no_grad():
         assert distance(program.module()(tokens), model(tokens)) < 1e-12
+    transforms = {node for node in program.graph.nodes if "_fft_" in str(node.target)}
+    made = [node for node in program.graph.nodes if getattr(
+        node.meta.get("val"), "is_complex", bool)() and node not in transforms]
+    assert all("mul" in str(node.target) or set(node.users) <= transforms for node in made)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name, n", [
+    *((name, 50) for name in (*MODELS, "odd heads", "attention", "reversible")),
+    ("GatedDsConvLM", 19)])  # the convolution as a product of matrices
+def test_onnx(name, n, tmp_path):
+    """torch's exporter translates what decompose leaves, and another runtime has the values."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    others = {
+        "odd heads": lambda: fastmix.nn.GatedDsConvLM(
+            num_tokens=32, dim=12, depth=1, heads=4, dim_dsconv=12),
+        "attention": lambda: fastmix.nn.GateLoopTransformer(
+            num_tokens=32, dim=16, depth=1, use_gate_looped_attn=False, dim_head=8, heads=2),
+        "reversible": lambda: fastmix.nn.gMLPGPT(
+            num_tokens=32, dim=16, depth=1, seq_len=60, window=8, attn_dim=4, reversible=True)}
+    model = (others[name]() if name in others else build(name)).float().eval()
+    with fastmix.decompose():
+        program = torch.onnx.export(
+            model, (torch.randint(0, 32, (2, n)),), dynamo=True, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    tokens = torch.randint(0, 32, (2, n))
+    (out,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
+    with torch.no_grad():
+        assert distance(torch.from_numpy(out), model(tokens)) < 1e-4
+
+
+@pytest.mark.parametrize("n", [1, 2, 19, 50])
+@pytest.mark.parametrize("width", [1, 3])
+def test_real_arithmetic_gives_complex_values(n, width):
+    """What decompose puts in the place of operators that work with complex numbers."""
+    q, k, v = (torch.randn(2, n, 3, width, dtype=torch.float64) for _ in range(3))
+    state = torch.randn(2, 3, width, width, dtype=torch.complex128)
+    logits = torch.randn(2, n, 3, 2, dtype=torch.float64)
+    logits[:, n // 2, 0] = torch.tensor([0.0, torch.inf])
+    logits[:, n // 2, 1] = 0
+    gates = random_gates(2, n, 3, dtype=torch.float64)
+    huge = gates.clone()
+    huge[:, :2] = 1e200  # the product of the two is beyond float64, no state is
+    calls = [(None, logits, None), (None, logits, state), (gates, None, None), (gates, None, state),
+             (gates.real, None, state.real), (huge, None, None)]
+    for *given, entry in calls:
+        expected = fallback.gate_loop.forward(q, k, v, *given, entry, 0)[:2]
+        actual = fallback.gate_loop.decomposed(q, k, v, *given, entry, 0)[:2]
+        for mine, theirs in zip(actual, expected):
+            assert mine.isfinite().all() and distance(mine, theirs) < 1e-13
+    kernel, skip = torch.randn(n, 3).double(), torch.randn(3, width).double()
+    assert distance(fallback.fft_conv.decomposed(q, kernel, skip),
+                    fallback.fft_conv.forward(q, kernel, skip)) < 1e-13
 
 
 def test_exports_have_operators_otherwise():

@@ -1,4 +1,6 @@
-"""The carries of fallbacks: fastmix/ops/_carries.py says what carries are."""
+"""The carries that forward returns for backward: the states before every `every`-th step, in order
+of time, and the last one; none for 0.
+"""
 
 from collections.abc import Sequence
 

@@ -11,6 +11,7 @@ Where q kᵀ would lose its digits, or a result is not finite, every step's stat
 head dimension 1: the results are those of the definition then.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -44,8 +45,15 @@ def _polar(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return parts / size[..., None], larger, length, size
 
 
+def _activated(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of σ(|z|) · z / |z|, ½ at z = 0."""
+    direction, larger, length, _ = _polar(logits)
+    re, im = (direction * length.sigmoid()[..., None]).unbind(-1)
+    return torch.where(larger == 0, 0.5, re), im
+
+
 class _Activate(torch.autograd.Function):
-    """a = σ(|z|) · z / |z|, ½ at z = 0; logits z (…, 2) → complex (…).
+    """a = σ(|z|) · z / |z|; logits z (…, 2) → complex (…).
 
     Differentiated step by step, z / |z| near 0 would be a difference of large terms.
     """
@@ -54,10 +62,7 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor) -> Tensor:
-        direction, larger, length, _ = _polar(logits)
-        sigmoid = length.sigmoid()
-        re, im = (direction * sigmoid[..., None]).unbind(-1)
-        return torch.complex(torch.where(larger == 0, 0.5, re), im)
+        return torch.complex(*_activated(logits))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -97,7 +102,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: 
     State and carries are complex or real, as the gates are.
 
     q, k (b, n, h, dk), v (b, n, h, dv); gates (b, n, h), complex or real, or gate_logits
-    (b, n, h, 2) of complex ones; the carries (b, ⌈n / carry_every⌉ + 1, h, dk, dv).
+    (b, n, h, 2) of complex ones. The carries (b, ⌈n / carry_every⌉ + 1, h, dk, dv) are the states
+    before every carry_every-th step, and the last one. carry_every is 0 where no gradient
+    will be asked for: then there are none.
     """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     dtype = wide(q.dtype)
@@ -341,3 +348,52 @@ def _chunked_backward(grad: Tensor, g_next: Tensor, entry: Tensor, q: Tensor, k:
         return _stepwise_backward(*steps)
     return (_merge(grad_q, n), _merge(grad_k, n), _merge(grad_v, n), _merge(grad_a, n),
             g_entries[:, 0])
+
+
+# ---- in real arithmetic: complex numbers are pairs (2, …) of their parts
+
+
+def decomposed(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: Tensor | None,
+               initial_state: Tensor | None, carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` without complex numbers, which other runtimes do not have; no carries.
+
+    One level of chunks, √n of √n steps, so that a program has few nodes.
+    """
+    if gates is not None and not gates.is_complex():
+        return forward(q, k, v, gates, gate_logits, initial_state, carry_every)
+    (b, n, h, dk), dv = q.shape, v.shape[-1]
+    dtype = wide(q.dtype)
+    given: Any = gate_logits if gates is None else torch.view_as_real(gates)
+    re, im = _activated(given.to(dtype)) if gates is None else given.to(dtype).unbind(-1)
+    if initial_state is None:
+        state = q.new_zeros(2, b, h, dk, dv, dtype=dtype)
+        # No state is there that the first gate could multiply, and products with it may overflow.
+        re, im = (torch.cat([0 * part[:, :1], part[:, 1:]], 1) for part in (re, im))
+    else:
+        state = torch.view_as_real(initial_state).movedim(-1, 0)
+    length = math.isqrt(n - 1) + 1
+    a = torch.stack([_split(re, length, 1.0), _split(im, length)])
+    q_, k_, v_ = (_split(t.to(dtype), length) for t in (q, k, v))
+
+    unit = torch.eye(length + 1, dtype=dtype, device=q.device)
+    units = torch.stack([unit, torch.zeros_like(unit)])[:, :, None, None, None]
+    row, rows = units[:, 0], []
+    for s in range(length):
+        row = units[:, s + 1] + _times(a[..., s, None], row)
+        rows.append(row)
+    weights = torch.stack(rows, dim=-2)
+
+    to_end = weights[..., -1, :, None]
+    updates = (k_ * to_end[..., 1:, :]).mT @ v_
+    entries = []
+    for i in range(updates.shape[2]):
+        entries.append(state)
+        state = _times(to_end[:, :, i, :, :1], state) + updates[:, :, i]
+    out = ((q_ @ k_.mT) * weights[0, ..., 1:]) @ v_
+    re, im = weights[..., :1] * (q_ @ torch.stack(entries, dim=2))
+    out = _merge(out + re - im, n).to(q.dtype)
+    return out, torch.complex(*state), state[0, :, None][:, :0]
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]])

@@ -120,8 +120,8 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
-            run = self.run_fallback if _decomposed else self.forward
-            return run(*_derivatives.physical(args))
+            args = _derivatives.physical(args)
+            return self._run_decomposed(*args) if _decomposed else self.forward(*args)
         lazy = differentiated = False
         for i in self.tensors:
             if (t := args[i]) is not None:
@@ -147,6 +147,10 @@ class Operator:
         with no_autocast(args):
             out = self.fallback.forward(*args)
         return tuple(map(_dense, out)) if isinstance(out, tuple) else _dense(out)
+
+    def _run_decomposed(self, *args: Any) -> Any:
+        with no_autocast(args):
+            return getattr(self.fallback, "decomposed", self.fallback.forward)(*args)
 
     def run_fallback_backward(self, *args: Any) -> Any:
         with no_autocast(args), torch.no_grad():
