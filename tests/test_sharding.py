@@ -104,6 +104,27 @@ def test_a_shard_of_time_is_refused_in_words(mesh, name):
         operator(name)(**tensors, **options)
 
 
+@pytest.mark.parametrize("name, argument, axis, along", [
+    ("windowed_sgu", "x", 2, r"c' of \(b, n, c'\)"), ("windowed_sgu", "weight", 0, "h of"),
+    ("windowed_sgu", "weight", 2, "w' of"), ("windowed_sgu", "bias", 1, "w of"),
+    ("windowed_sgu", "norm_weight", 0, "c of"), ("causal_sgu", "x", 2, "c' of"),
+    ("causal_sgu", "weight", 0, "h of"), ("causal_sgu", "gate_residual", 2, "c of"),
+    ("gate_loop", "k", 3, r"k of \(b, n, h, k\)"), ("gate_loop", "gate_logits", 3, "2 of"),
+    ("gate_loop-real", "initial_state", 2, "k of"), ("fft_conv", "kernel", 0, "time")])
+def test_what_would_be_gathered_is_refused_in_words(mesh, name, argument, axis, along):
+    arguments, options = CALLS[name]
+    tensors = {}
+    for key, (shape, _) in arguments.items():
+        whole = torch.randn(shape)
+        mine = whole.tensor_split(2, axis)[0] if key == argument else whole
+        tensors[key] = DTensor.from_local(
+            mine, mesh, [Shard(axis) if key == argument else Replicate()], run_check=False,
+            shape=whole.shape, stride=whole.stride())
+    with pytest.raises(RuntimeError, match=f"{name.partition('-')[0]}: DTensors must not be "
+                                           f"sharded along {along}.*redistribute"):
+        operator(name)(**tensors, **options)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("wrap", [torch.nn.parallel.DistributedDataParallel, fully_shard])
 def test_an_accelerated_model_is_wrapped_as_any_other(wrap):

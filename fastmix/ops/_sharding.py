@@ -1,8 +1,8 @@
 """Tells DTensors which shards of an operator's tensors each rank works on by itself.
 
 Over the batch, and over heads and channels where an operator keeps them apart, forward and
-backward communicate nothing; gradients of what all ranks share are partial sums. A shard of time
-is refused: to gather it is a choice, and an expensive one.
+backward communicate nothing; gradients of what all ranks share are partial sums. Any other shard is
+refused: to gather it is a choice, and an expensive one.
 """
 
 import functools
@@ -42,6 +42,15 @@ def _axes(name: str, tensors: Sequence[Any]) -> tuple[list[list[str]], list[list
     return [gates, states, free], [states, ["b", "t", *rest]], free
 
 
+def _refuse(name: str, axis: str, axes: list[str], tensor: Any) -> None:
+    along, why = ("time", "a step needs all steps before it") if axis in ("n", "m") else (
+        f"{axis} of ({', '.join(axes)})", "it takes the numbers of all")
+    raise ValueError(
+        f"{name}: DTensors must not be sharded along {along}, got one of shape "
+        f"{tuple(tensor.shape)} with placements {tuple(tensor.placements)}: {why}; redistribute "
+        "it, over the batch or, where an operator keeps them apart, heads")
+
+
 def _rule(operator: Operator, backward: bool, *args: Any) -> list:
     """Pairs of the outputs' and the arguments' placements that need no communication."""
     from torch.distributed.tensor import Partial, Replicate, Shard
@@ -52,11 +61,8 @@ def _rule(operator: Operator, backward: bool, *args: Any) -> list:
     inputs, outputs, free = _axes(operator.name, tensors)
     for axes, tensor in zip(inputs, tensors):
         for placement in () if tensor is None else tensor.placements:
-            if placement.is_shard() and axes[placement.dim] in ("n", "m"):
-                raise ValueError(
-                    f"{operator.name}: DTensors must not be sharded along time, got one of shape "
-                    f"{tuple(tensor.shape)} with placements {tuple(tensor.placements)}: a step "
-                    "needs all steps before it; redistribute it, over the batch or heads")
+            if placement.is_shard() and axes[placement.dim] not in (*free, "1"):
+                _refuse(operator.name, axes[placement.dim], axes, tensor)
 
     def placed(axes: list[str], axis: str | None) -> Any:
         return Shard(axes.index(axis)) if axis in axes else Replicate()
