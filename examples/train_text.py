@@ -2,17 +2,22 @@
 
     python examples/train_text.py FILE --model gateloop --steps 1000
     python examples/train_text.py FILE --model gateloop --steps 2000 --resume
+    torchrun --nproc-per-node 2 examples/train_text.py FILE
 
 Writes checkpoint.pt and loss.png into --out, and prints a sample as it is generated. Look for a
 loss that falls below 5.5, what guessing among 256 bytes costs. examples/sample_text.py writes more.
+torchrun's processes train one model, each on its share of a batch; the first saves and prints.
 """
 
 import argparse
 import codecs
+import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import fastmix
 from fastmix import nn
@@ -70,6 +75,14 @@ def save(path, **contents):
     unfinished.replace(path)
 
 
+def join():
+    """This process's number, of how many: torchrun's, or 0 of 1."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    dist.init_process_group()
+    return dist.get_rank(), dist.get_world_size()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", default=__file__)
@@ -91,9 +104,13 @@ def main():
     if len(text) <= options.seq + 1:
         parser.error(f"{options.file} must have more than --seq {options.seq} + 1 bytes, "
                      f"got {len(text)}")
+    rank, count = join()
+    if options.batch % count != 0:
+        parser.error(f"--batch must be a multiple of the {count} processes, got {options.batch}")
     options.out.mkdir(parents=True, exist_ok=True)
     checkpoint = options.out / "checkpoint.pt"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    local = os.environ.get("LOCAL_RANK", "0")
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
 
     torch.manual_seed(0)
     sizes = {name: getattr(options, name) for name in ("model", "dim", "depth", "seq")}
@@ -107,25 +124,36 @@ def main():
         model.load_state_dict(before["weights"])
         optimizer.load_state_dict(before["optimizer"])
         torch.set_rng_state(before["random"])
+    train = DistributedDataParallel(model) if count > 1 else model
 
     def keep():
-        save(checkpoint, sizes=sizes, losses=losses, weights=model.state_dict(),
-             optimizer=optimizer.state_dict(), random=torch.get_rng_state())
+        if rank == 0:
+            save(checkpoint, sizes=sizes, losses=losses, weights=model.state_dict(),
+                 optimizer=optimizer.state_dict(), random=torch.get_rng_state())
 
-    bar = tqdm(range(len(losses), options.steps), initial=len(losses), total=options.steps)
+    bar = tqdm(range(len(losses), options.steps), initial=len(losses), total=options.steps,
+               disable=rank > 0)
     for _ in bar:
         if losses and len(losses) % options.save_every == 0:
             keep()
         starts = torch.randint(len(text) - sizes["seq"], (options.batch,))
+        starts = starts[rank::count]  # of those that all processes draw alike
         batch = torch.stack([text[i : i + sizes["seq"] + 1] for i in starts]).to(device)
-        logits = model(batch[:, :-1])
+        logits = train(batch[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        loss = loss.detach()
+        if count > 1:
+            dist.all_reduce(loss)
+        losses.append(loss.item() / count)
         bar.set_description(f"loss {losses[-1]:.3f}")
     keep()
+    if count > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     draw(losses, options.out / "loss.png")
     print(f"loss {losses[-1]:.3f} after {len(losses)} steps; {checkpoint} and loss.png written. "
           "Guessing costs 5.545: look for less")

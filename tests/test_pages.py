@@ -64,6 +64,18 @@ def test_a_training_that_is_killed_goes_on(tmp_path):
 
 
 @pytest.mark.long
+def test_text_is_learnt_by_two_processes_as_by_one(tmp_path):
+    losses = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        said = run(*launcher, "examples/train_text.py", "--out", tmp_path, "--seq", "64", "--dim",
+                   "32", "--batch", "4", "--sample", "20", "--steps", "3")
+        assert said.count("after 3 steps") == 1
+        losses.append(torch.load(tmp_path / "checkpoint.pt")["losses"])
+        (tmp_path / "checkpoint.pt").unlink()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["gateloop", "smoothing", "dsconv", "gmlp"])
 def test_text_of_every_model(model, tmp_path):
     assert "after 2 steps" in run(
