@@ -40,8 +40,8 @@ def accelerate(model: nn.Module) -> Report:
 
     Nothing else changes: parameters, buffers, hooks, names, state_dict, what optimisers refer
     to and the class of every module stay, and so does what a forward computes, to rounding. It
-    may come before or after `.to()` and `torch.compile` (but before the compiled model is first
-    called); an accelerated model can be copied and pickled. A second call changes nothing.
+    may come before or after `.to()`, `torch.compile` and wrapping by DDP or FSDP2; an accelerated
+    model can be copied and pickled. A second call changes nothing.
     `fastmix.restore(model)` undoes it.
 
     Left alone, and named in the report, is what does not do what the published class does:

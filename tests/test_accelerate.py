@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from gateloop_transformer import simplified_gate_loop
 from torch import nn
 
 import fastmix
@@ -109,6 +110,39 @@ def test_caches_of_simple_gate_loops():
     fastmix.accelerate(model)
     start, cache = model(x[:, :3], return_cache=True)
     assert_near(torch.cat((start, model(x[:, 3:], cache)), dim=1), whole)
+
+
+def halves(q, kv, a, cache=None):
+    """Some other gate loop."""
+    out = q * (a * kv).cumsum(dim=1) / 2
+    return out, (a[:, -1], out[:, -1])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_gate_loop_fn_that_was_put_there_is_called(reverse):
+    theirs, mine = (
+        file.SimpleGateLoopLayer(8, post_ln=True, reverse=reverse).double()
+        for file in (simplified_gate_loop, fastmix.nn.gateloop_transformer))
+    mine.load_state_dict(theirs.state_dict())
+    theirs.gate_loop_fn = mine.gate_loop_fn = halves
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    expected = theirs(x)
+    caches = [] if reverse else [theirs(x, return_cache=True), mine(x, return_cache=True)]
+    assert_near(mine(x), expected)
+    fastmix.accelerate(theirs)
+    assert_near(theirs(x), expected)
+    caches += [] if reverse else [theirs(x, return_cache=True)]
+    for out, cache in caches:
+        assert_near(out, expected)
+        assert torch.equal(cache[0], caches[0][1][0]) and torch.equal(cache[1], caches[0][1][1])
+
+
+def test_heinsen_sequences_are_scanned(monkeypatch):
+    layer = simplified_gate_loop.SimpleGateLoopLayer(8, use_heinsen=True)
+    expected = layer(torch.ones(2, 7, 8))
+    fastmix.accelerate(layer)
+    monkeypatch.setattr(simplified_gate_loop, "heinsen_associative_scan", None)  # not called
+    assert_near(layer(torch.ones(2, 7, 8)), expected)
 
 
 @pytest.mark.parametrize("name", LEAVES)
@@ -256,19 +290,39 @@ assert torch.equal(model(x), expected) and "forward" in vars(model.layers[0][0].
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [n for n in MODELS if n not in (
-    "gMLPGPT", "Transformer with attention")])
+@pytest.mark.parametrize("name", [*LEAVES, *MODELS])
 def test_compiles_whole(name):
     model = accelerated(name)
     x = published(name)[1]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     assert_near(compiled(x), model(x))
 
 
-@pytest.mark.long
-def test_compiled_before():
-    model, x = published("Transformer")
+@pytest.mark.parametrize("called", [False, True])
+def test_compiled_before(called):
+    """A compiled model that has run already is compiled anew, and restored it runs as it did."""
+    model, x = published("MetaformerGPT")
     expected = model(x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ran = set()
+
+    def backend(graph, inputs):
+        ours = any("fastmix" in str(node.target) for node in graph.graph.nodes)
+
+        def run(*args):
+            ran.add(ours)
+            return graph(*args)
+
+        return run
+
+    compiled = torch.compile(model, backend=backend)
+    if called:
+        assert_near(compiled(x), expected)
+        assert ran == {False}
     assert fastmix.accelerate(compiled).replaced
+    ran.clear()
     assert_near(compiled(x), expected)
+    assert True in ran
+    fastmix.restore(compiled)
+    ran.clear()
+    assert_near(compiled(x), expected)
+    assert ran == {False}

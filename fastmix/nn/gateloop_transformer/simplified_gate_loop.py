@@ -41,8 +41,8 @@ class SimpleGateLoopLayer(nn.Module):
     h_t = σ(a_t) · h_{t-1} + kv_t, out_t = q_t · h_t, where (q, kv, a) is one linear map of the
     normed x; `reverse` runs it from the end. x (b, n, dim) → (b, n, dim), any floating dtype.
     `use_heinsen` and `use_jax_associative_scan` change nothing: they choose the algorithm, of
-    which there is one here, and need no jax. `split_heads` runs only where something was done
-    to it.
+    which there is one here, and need no jax. `split_heads` and `gate_loop_fn` run only where
+    something was done to them.
 
     cache: what an earlier call with `return_cache` returned beside its output: the product of
     all gates so far and the state, (b · dim, 1) each, with channels inside the batch, as in the
@@ -85,6 +85,8 @@ def scan(
     if return_cache and layer.reverse:
         raise ValueError(f"{WHERE}: return_cache must be False with reverse: a layer that runs "
                          "from the end has no state to go on from")
+    if not _is_known(layer.gate_loop_fn):
+        return _call_gate_loop_fn(layer, q, kv, a, cache, return_cache)
     dtype = wide(a.dtype)  # in float32 at least: the gate of a slow channel is 1 in bfloat16
     gates, kv = a.to(dtype).sigmoid(), kv.to(dtype)
     product, state = _unpack(cache, gates, a.dtype)
@@ -97,6 +99,26 @@ def scan(
         return out
     total = gates.prod(dim=1) if product is None else product * gates.prod(dim=1)
     return out, (total.view(-1, 1), states[:, -1].reshape(-1, 1))
+
+
+def _is_known(gate_loop_fn: Any) -> bool:
+    """Whether it is ours or one of those that the published layer chooses from: they compute the
+    same, and `ops.linear_scan` takes their place."""
+    function = getattr(gate_loop_fn, "func", gate_loop_fn)  # of a partial
+    return function is gate_loop_operator or getattr(function, "__module__", None) in (
+        "gateloop_transformer.simplified_gate_loop", "jax2torch.jax2torch")
+
+
+def _call_gate_loop_fn(
+    layer: Any, q: Tensor, kv: Tensor, a: Tensor, cache: Cache | None, return_cache: bool
+) -> Tensor | tuple[Tensor, Cache]:
+    """A `gate_loop_fn` that was put there gets what the published layer gives, (b · dim, n, 1)."""
+    rows = [t.transpose(1, 2).flatten(0, 1).unsqueeze(-1) for t in (q, kv, a)]
+    q, kv, a = [t.flip(1) for t in rows] if layer.reverse else rows
+    out, cache = layer.gate_loop_fn(q, kv, a.sigmoid(), cache=cache)
+    out = layer.maybe_post_ln(layer.split_heads(out))
+    out = out.flip(1) if layer.reverse else out
+    return (out, cache) if return_cache else out
 
 
 def _unpack(
