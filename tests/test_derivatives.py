@@ -269,6 +269,33 @@ def test_checkpointing(case):
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_penalties_under_checkpointing_and_autocast(case, dtype):
+    """A second derivative there has the bits of a plain one."""
+    made = case.make(37, dtype)
+
+    def penalty_gradients(checkpointed=False, autocast=False):
+        values = list(leaves(made).values())
+
+        def critic(*values):
+            out = case.run(dict(zip(made, values)))[0]
+            return (torch.view_as_real(out) if out.is_complex() else out).float().tanh().sum()
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = (checkpoint(critic, *values, use_reentrant=False) if checkpointed
+                     else critic(*values))
+        grads = torch.autograd.grad(value, values, create_graph=True)
+        penalty = sum((torch.linalg.vector_norm(g) - 1).square() for g in grads)
+        return torch.autograd.grad(penalty, values, materialize_grads=True)
+
+    plain = penalty_gradients()
+    assert any(g.any() for g in plain)
+    for how in ({"checkpointed": True}, {"autocast": True}):
+        for ours, expected in zip(penalty_gradients(**how), plain, strict=True):
+            assert torch.equal(ours, expected), how
+
+
+@every_case
 def test_only_the_gradients_asked_for(case):
     """Each argument alone may require one."""
     made = case.make(9, F64)

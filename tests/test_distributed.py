@@ -125,7 +125,7 @@ def compare_accelerated(name, rank):
         if kind == "DDP":
             wrapped = DistributedDataParallel(model)
         else:
-            for module in known:
+            for module in reversed(known):  # children first
                 fully_shard(module)
             wrapped = fully_shard(model)
         if wrapped_first:

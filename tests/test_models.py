@@ -19,6 +19,7 @@ from torch.nn import Linear
 from cases import distance
 from fastmix import nn
 from refusal import check_refusal
+from twins import assert_near
 
 PUBLISHED = {
     nn.dsconv: gated_state_spaces_pytorch.dsconv, nn.g_mlp_gpt: g_mlp_gpt,
@@ -334,6 +335,33 @@ def test_refused_gates_and_streams():
 def test_refused_sizes(construct, message):
     with pytest.raises(ValueError, match=message):
         construct()
+
+
+@every(LANGUAGE_MODELS)
+def test_weights_are_assigned_to_a_model_built_on_meta(file, make):
+    theirs, tokens = make(PUBLISHED[file]), torch.randint(0, 5, (2, 6))
+    with torch.device("meta"):
+        ours = make(file)
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    parameters = dict(theirs.named_parameters())
+    assert all(p.data_ptr() == parameters[name].data_ptr() for name, p in ours.named_parameters())
+    assert_near(ours(tokens), theirs(tokens))
+
+
+@every(LANGUAGE_MODELS)
+def test_built_under_other_defaults(file, make):
+    tokens = torch.randint(0, 5, (2, 6))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert make(file)(tokens).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.set_default_device("meta")
+    try:
+        out = make(file)(torch.zeros(2, 6, dtype=torch.int64))
+    finally:
+        torch.set_default_device(None)
+    assert out.is_meta and out.shape == (2, 6, 5)
 
 
 @every(LANGUAGE_MODELS)

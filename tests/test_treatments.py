@@ -193,6 +193,31 @@ def spectral_norms(model):
         parametrizations.spectral_norm(child)
 
 
+def old_spectral_norms(model):
+    for _, _, child in children(model, nn.Linear):
+        torch.manual_seed(4)
+        torch.nn.utils.spectral_norm(child)
+
+
+class Int8Linear(nn.Module):
+    """As weight-only quantisation leaves it: eight bits and a scale per row, no `weight`."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("rows", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.rows.to(x.dtype) * self.scale, self.bias)
+
+
+def int8_weights(model):
+    for parent, name, child in children(model, nn.Linear):
+        setattr(parent, name, Int8Linear(child))
+
+
 HOOKED = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.GELU, nn.Tanh, nn.Identity, nn.SiLU)
 
 
@@ -212,6 +237,29 @@ def backward_hooks(model):
         if type(child) is not nn.Embedding:
             child.register_full_backward_hook(lambda m, given, came: (2 * given[0],))
             child.register_full_backward_pre_hook(lambda m, came: (1.5 * came[0],))
+
+
+def everywhere(model):
+    """Norms, convolutions, sequences, blocks, the whole; but for reversible blocks, which the
+    published backward turns around without their hooks."""
+    return [m for m in model.modules() if type(m).__name__ != "ReversibleBlock"]
+
+
+def forward_hooks_everywhere(model):
+    for module in everywhere(model):
+        module.register_forward_hook(
+            lambda m, args, out: 1.1 * out if isinstance(out, torch.Tensor) else None)
+
+
+def forward_pre_hooks_everywhere(model):
+    def change(module, args):
+        x = args[0] if args else None
+        if not isinstance(x, torch.Tensor):
+            return None
+        return (1.1 * x if x.is_floating_point() else (x + 1) % TOKENS, *args[1:])
+
+    for module in everywhere(model):
+        module.register_forward_pre_hook(change)
 
 
 def hooks_on_split_heads(model):
@@ -302,8 +350,10 @@ def other_weights(model):
 TREATMENTS = [
     adapters, no_norms, rms_norms, subclassed_norms, replaced_forwards,
     dropout_behind_embeddings, pruned, parametrized, weight_norms, old_weight_norms,
-    spectral_norms, forward_pre_hooks, forward_hooks, backward_hooks, hooks_on_split_heads, tied,
-    empty_outside_forward, copied, saved_whole, from_meta, replica, other_weights]
+    spectral_norms, old_spectral_norms, int8_weights, forward_pre_hooks, forward_hooks,
+    backward_hooks, forward_hooks_everywhere, forward_pre_hooks_everywhere,
+    hooks_on_split_heads, tied, empty_outside_forward, copied, saved_whole, from_meta, replica,
+    other_weights]
 
 
 def twins(name):
@@ -421,6 +471,51 @@ def test_offloaded(name):
     assert_near(model(x), expected)  # hooks on a norm take the gating units off their operator
 
 
+@pytest.mark.long
+@every_class
+@torch.no_grad()
+def test_offloaded_by_accelerate(name):
+    hooks = pytest.importorskip("accelerate")
+    models, x = twins(name)
+    outputs = []
+    for model in models:
+        torch.manual_seed(7)
+        outputs.append(hooks.cpu_offload(model, "cpu")(x))
+    assert_near(*outputs)
+
+
+@pytest.mark.long
+@every_class
+def test_peft(name):
+    """LoRA on every Linear and Embedding, and merged into them."""
+    peft = pytest.importorskip("peft")
+    models, x = twins(name)
+    linears = [n for n, m in models[0].named_modules() if type(m) in (nn.Linear, nn.Embedding)]
+    if not linears:
+        return
+    actual, merged = [], []
+    for model in models:
+        torch.manual_seed(9)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(
+            target_modules=linears, r=2, init_lora_weights=False)).double()
+        actual.append(step(adapted, adapted, x))
+        torch.manual_seed(7)
+        merged.append(adapted.merge_and_unload()(x))
+    assert_same_steps(*actual)
+    assert_near(*merged)
+
+
+@pytest.mark.long
+@every_class
+def test_built_on_meta(name):
+    file, build = CLASSES[name]
+    (theirs, _), x = twins(name)
+    with torch.device("meta"):
+        ours = build(file).double()
+    ours.to_empty(device="cpu").load_state_dict(theirs.state_dict())
+    assert_same_steps(step(theirs, theirs, x), step(ours, ours, x))
+
+
 @pytest.mark.parametrize("which", ["Linear", "Linear and Embedding"])
 @every_class
 @torch.no_grad()
@@ -484,6 +579,23 @@ def test_ensemble(name):
             assert_near(stacked.grad, torch.stack(pair), key, 1e-3)
 
 
+@pytest.mark.long
+@every_class
+def test_gradients_by_sample(name):
+    (_, model), x = twins(name)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, sample):
+        return functional_call(model, parameters, (sample[None],)).sin().sum()
+
+    actual = torch.vmap(torch.func.grad(loss), (None, 0), randomness="different")(parameters, x)
+    for i in range(len(x)):
+        expected = torch.func.grad(loss)(parameters, x[i])
+        largest = max((e.abs().max().item() for e in expected.values()), default=0)
+        for key, e in expected.items():
+            assert_near(actual[key][i], e, key, 1e-3 * largest)
+
+
 @every_class
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
@@ -506,7 +618,7 @@ def test_half_precision_modules(name, dtype):
 
 
 def test_half_precision_position_gates():
-    """They are complex gates over channels, and half precision has no complex numbers."""
+    """Complex gates over channels, which half precision knows no numbers for."""
     model = fast.CausalFullAttention(DIM, dim_head=4, heads=2, data_dependent_rel_pos=True)
     x = torch.randn(2, N, DIM, dtype=torch.bfloat16)
     exact = copy.deepcopy(model.bfloat16()).double()(x.double())
@@ -558,3 +670,18 @@ def test_infinite_gate_logits_pass_the_blend(fraction):
     blended.sum().backward()
     assert logits.grad.isfinite().all()
     assert torch.allclose(logits.grad[2], torch.tensor(fraction))
+
+
+@torch.no_grad()
+def test_gate_logits_beyond_float16():
+    """An infinite logit has a gate, and a layer in float16 no NaN."""
+    model = fast.GateLoopedAttention(16).half()
+    model.to_a[0].weight.mul_(10_000)
+    model.to_qkv.weight.mul_(0.1)
+    x = 5 * torch.randn(1, 40, 16).half()
+    logits = model.to_a(x)
+    assert logits.isinf().any()
+    wide = copy.deepcopy(model).double()
+    wide.to_a.register_forward_hook(lambda *_: logits.double())
+    exact = wide(x.double())
+    assert (model(x) - exact).norm() < 0.01 * exact.norm()

@@ -199,6 +199,30 @@ def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(case):
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_alone_has_the_bits_that_it_has_in_a_batch(case, dtype):
+    b = 7  # no other axis has this size
+    # Real logits go through torch's sigmoid, with other last bits behind the last whole vector.
+    made = case.make(320, dtype, b)
+
+    def run(tensors):
+        tensors = leaves(tensors)
+        outputs = case.run(tensors)
+        shared = [name for name, t in tensors.items() if t.shape[0] not in (1, b)]
+        loss = sum((torch.view_as_real(o) if o.is_complex() else o).float().square().sum()
+                   for o in outputs)
+        grads = dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()))))
+        return [*outputs, *(grads[name] for name in grads if name not in shared)]
+
+    whole = run(made)
+    for sample in (0, 3, b - 1):
+        alone = run({name: t[sample : sample + 1] if t.shape[0] == b else t
+                     for name, t in made.items()})
+        for one, all_of_them in zip(alone, whole, strict=True):
+            assert torch.equal(one[0], all_of_them[sample])
+
+
+@every_case
 def test_empty_batch(case):
     tensors = leaves(case.make(20, F64, b=0))
     outputs = case.run(tensors)
