@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmix._triton.layout import ceil_div, even, evens, flat, offset, strides
+from fastmix._triton.layout import ceil_div, even, evens, flat, offset, power_of_two, strides
 from fastmix._triton.scan import entering, load_rows, power, segment_place, segments, tile
 from fastmix._triton.target import ANY, CUDA, Row, Table
 from fastmix.dtypes import wide
@@ -302,6 +302,42 @@ def _backward(grad, x, decay, gain, grad_state, ends, outputs, n, blocks, count,
                  tl.sum(by_gain, 0)[None, :], mask=inside)
 
 
+@triton.jit
+def _head_sum(x, y, rows, head, d, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Sums x (rows, h·d), times y unless that is None, over the rows and a head's channels."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    total = tl.zeros((ROWS, COLS), dtype)
+    for first in range(0, rows, ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        for column in range(0, d, COLS):
+            channel = column + tl.arange(0, COLS)[None, :]
+            inside = (row < rows) & (channel < d)
+            at = row * channels + head * d + channel
+            numbers = tl.load(x + at, mask=inside, other=0)
+            if y is not None:
+                numbers *= tl.load(y + at, mask=inside, other=0).to(dtype)
+            total += numbers
+    return tl.sum(total)
+
+
+@triton.jit(do_not_specialize=["rows", "batches"])
+def _parameter_gradients(sums, grad_initial, initial, grad_decay, grad_gain, rows, batches, d,
+                         channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Writes a head's gradients of decay and gain, from the sums (2, rows, h·d), the initial state
+    (b, h·d) and its q, the latter half of grad_initial (2, b, h·d), as `_backward` leaves them.
+    """
+    head = tl.program_id(0)
+    by_decay = _head_sum(sums, None, rows, head, d, channels, ROWS, COLS)
+    if initial is not None:
+        by_decay += _head_sum(grad_initial + batches * tl.cast(channels, tl.int64), initial,
+                              batches, head, d, channels, ROWS, COLS)
+    tl.store(grad_decay + head, by_decay.to(grad_decay.dtype.element_ty))
+    if grad_gain is not None:
+        by_gain = _head_sum(sums + rows * tl.cast(channels, tl.int64), None, rows, head, d,
+                            channels, ROWS, COLS)
+        tl.store(grad_gain + head, by_gain.to(grad_gain.dtype.element_ty))
+
+
 LAUNCH = Table(
     # tile_bytes: what a thread holds of a tensor's tile.
     Row("_forward", ANY, ANY, ANY, dict(tile_bytes=128),
@@ -315,6 +351,12 @@ LAUNCH = Table(
     Row("_ends", CUDA, ANY, "backward", dict(maxnreg=64),
         "counted: ptxas aims at fewer and spills"),
     Row("_ends", CUDA, "float64", "backward", dict(maxnreg=96), "counted: spills in 64"),
+    Row("_parameter_gradients", ANY, ANY, ANY, dict(numbers=1024, num_warps=4),
+        "8 numbers to a thread, of at most 64 channels"),
+    Row("_parameter_gradients", CUDA, ANY, ANY, dict(maxnreg=64),
+        "counted: ptxas aims at 32 and spills 2 words"),
+    Row("_parameter_gradients", CUDA, "float64", ANY, dict(maxnreg=128),
+        "counted: 6 to 20 words spill in 64"),
 )
 
 
@@ -387,9 +429,12 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, x: Tensor, decay
     _backward[grid](grad, x, decays, None if gain is None else gain.contiguous(),
                     grad_state.contiguous(), ends, (grad_x, sums, grad_initial), *common,
                     *strides(grad, x), **sizes, **limit)
-    sums = sums.sum((1, 3))
-    grad_decay = sums[0]
-    if initial_state is not None:
-        grad_decay = grad_decay + (grad_initial[1] * initial_state).sum((0, 2))
-    return (grad_x, grad_decay.to(decay.dtype), None if gain is None else sums[1].to(gain.dtype),
+    grad_decay = decay.new_empty(h)
+    grad_gain = None if gain is None else gain.new_empty(h)
+    options, cols = LAUNCH.choose("_parameter_gradients", dtype), min(64, power_of_two(d))
+    _parameter_gradients[(h,)](
+        sums, grad_initial, None if initial_state is None else initial_state.contiguous(),
+        grad_decay, grad_gain, b * count, b, d, h * d, COLS=cols,
+        ROWS=options.pop("numbers") // cols, **options)
+    return (grad_x, grad_decay, grad_gain,
             None if initial_state is None else grad_initial[0])

@@ -402,7 +402,7 @@ def _backward(inputs, adjoints, outputs, n, h, blocks, chunks, length, carry_cou
               a_b, a_strides, c_b, c_strides, EVEN: tl.constexpr, ACTIVATE: tl.constexpr,
               REAL: tl.constexpr, PACKED: tl.constexpr, PACKED_OUT: tl.constexpr,
               WIDE: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-              STEPS: tl.constexpr, FAR: tl.constexpr):
+              STEPS: tl.constexpr, STAGES: tl.constexpr, FAR: tl.constexpr):
     """inputs: grad, q, k, v, gates and carries. outputs: the gradients of q, k, v and gates, and
     that of the initial state, or None. adjoints (b, chunks, h, parts) are those of the chunks' last
     states.
@@ -443,7 +443,7 @@ def _backward(inputs, adjoints, outputs, n, h, blocks, chunks, length, carry_cou
     if not REAL:
         adjoint = adjoint[0], tl.load(at + a_strides[2], inside, other=0)
 
-    for _ in tl.range(0, tiles, num_stages=1):
+    for _ in tl.range(0, tiles, num_stages=STAGES):
         left = _left(n, time, ROWS * STEPS)
         qs = _fetch(q, q_n, inside, left, STEPS)
         ks = _fetch(k, k_n, inside, left, STEPS)
@@ -487,7 +487,7 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
             x_b, x_strides, y_b, y_strides, g_b, g_strides, EVEN: tl.constexpr,
             REVERSE: tl.constexpr, ACTIVATE: tl.constexpr, REAL: tl.constexpr,
             PACKED: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
-            ROWS: tl.constexpr, STEPS: tl.constexpr):
+            ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr):
     """Computes each chunk's map of S, from x · y = k · v; with REVERSE of the adjoint, from
     q · grad. The chunk whose map nobody needs is not read. A row is length / ROWS steps long here.
     """
@@ -497,9 +497,10 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
     block, chunk, batch = _chunk_place(blocks, chunks)
     row, channel = _axes(block, C, WIDTH, ROWS)
     inside = channel < h
-    time = chunk * length + row * (length // ROWS)
+    steps = length // ROWS
+    time = chunk * length + row * steps
     if REVERSE:
-        time += length // ROWS - 1
+        time += steps - STEPS
     x = _start(x, x_b, x_n, x_h, batch, time, channel, EVEN[0])
     y = _start(y, y_b, y_n, y_h, batch, time, channel, EVEN[1])
     gates = _start(gates, g_b, g_n, g_h, batch, time, channel, EVEN[2])
@@ -509,15 +510,17 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
     else:
         factor = one, tl.zeros_like(one)
         total = tl.zeros_like(one), tl.zeros_like(one)
-    forward: tl.constexpr = -1 if REVERSE else 1
+    ahead: tl.constexpr = -STEPS if REVERSE else STEPS
     needed = chunk > 0 if REVERSE else chunk < chunks - 1
-    for _ in tl.range(0, tl.where(needed, length // ROWS, 0), STEPS, num_stages=1):
+    for _ in tl.range(0, tl.where(needed, steps, 0), STEPS, num_stages=STAGES):
         left = _left(n, time, STEPS)
-        for j in tl.static_range(STEPS):
-            mask = inside & (forward * j < left)
-            z = _fetch_numbers(gates, g_part, g_n, mask, 1, REAL, PACKED, 1)
-            a = _gate(_number(z, 0, REAL, PACKED, 1), mask, ACTIVATE)
-            xy = _wide(tl.load(x, mask, other=0)) * _wide(tl.load(y, mask, other=0))
+        xs = _fetch(x, x_n, inside, left, STEPS)
+        ys = _fetch(y, y_n, inside, left, STEPS)
+        zs = _fetch_numbers(gates, g_part, g_n, inside, left, REAL, PACKED, STEPS)
+        for j in tl.static_range(STEPS - 1 if REVERSE else 0, -1 if REVERSE else STEPS,
+                                 -1 if REVERSE else 1):
+            a = _gate(_number(zs, j, REAL, PACKED, STEPS), inside & (j < left), ACTIVATE)
+            xy = _wide(xs[j]) * _wide(ys[j])
             if REVERSE:
                 total = plus(total, (xy,))
                 if REAL:
@@ -526,10 +529,10 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
                     factor, total = _after(factor, total, (a[0], -a[1]), (0.0, 0.0))
             else:
                 factor, total = _after(factor, total, a, (xy,) if REAL else (xy, 0.0))
-            x += forward * x_n
-            y += forward * y_n
-            gates += forward * g_n
-        time += forward * STEPS
+        x += ahead * _far(x_n)
+        y += ahead * _far(y_n)
+        gates += ahead * _far(g_n)
+        time += ahead
     if REAL:
         numbers = tl.associative_scan((factor[0], total[0]), 1, _after_real, reverse=REVERSE)
     else:
@@ -543,7 +546,8 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _enter(totals, state, entries, h, blocks, chunks, s_b, s_h, s_part,
-           REVERSE: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr):
+           REVERSE: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
+           STAGES: tl.constexpr):
     """Computes what enters each chunk, from `state` on."""
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * C + tl.arange(0, C).to(tl.int64)
@@ -556,7 +560,7 @@ def _enter(totals, state, entries, h, blocks, chunks, s_b, s_h, s_part,
             entry = (re,)
         else:
             entry = re, entry[1] + tl.load(state + s_part, inside, other=0)
-    for i in tl.range(0, chunks, num_stages=4):
+    for i in tl.range(0, chunks, num_stages=STAGES):
         at = (batch * chunks + (chunks - 1 - i if REVERSE else i)) * h + channel
         if REAL:
             tl.store(entries + at, entry[0], inside)
@@ -578,9 +582,16 @@ LAUNCH = Table(
         "8 elements to a thread: they take twice the registers"),
     Row(ANY, ANY, ANY, "few-channels", dict(ROWS=8, STEPS=8, num_warps=1),
         "up to 4 channels, 4 elements to a thread at most: the rows of a channel in one warp"),
-    Row("_totals", CUDA, "float64", ANY, dict(maxnreg=96),
-        "counted: ptxas aims at fewer and spills"),
-    Row("_enter", ANY, ANY, ANY, dict(num_warps=1), "a program walks through the chunks"),
+    Row("_backward _totals", ANY, ANY, ANY, dict(STAGES=1), "loads are not pipelined"),
+    Row("_totals", "sm80 sm90 sm100", "bfloat16 float16", "many-channels", dict(STAGES=2),
+        "a tile's loads are under way while the one before is worked on: modelled, twice as fast; "
+        "counted: with three stages ptxas spills 12 words even in 128 registers (sm90, 3.7.1)"),
+    Row("_backward", "sm90", "bfloat16 float16", "many-channels", dict(STAGES=2),
+        "as in _totals: modelled, 1.5 times as fast"),
+    Row("_totals", CUDA, "float64", ANY, dict(maxnreg=168),
+        "counted: 12 to 26 words spill in 96"),
+    Row("_enter", ANY, ANY, ANY, dict(num_warps=1, STAGES=4),
+        "one chunk's maps after another: a few are loaded ahead"),
     Row("chunks", ANY, ANY, ANY, dict(enough=256, wanted=512, unit=512),
         "fewer than two programs to a multiprocessor, and time is cut into chunks, for about four; "
         "their steps are a multiple of the unit, eight tiles"),

@@ -216,13 +216,14 @@ def _add_products(sums, x, y):
 def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, grad_b, grad_strides,
                gates, g_b, g_n, g_h, g_part, states, adjoints, grad_q, grad_k, grad_v, tree_grads,
                n, heads, chunks, EVEN: tl.constexpr, LOGITS: tl.constexpr, REAL: tl.constexpr,
-               SUMS: tl.constexpr, ROUNDED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-               BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-               PRECISION: tl.constexpr):
+               SUMS: tl.constexpr, ROUNDED: tl.constexpr, UNTURNED: tl.constexpr,
+               DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+               C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """Computes the gradients of q, k and v over a chunk.
 
     tree_grads (b, chunks, h, 2 parts, C) are the gradients of P and of W's last row, as far as they
-    come from states. ROUNDED is for gates whose gradients are rounded to bfloat16 anyway.
+    come from states. ROUNDED is for gates whose gradients are rounded to bfloat16 anyway. UNTURNED
+    multiplies scores' operands again, the other way round, where it would transpose the scores.
     """
     q_strides = (even(q_b, EVEN[0]),) + q_strides
     k_strides = (even(k_b, EVEN[1]),) + k_strides
@@ -240,9 +241,14 @@ def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, gr
     w, p, after, _ = tree(a, C, LEVELS)
     w = tl.where(steps[:, None] == steps[None, :], 1.0, w)
 
-    weights = _scores(q, q_strides, k, k_strides, b, first, first, h, C, C, BK, n, DK, SUMS,
-                      PRECISION)
-    weights = rounded(tl.trans(weights * w), grad)
+    if UNTURNED:
+        weights = _scores(k, k_strides, q, q_strides, b, first, first, h, C, C, BK, n, DK, SUMS,
+                          PRECISION)
+        weights = rounded(weights * tl.trans(w), grad)
+    else:
+        weights = _scores(q, q_strides, k, k_strides, b, first, first, h, C, C, BK, n, DK, SUMS,
+                          PRECISION)
+        weights = rounded(tl.trans(weights * w), grad)
     for column in range(0, DV, BV):
         grads = load_rows(grad, grad_strides, b, first, h, C, column, BV, n, DV)
         dv = sums_dot(weights, grads, PRECISION)
@@ -256,6 +262,10 @@ def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, gr
     weights = _scores(grad, grad_strides, v, v_strides, b, first, first, h, C, C, BV, n, DV, SUMS,
                       PRECISION)
     weights = rounded(weights * w, grad)
+    if UNTURNED:
+        turned = _scores(v, v_strides, grad, grad_strides, b, first, first, h, C, C, BV, n, DV,
+                         SUMS, PRECISION)
+        turned = rounded(turned * tl.trans(w), grad)
     dp = filled(0, (C,), SUMS, not REAL)
     dw = filled(0, (C,), SUMS, not REAL)
     all = filled(0, (BK,), SUMS, not REAL)
@@ -277,7 +287,10 @@ def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, gr
         dk = after[0][:, None] * from_adjoint[0]
         if not REAL:
             dk += after[1][:, None] * from_adjoint[1]
-        dk += sums_dot(tl.trans(weights), queries, PRECISION)
+        if UNTURNED:
+            dk += sums_dot(turned, queries, PRECISION)
+        else:
+            dk += sums_dot(tl.trans(weights), queries, PRECISION)
         store_rows(grad_k, dk, b, first, h, heads, C, row, BK, n, DK)
         dp_re = dp[0] + tl.sum(queries.to(SUMS) * from_state[0], 1)
         if REAL:
@@ -491,6 +504,14 @@ def _options(kernel: str, q: Tensor, v: Tensor, logits: bool, real: bool) -> dic
                         real, _precision(q.dtype))
 
 
+def _breaks_transposed() -> bool:
+    """Whether Triton makes wrong code of a product whose transpose is multiplied again: 3.4 to
+    3.7.0 did, of tiles of 64 on Hopper.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return arch() == 90 and (version < (3, 7) or triton.__version__.startswith("3.7.0"))
+
+
 @functools.cache
 def _options_for(table: Table, family: str, kernel: str, dtype: torch.dtype, dk: int, dv: int,
                  logits: bool, real: bool, precision: str) -> dict[str, Any]:
@@ -502,6 +523,8 @@ def _options_for(table: Table, family: str, kernel: str, dtype: torch.dtype, dk:
     options |= dict(BK=block(dk, options["BK"]), BV=block(dv, options["BV"]))
     if "ROWS" in options:
         options["ROWS"] = min(options["ROWS"], options["C"])
+    if kernel == "_gradients":
+        options["UNTURNED"] = options["C"] == 64 and _breaks_transposed()
     return options | dict(
         LOGITS=logits, REAL=real, SUMS=tl.float64 if dtype == torch.float64 else tl.float32,
         DK=dk, DV=dv, LEVELS=options["C"].bit_length() - 1, PRECISION=precision)

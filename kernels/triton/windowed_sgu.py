@@ -38,8 +38,8 @@ TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl
          torch.bfloat16: tl.bfloat16}
 LARGEST_ROW = 1 << 16
 RUNTIME = ["n", "rows", "windows", "sequence", "first", "after_rows", "origin", "out_origin",
-           "runs", "length", "per_group", "items", "more", "groups", "gate_b", "residual_b",
-           "grad_b", "dmixed_b", "out_b"]
+           "runs", "length", "per_group", "items", "more", "groups", "norm_groups",
+           "gate_b", "residual_b", "grad_b", "dmixed_b", "out_b"]
 
 
 def why_not(x: Tensor, *others: Any) -> str | None:
@@ -379,16 +379,37 @@ def _norm_backward(gate, gate_b, strides, norm, dnormed, dnormed_t, dx, dnorm, f
                  mask=inside)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def _add_groups(parts, out, groups, stride, size, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the sum of parts (groups, size), added up in a fixed order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _add_part(parts, out, block, groups, stride, size, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes a block of the sum of parts (groups, size), added up in a fixed order."""
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([GROUPS, BLOCK], dtype=parts.dtype.element_ty)
     for start in range(0, groups, GROUPS):
         group = (start + tl.arange(0, GROUPS)).to(tl.int64)
         total += tl.load(parts + group[:, None] * stride + i[None, :], other=0,
                          mask=(group < groups)[:, None] & (i < size)[None, :])
     tl.store(out + i, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=i < size)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _add_groups(by_weight, by_norm, groups, norm_groups, GROUPS: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """by_weight and by_norm: tuples of (parts, their sum, the parts' stride and size), those whose
+    parts are of `groups` and of `norm_groups`. Each takes some of the programs, in this order.
+    """
+    block = tl.program_id(0)
+    for i in tl.static_range(len(by_weight)):
+        parts, out, stride, size = by_weight[i]
+        count = tl.cdiv(size, BLOCK)
+        if (block >= 0) & (block < count):
+            _add_part(parts, out, block, groups, stride, size, GROUPS, BLOCK)
+        block -= count
+    for i in tl.static_range(len(by_norm)):
+        parts, out, stride, size = by_norm[i]
+        count = tl.cdiv(size, BLOCK)
+        if (block >= 0) & (block < count):
+            _add_part(parts, out, block, norm_groups, stride, size, GROUPS, BLOCK)
+        block -= count
 
 
 # Kernels multiply operands of x's dtype, or of float32 beside wider parameters: LAUNCH's dtypes.
@@ -430,6 +451,8 @@ LAUNCH = Table(
     Row(MIXING, ANY, ANY, ANY, dict(full_tile=4096, programs=512),
         "8 warps from so many numbers of a tile of sums on, 16 to a thread, and 4 below; programs "
         "to share out windows to: about four to a multiprocessor"),
+    Row("_walk", "sm90", "bfloat16 float16", "backward", dict(STAGES=2),
+        "counted: 122 KB of shared memory with three, in two a second program fits"),
     Row("_weight_backward", ANY, ANY, ANY, dict(per_multiprocessor=2),
         "each with sums of its own, of which few leave little to add up"),
     Row("_statistics", ANY, ANY, ANY, dict(tile_bytes=8192, warp_bytes=2048),
@@ -633,9 +656,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
         _norm_backward[(-(-rows // share),)](
             *plan.gate, plan.norm, out, out.stride(1), dx, dnorm, row, rows,
             row if mixed_types else 0, n, c, share, more, EVEN=evens(x), **norm_options)
-    return (dx, _total(dweight, weight), _total(dbias, bias),
-            None if scale is None else _total(dnorm[:, 0], norm_weight),
-            None if shift is None else _total(dnorm[:, 1], norm_bias), dresidual)
+    return dx, *_sums((dweight, dbias), (weight, bias), dnorm, (norm_weight, norm_bias)), dresidual
 
 
 def _slabs(b: int, n: int, c: int, plan: _Plan,
@@ -652,11 +673,24 @@ def _slabs(b: int, n: int, c: int, plan: _Plan,
             for i in range(b) for first in range(0, plan.windows, size)]
 
 
-def _total(parts: Tensor, like: Tensor) -> Tensor:
-    """Returns the sum of parts (groups, …) in the dtype of `like`."""
-    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    options = LAUNCH.choose("_add_groups", parts.dtype)
-    block = options.pop("block_bytes") // parts.element_size()
-    _add_groups[(-(-out.numel() // block),)](
-        parts, out, parts.shape[0], parts.stride(0), out.numel(), BLOCK=block, **options)
-    return out
+def _sums(parts: Sequence[Tensor], parameters: Sequence[Tensor], norm_parts: Tensor | None,
+          norm_parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of all parameters, which may be None: sums of the parts (groups, …), and of
+    norm_parts (groups, 2, c), in the parameters' dtypes.
+    """
+    grads = [None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+             for p in (*parameters, *norm_parameters)]
+
+    def described(parts: Sequence[Tensor],
+                  grads: Sequence[Tensor | None]) -> tuple[tuple[Tensor, Tensor, int, int], ...]:
+        return tuple((part, grad, part.stride(0), grad.numel())
+                     for part, grad in zip(parts, grads) if grad is not None)
+
+    options = LAUNCH.choose("_add_groups", parts[0].dtype)
+    block = options.pop("block_bytes") // parts[0].element_size()
+    by_weight = described(parts, grads[:2])
+    by_norm = () if norm_parts is None else described(norm_parts.unbind(1), grads[2:])
+    _add_groups[(sum(-(-size // block) for *_, size in (*by_weight, *by_norm)),)](
+        by_weight, by_norm, parts[0].shape[0], 0 if norm_parts is None else norm_parts.shape[0],
+        BLOCK=block, **options)
+    return grads

@@ -219,6 +219,34 @@ def test_definition_with_weights_in_parts(real, monkeypatch):
         assert distance(actual, expected) < 1e-12
 
 
+@pytest.mark.parametrize("n, dk, dv, logits, state", [
+    (15, 16, 17, False, True), (35, 17, 20, True, True)])
+def test_gradients_without_transposed_products(n, dk, dv, logits, state, monkeypatch):
+    """They are for Hopper and for versions of Triton that make wrong code of the others."""
+    seen, options = [], gate_loop_heads._options
+
+    def unturned(kernel, *args):
+        seen.append(kernel)
+        return options(kernel, *args) | (dict(UNTURNED=True) if kernel == "_gradients" else {})
+
+    tensors = draw(n, dk, dv, logits, state)
+    weights = weights_for(tensors, F64)
+    turned = kernels(tensors, weights)
+    monkeypatch.setattr(gate_loop_heads, "_options", unturned)
+    for actual, expected in zip(kernels(tensors, weights), turned, strict=True):
+        assert distance(actual, expected) < 1e-14
+    assert "_gradients" in seen
+
+
+@pytest.mark.parametrize("arch, version, breaks", [
+    (90, "3.6.0", True), (90, "3.7.0", True), (90, "3.7.1", False), (90, "3.9.0", False),
+    (90, "3.10.0", False), (80, "3.6.0", False), (100, "3.6.0", False), (0, "3.6.0", False)])
+def test_versions_of_triton_whose_transposed_products_are_wrong(arch, version, breaks, monkeypatch):
+    monkeypatch.setattr(gate_loop_heads, "arch", lambda: arch)
+    monkeypatch.setattr(gate_loop_heads.triton, "__version__", version)
+    assert gate_loop_heads._breaks_transposed() == breaks
+
+
 @pytest.mark.parametrize("n, dtype, real", [
     (70, torch.bfloat16, False), (17, F64, False),
     pytest.param(70, torch.bfloat16, True, marks=pytest.mark.long)])
