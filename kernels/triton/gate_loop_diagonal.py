@@ -546,8 +546,7 @@ def _totals(x, y, gates, totals, n, h, blocks, chunks, length,
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _enter(totals, state, entries, h, blocks, chunks, s_b, s_h, s_part,
-           REVERSE: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
-           STAGES: tl.constexpr):
+           REVERSE: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr):
     """Computes what enters each chunk, from `state` on."""
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * C + tl.arange(0, C).to(tl.int64)
@@ -560,7 +559,7 @@ def _enter(totals, state, entries, h, blocks, chunks, s_b, s_h, s_part,
             entry = (re,)
         else:
             entry = re, entry[1] + tl.load(state + s_part, inside, other=0)
-    for i in tl.range(0, chunks, num_stages=STAGES):
+    for i in tl.range(0, chunks, num_stages=4):
         at = (batch * chunks + (chunks - 1 - i if REVERSE else i)) * h + channel
         if REAL:
             tl.store(entries + at, entry[0], inside)
@@ -590,8 +589,7 @@ LAUNCH = Table(
         "as in _totals: modelled, 1.5 times as fast"),
     Row("_totals", CUDA, "float64", ANY, dict(maxnreg=168),
         "counted: 12 to 26 words spill in 96"),
-    Row("_enter", ANY, ANY, ANY, dict(num_warps=1, STAGES=4),
-        "one chunk's maps after another: a few are loaded ahead"),
+    Row("_enter", ANY, ANY, ANY, dict(num_warps=1), "a program walks through the chunks"),
     Row("chunks", ANY, ANY, ANY, dict(enough=256, wanted=512, unit=512),
         "fewer than two programs to a multiprocessor, and time is cut into chunks, for about four; "
         "their steps are a multiple of the unit, eight tiles"),
