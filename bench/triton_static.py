@@ -96,7 +96,9 @@ class Launch:
         constants = []
         for (index, *_), value in sorted(self.source.constants.items()):
             name = self.function.arg_names[index]
-            if name.isupper() and isinstance(value, (int, str)) and value is not False:
+            # UNTURNED is for some versions of Triton: its kernels stand beside the others'.
+            if (name.isupper() and name != "UNTURNED" and isinstance(value, (int, str))
+                    and value is not False):
                 constants.append(name if value is True else f"{name}={value}")
         pointers = re.findall(r"\*(\w+)", " ".join(map(str, self.source.signature.values())))
         return dict(name=self.function.__name__, constants=" ".join(constants),
