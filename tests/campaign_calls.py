@@ -381,7 +381,7 @@ def settle(t, dtype):
 
 
 def storage(t):
-    """All bytes behind a tensor, those beside it too."""
+    """A tensor that shows all bytes of the memory that t is part of."""
     return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
 
 

@@ -52,7 +52,7 @@ def test_random_calls_of_interpreted_kernels(run):
 @pytest.mark.long
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 def test_sanitizers_find_nothing_in_2000_random_calls(run):
-    """Or in as many as three minutes allow."""
+    """There are fewer calls where three minutes do not hold as many."""
     run("--sanitize", "address", "--minutes", "3", "--calls", "290", "--processes", "2",
         "--operators", *("linear_scan gate_loop decay_conv fft_conv windowed_sgu causal_sgu "
                          "cumulative_mean").split(),

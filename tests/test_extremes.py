@@ -242,7 +242,7 @@ def test_gradients_inside_vmap_of_what_is_not_finite(operator):
 
 
 def not_finite(n):
-    """{operator, and of what kind: its arguments}, whose steps are n; time is axis 1."""
+    """Arguments of n steps, by the name of the operator and their kind. Time is axis 1."""
     def random(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 

@@ -101,8 +101,9 @@ def defined(x, kernel, grad, skip=None):
 
 
 def measured(x, kernel, grad, skip):
-    """What is `defined`, each with what errors are measured by: its largest, of dkernel over all
-    lags; of dskip, sums that may happen to be small, the norm of what is summed."""
+    """Each result of `defined`, with the size that its errors are divided by: its largest number,
+    over all lags for dkernel. The sums of dskip may happen to be small, so theirs is the norm of
+    what is summed."""
     # Lags that a short kernel has not are computed with the others, and rounded with them.
     m = kernel.shape[-2]
     y, dx, dkernel, dskip = defined(

@@ -159,7 +159,7 @@ def test_from_an_sdist(tmp_path, checkout):
 
 
 def test_from_and_into_paths_of_odd_letters(tmp_path, quick_compiler):
-    """Compiled for once: by the installation's sources, into a cache of such a name too."""
+    """The installation's own sources are compiled here, and the cache has such a name too."""
     folder = tmp_path / "Übung 1 – 試験"
     folder.mkdir()
     fresh = Environment(folder / "venv", "setuptools")

@@ -222,11 +222,12 @@ def test_what_is_not_finite_goes_where_the_definition_sends_it(case, value):
 
 
 def test_infinities_outlast_the_powers_of_a_decay():
-    """decay^steps of a chunk is 0 or beyond double's range: 0 · ∞ where the definition has none."""
+    """decay^steps of a chunk is 0 or beyond double's range, and its product with an infinity is
+    NaN where the definition has none."""
     decay = torch.tensor([0, 1e-6, -1e-6, 0.5, 1, 1e6, -1e6, 1.5])
     x, weight = torch.randn(2, 1, 200, 8, 128).unbind(0)
     state = torch.randn(1, 8, 128)
-    # Nothing at first for those that grow.
+    # Channels that grow begin with zeros.
     x[:, :150, 5:], state[:, 5:], weight[:, 40:, 5:] = 0, 0, 0
     x[0, 3, :, 5], x[0, 70, :, 5] = float("inf"), -float("inf")
     x[0, 30, :, 6], weight[0, 170, :, 7] = -float("inf"), float("inf")

@@ -618,7 +618,7 @@ def test_half_precision_modules(name, dtype):
 
 
 def test_half_precision_position_gates():
-    """Complex gates over channels, which half precision knows no numbers for."""
+    """They are complex gates over channels, and half precision has no complex numbers."""
     model = fast.CausalFullAttention(DIM, dim_head=4, heads=2, data_dependent_rel_pos=True)
     x = torch.randn(2, N, DIM, dtype=torch.bfloat16)
     exact = copy.deepcopy(model.bfloat16()).double()(x.double())

@@ -1,6 +1,4 @@
-"""The carries that forward returns for backward: the states before every `every`-th step, in order
-of time, and the last one; none for 0.
-"""
+"""The carries of fallbacks: fastmix/ops/_carries.py says what carries are."""
 
 from collections.abc import Sequence
 

@@ -22,11 +22,7 @@ def _states(x: Tensor, decay: Tensor, gain: Tensor | None, state: Tensor,
 
 def forward(x: Tensor, decay: Tensor, gain: Tensor | None, initial_state: Tensor | None,
             carry_every: int) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, n, h, d), the last state (b, h, d) and the carries (b, ⌈n / carry_every⌉ + 1, h, d).
-
-    The carries are the states before every carry_every-th step, and the last one.
-    carry_every is 0 where no gradient will be asked for: then there are none.
-    """
+    """y (b, n, h, d), the last state (b, h, d) and the carries (b, ⌈n / carry_every⌉ + 1, h, d)."""
     b, n, h, d = x.shape
     dtype = wide(x.dtype)
     decay = _per_channel(decay, d, dtype)

@@ -12,6 +12,7 @@ is needed depends on values, which devices that must not be waited for do not sh
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,8 +121,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, kernel = ctx.saved_tensors
         grad = grad.flip(1)
-        lags = _differentiable(grad.flatten(2).unsqueeze(-1), x.flatten(2)).flip(1)
-        lags = lags.reshape(x.shape)[:, : kernel.shape[1]].sum(-1)
+        lags = _gradient_of_lags(_differentiable, grad, x, kernel.shape[1])
         return _differentiable(grad, kernel).flip(1), lags.sum_to_size(kernel.shape)
 
     @staticmethod
@@ -138,6 +138,14 @@ class _Convolution(torch.autograd.Function):
         kernel = kernel.expand(-1, x.shape[1], -1, -1)
         y = _differentiable(x.flatten(0, 1), kernel.flatten(0, 1))
         return y.unflatten(0, x.shape[:2]), 0
+
+
+def _gradient_of_lags(convolve: Callable[[Tensor, Tensor], Tensor], reversed_grad: Tensor,
+                      x: Tensor, m: int) -> Tensor:
+    """reversed_grad, x (b, n, h, d) → (b, m, h): Σ_t grad_t · x_{t-j} over steps and channels. As
+    x's channels are the kernels here, this is a convolution as well, whose time runs backward."""
+    lags = convolve(reversed_grad.flatten(2).unsqueeze(-1), x.flatten(2)).flip(1)
+    return lags.reshape(x.shape)[:, :m].sum(-1)
 
 
 def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
@@ -236,8 +244,7 @@ def _long_backward(grad: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Ten
     if is_readable(grad) and is_readable(x) and is_readable(kernel):
         last = grad[:, -EARLY:].flip(1)
         dx[:, -EARLY:] = _toeplitz_forward(last, kernel[:, :EARLY]).flip(1)
-        lags = _toeplitz_forward(last.flatten(2).unsqueeze(-1), x[:, :EARLY].flatten(2)).flip(1)
-        lags = lags.reshape(last.shape).sum(-1)
+        lags = _gradient_of_lags(_toeplitz_forward, last, x[:, :EARLY], EARLY)
         early = max(0, m - n + lags.shape[1])
         dkernel[:, m - early :] = lags[:, :early]
     return dx, dkernel
@@ -329,9 +336,8 @@ def _by_segments(x: Tensor, kernel: Tensor) -> Tensor:
 def _backward_by_segments(grad: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     """grad, x (b, n, h, d), kernel (b or 1, m, h) → dx (b, n, h, d), dkernel (b, m, h)."""
     grad = grad.flip(1)
-    lags = _by_segments(grad.flatten(2).unsqueeze(-1), x.flatten(2)).flip(1)
-    lags = lags.reshape(x.shape)[:, : kernel.shape[1]].sum(-1)
-    return _by_segments(grad, kernel).flip(1), lags
+    return (_by_segments(grad, kernel).flip(1),
+            _gradient_of_lags(_by_segments, grad, x, kernel.shape[1]))
 
 
 def _toeplitz(kernel: Tensor, n: int) -> Tensor:

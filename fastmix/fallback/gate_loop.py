@@ -102,9 +102,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: 
     State and carries are complex or real, as the gates are.
 
     q, k (b, n, h, dk), v (b, n, h, dv); gates (b, n, h), complex or real, or gate_logits
-    (b, n, h, 2) of complex ones. The carries (b, ⌈n / carry_every⌉ + 1, h, dk, dv) are the states
-    before every carry_every-th step, and the last one. carry_every is 0 where no gradient
-    will be asked for: then there are none.
+    (b, n, h, 2) of complex ones; the carries (b, ⌈n / carry_every⌉ + 1, h, dk, dv).
     """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     dtype = wide(q.dtype)

@@ -24,9 +24,7 @@ def forward(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse
             carry_every: int) -> tuple[Tensor, Tensor]:
     """All states (b, n, …) and the carries (b, ⌈n / carry_every⌉ + 1, …).
 
-    gates (b, n, …) broadcasts against inputs (b, n, …). The carries are the states before
-    every carry_every-th step, and the last one of the scan. carry_every is 0 where no
-    gradient will be asked for: then there are none.
+    gates (b, n, …) broadcasts against inputs (b, n, …).
     """
     dtype, state_dtype = _dtypes(gates, inputs)
     state = torch.zeros_like(inputs[:, 0]) if initial_state is None else initial_state

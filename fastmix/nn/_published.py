@@ -8,7 +8,6 @@ it is called if something was done to it.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from einops.layers.torch import Rearrange
@@ -61,13 +60,8 @@ def attention(self: Any, x: Tensor) -> Tensor:
 
 
 def local_attention(self: Any, x: Tensor) -> Tensor:
-    n, w = x.shape[1], self.window
     q, k, _ = self.to_qkv(x).chunk(3, dim=-1)
-    q = rearrange(g_mlp_gpt.pad_to_multiple(q, w, dim=1), "b (i r) d -> b i r d", r=w)
-    k = F.pad(k, (0, 0, w, -n % w)).unfold(1, 2 * w, w).transpose(2, 3)
-    visible = torch.ones(w, 2 * w, dtype=torch.bool, device=x.device).tril(w)
-    out = F.scaled_dot_product_attention(q, k, k, attn_mask=visible, scale=self.scale)
-    return self.to_out(rearrange(out, "b i r d -> b (i r) d")[:, :n])
+    return self.to_out(g_mlp_gpt._attend_in_windows(q, k, self.window, self.scale))
 
 
 def causal_sgu(self: Any, x: Tensor, gate_res: Tensor | None = None) -> Tensor:

@@ -158,6 +158,17 @@ class Attention(nn.Module):
         return (out, cache) if return_cache else out
 
 
+def _attend_in_windows(q: Tensor, k: Tensor, w: int, scale: float) -> Tensor:
+    """LocalAttention's attention of all queries to the keys (b, n, d), from the first step on."""
+    n = q.shape[1]
+    q = rearrange(pad_to_multiple(q, w, dim=1), "b (i r) d -> b i r d", r=w)
+    # (b, i, 2w, d): a view, since the windows of neighbours share rows.
+    k = F.pad(k, (0, 0, w, -n % w)).unfold(1, 2 * w, w).transpose(2, 3)
+    visible = torch.ones(w, 2 * w, dtype=torch.bool, device=q.device).tril(w)
+    out = F.scaled_dot_product_attention(q, k, k, attn_mask=visible, scale=scale)
+    return rearrange(out, "b i r d -> b (i r) d")[:, :n]
+
+
 class LocalAttention(nn.Module):
     """Causal attention with one head to the own and the previous window:
     x (b, n, dim_in) -> (b, n, dim_out).
@@ -185,7 +196,8 @@ class LocalAttention(nn.Module):
         if cache is not None or return_cache:
             rows = append("LocalAttention", cache, k, kept=2 * self.window - 1)
             kept = last_rows(rows, 2 * self.window - 1)
-        out = self.to_out(self._windows(q, k) if cache is None else self._go_on(q, rows))
+        out = self.to_out(_attend_in_windows(q, k, self.window, self.scale) if cache is None
+                          else self._go_on(q, rows))
         return (out, kept) if return_cache else out
 
     def _go_on(self, q: Tensor, rows: Rows) -> Tensor:
@@ -201,16 +213,6 @@ class LocalAttention(nn.Module):
             outs.append(F.scaled_dot_product_attention(
                 part, k[:, near], k[:, near], attn_mask=visible, scale=self.scale))
         return torch.cat(outs, dim=1)
-
-    def _windows(self, q: Tensor, k: Tensor) -> Tensor:
-        """All queries and keys (b, n, d), from the first step on."""
-        n, w = q.shape[1], self.window
-        q = rearrange(pad_to_multiple(q, w, dim=1), "b (i r) d -> b i r d", r=w)
-        # (b, i, 2w, d): a view, since the windows of neighbours share rows.
-        k = F.pad(k, (0, 0, w, -n % w)).unfold(1, 2 * w, w).transpose(2, 3)
-        visible = torch.ones(w, 2 * w, dtype=torch.bool, device=q.device).tril(w)
-        out = F.scaled_dot_product_attention(q, k, k, attn_mask=visible, scale=self.scale)
-        return rearrange(out, "b i r d -> b (i r) d")[:, :n]
 
 
 _ACTIVATION_NAMES = {nn.Identity: "identity", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
