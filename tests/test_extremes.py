@@ -414,3 +414,36 @@ def test_gradients_inside_vmap_keep_a_nan_and_large_gates_where_they_are(operato
     exact = torch.func.grad(lambda w: getattr(reference, operator)(
         x[1:].double(), w, bias.double()).sum())(weight.double())
     assert torch.allclose(grad[1].double(), exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
+def test_an_infinite_gradient_inside_vmap_reaches_no_other_row(operator):
+    """That of silu's argument is not finite where gate_residual is infinite."""
+    x, weight, bias = _unit(operator)
+    residual = torch.zeros(2, 9, 4)
+    residual[0, 2] = INF
+
+    def gradient(function):
+        def loss(x, residual):
+            return function(x[None], weight, bias, gate_residual=residual[None],
+                            activation="gelu").sum()
+
+        return torch.vmap(torch.func.grad(loss))(x, residual)
+
+    ours, defined = (gradient(getattr(module, operator)) for module in (ops, reference))
+    assert torch.equal(ours.isfinite(), defined.isfinite())
+
+
+def test_an_infinite_gradient_inside_vmap_reaches_no_other_step_of_gate_loop():
+    q, k, v = (torch.randn(2, 20, 2, d) for d in (3, 3, 4))
+    gates, weight = torch.rand(2, 20, 2), torch.ones(2, 20, 2, 4)
+    weight[0, 11, 0, 0] = INF
+
+    def gradients(function):
+        def loss(q, k, v, gates, weight):
+            return (function(q[None], k[None], v[None], gates[None])[0] * weight).sum()
+
+        return torch.vmap(torch.func.grad(loss, (0, 1, 2, 3)))(q, k, v, gates, weight)
+
+    for ours, defined in zip(gradients(ops.gate_loop), gradients(reference.gate_loop), strict=True):
+        assert torch.equal(ours.isfinite(), defined.isfinite())

@@ -16,9 +16,10 @@ def row_blocks(n: int, factor: Tensor) -> list[tuple[int, int]]:
     """(first row, end) of the blocks in which a lower triangle of n rows is multiplied by `factor`.
 
     Up to eight, of at least BLOCK rows: what they save must outweigh the extra calls. A block
-    multiplies steps that come after its rows by zeros: NaN and infinity go row by row.
+    multiplies steps that come after its rows by zeros: NaN and infinity go row by row. So does what
+    vmap hides, because the gradients that come back to it are not seen.
     """
-    step = max(BLOCK, -(-n // 8)) if all_finite(factor) else 1
+    step = max(BLOCK, -(-n // 8)) if all_finite(factor) and not is_anything(factor) else 1
     return [(i, min(i + step, n)) for i in range(0, n, step)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmix.dtypes import wide
 from fastmix.fallback import _gating
 from fastmix.fallback._segments import concatenated
-from fastmix.fallback._values import all_finite
+from fastmix.fallback._values import all_finite, is_anything
 from fastmix.states import steps_on_host
 
 
@@ -109,7 +109,7 @@ def causal(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
     at = count[:, None] + steps[:n]
     rows = put(rows, at, normed_gate(x, norm_weight, norm_bias, eps), in_place)
     weights, known = weight[:, at].to(dtype), steps <= at[..., None]
-    if all_finite(rows):
+    if all_finite(rows) and not is_anything(rows):
         mixed = weighed(torch.where(known, weights, 0), rows)
     else:  # later rows times zeros would be NaN
         mixed = concatenated([weighed(weights[:, :, i : i + 1],

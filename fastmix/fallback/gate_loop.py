@@ -22,7 +22,7 @@ from fastmix.dtypes import wide
 from fastmix.fallback._carries import all_carries, segment_carries
 from fastmix.fallback._scan import adjoint, scan
 from fastmix.fallback._segments import concatenated, segments
-from fastmix.fallback._values import all_finite, products_fit
+from fastmix.fallback._values import all_finite, is_anything, products_fit
 
 
 def _chunk(dk: int, dv: int) -> int:
@@ -286,7 +286,7 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor,
     length = min(n, _chunk(q.shape[-1], v.shape[-1]))
     steps = q, k, v, a, state, carry_every, length
     q, k, v, a = _split(q, length), _split(k, length), _split(v, length), _split(a, length, 1.0)
-    if not products_fit(q, k):
+    if is_anything(q) or not products_fit(q, k):  # vmap hides the gradients that come back, too
         return _stepwise(*steps)
     weights = _weights(a)
     entries, state = _chunk_states(k, v, weights, state)
