@@ -1,9 +1,7 @@
 """Every name of torch's that is not public, in one place: what to look at for a new torch."""
 
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,11 +54,6 @@ def innermost(tensor: Tensor) -> Tensor:
     while is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
-
-
-def bare(op: Any) -> Callable:
-    """What calling an operator's overload calls, without its frame of Python."""
-    return op._op
 
 
 def below_autograd() -> AbstractContextManager:

@@ -35,7 +35,8 @@ def check_tensor(where: str, name: str, value: Any, dtypes: Sequence[torch.dtype
         raise TypeError(f"{where}: {name} must be a dense tensor, got one of layout {layout}: "
                         "convert it, by to_dense or to_padded_tensor")
     if value.dtype not in dtypes:
-        if dtypes is REAL and like is not None and not autocast_enabled(like[1].device.type):
+        if dtypes is REAL and like is not None and like[1].dtype in REAL and not autocast_enabled(
+                like[1].device.type):
             dtypes = tuple(dict.fromkeys((like[1].dtype, wide(like[1].dtype))))[: 1 + wider]
         expected = " or ".join(dtype_name(d) for d in dtypes)
         raise TypeError(f"{where}: {name} must be {expected}, got {dtype_name(value.dtype)}")

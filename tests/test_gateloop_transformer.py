@@ -305,7 +305,7 @@ def test_associative_scan(n):
     (lambda: operator(v=torch.randn(2, 6, 4)), ValueError,
      r"gate_loop_operator: v must have shape .*got \(2, 6, 4\)"),
     (lambda: operator(v=torch.ones(2, 5, 4).long()), TypeError,
-     "gate_loop_operator: v must be float64 .*got int64"),
+     "gate_loop_operator: v must be float32, got int64"),
     (lambda: operator(q=torch.randn(2, 5, 3, dtype=torch.complex64)), TypeError,
      "gate_loop_operator: q must be float64 .*got complex64"),
     (lambda: operator(a=torch.randn(2, 5)), ValueError,

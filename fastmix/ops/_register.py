@@ -98,7 +98,6 @@ class Operator:
         LIBRARY.define(f"{name}_backward({', '.join(backward_arguments)})"
                        f" -> {_tensors(len(self.tensors))}")
         self.forward = getattr(torch.ops.fastmix, name).default
-        self._run = _torch_private.bare(self.forward)
         self.backward = getattr(torch.ops.fastmix, f"{name}_backward").default
         self._register(fake)
 
@@ -132,9 +131,9 @@ class Operator:
         if _torch_private.transforms_active() or _torch_private.forward_mode_active():
             return _derivatives.Transformed.apply(self, *args)
         if differentiated and torch.is_grad_enabled():
-            return self._run(*args)
+            return self.forward(*args)
         with _torch_private.below_autograd():
-            return self._run(*args)
+            return self.forward(*args)
 
     def _run_default(self, op: Any, fallback: Callable, *args: Any) -> Any:
         device_type = args[0].device.type

@@ -287,21 +287,12 @@ def _gradients(q, q_b, q_strides, k, k_b, k_strides, v, v_b, v_strides, grad, gr
         dk = after[0][:, None] * from_adjoint[0]
         if not REAL:
             dk += after[1][:, None] * from_adjoint[1]
-        if UNTURNED:
-            dk += sums_dot(turned, queries, PRECISION)
-        else:
-            dk += sums_dot(tl.trans(weights), queries, PRECISION)
+        dk += sums_dot(turned if UNTURNED else tl.trans(weights), queries, PRECISION)
         store_rows(grad_k, dk, b, first, h, heads, C, row, BK, n, DK)
         dp_re = dp[0] + tl.sum(queries.to(SUMS) * from_state[0], 1)
-        if REAL:
-            dp = (dp_re,)
-        else:
-            dp = dp_re, dp[1] - tl.sum(queries.to(SUMS) * from_state[1], 1)
+        dp = (dp_re,) if REAL else (dp_re, dp[1] - tl.sum(queries.to(SUMS) * from_state[1], 1))
         dw_re = dw[0] + tl.sum(keys.to(SUMS) * from_adjoint[0], 1)
-        if REAL:
-            dw = (dw_re,)
-        else:
-            dw = dw_re, dw[1] + tl.sum(keys.to(SUMS) * from_adjoint[1], 1)
+        dw = (dw_re,) if REAL else (dw_re, dw[1] + tl.sum(keys.to(SUMS) * from_adjoint[1], 1))
     # The state after the chunk has the factor of all gates, which is P at the last step.
     dp_re = dp[0] + tl.where(steps == C - 1, tl.sum(all[0], 0), 0.0)
     if REAL:
