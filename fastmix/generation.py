@@ -127,7 +127,8 @@ def _steps(
 def _vocabulary(model: nn.Module) -> int | None:
     """The number of tokens, where the model's last layer tells it before it runs."""
     last = getattr(model, "to_logits", None)
-    return getattr(last[-1] if isinstance(last, nn.Sequential) else last, "out_features", None)
+    last = last[-1] if isinstance(last, nn.Sequential) and len(last) else last
+    return getattr(last, "out_features", None)
 
 
 @torch.no_grad()

@@ -403,7 +403,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> causal_sgu_backward(
   args.grad_norm_bias = by_shift.data();
   spread(FASTMIX_KERNELS(causal_sgu_grad_mixed), args, call.blocks, call.passing + call.mixing);
   spread(FASTMIX_KERNELS(causal_sgu_grad_weight), args, args.h * ((args.s + kStrip - 1) / kStrip),
-         call.mixing);
+         call.mixing + 0.5 * args.h * args.s * weight.size(2));
   spread(FASTMIX_KERNELS(causal_sgu_grad_normed), args, call.blocks, call.mixing);
   spread(FASTMIX_KERNELS(causal_sgu_grad_gate), args, args.runs, call.passing);
   return {grad_x,

@@ -4,8 +4,9 @@
 // The unit multiplies bfloat16 numbers exactly and sums in float. A float is the sum of three of
 // them, its parts: the first eight digits, the next, the last. So three products leave nothing out.
 //
-// The unit takes numbers below 2⁻¹²⁶ for zeros, and infinity has parts of 0, which make NaN of
-// another one. What may have suffered from either is computed again without the unit.
+// The unit takes numbers below 2⁻¹²⁶ for zeros; infinity leaves NaN as its other parts, and times
+// another number's parts of 0 is NaN. What may have suffered from either is computed again without
+// the unit.
 
 #pragma once
 

@@ -55,10 +55,10 @@ void scatter(const Tensor& x, const std::vector<double>& from, int64_t first) {
 // matrix unit.
 constexpr int kAvx512 = 2, kAmx = 3;
 
-// Whether the processor has a matrix unit for bfloat16 and Linux lets this process use it, which
-// must be asked for: its registers are large.
+// Whether kernels are compiled for a matrix unit (matrix_unit.h), the processor has it, and Linux
+// lets this process use it, which must be asked for: its registers are large.
 bool may_use_matrix_unit() {
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__) && defined(__x86_64__) && __has_include(<amxtileintrin.h>)
   constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24;
   constexpr long ask_for_state = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;

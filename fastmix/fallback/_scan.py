@@ -38,8 +38,8 @@ def scan(gates: Tensor, inputs: Tensor, initial: Tensor, reverse: bool = False,
     (b, 1, …) holds for all. Three sweeps of √n vectorised steps: reduce every chunk to
     its end, scan the ends, run every chunk from its entry. Only products of gates are
     formed, never quotients, so gates of 0 are exact. Products may be beyond the range of numbers
-    where no state is, because a state is 0: an end that is not finite has every step taken one by
-    one. `out` is where the states go, if given.
+    where no state is, because a state is 0: on CPUs an end that is not finite has every step taken
+    one by one. `out` is where the states go, if given.
     """
     n = inputs.shape[1]
     out = output_buffer(inputs, gates, initial) if out is None else out

@@ -7,7 +7,7 @@ by step: a gate of 0 is exact, and nothing is ever divided by one. Real gates ha
 and no imaginary parts anywhere, at half the products.
 
 A chunk multiplies q and k before v comes in, gates before states, and what is later by a zero.
-Where q kᵀ would lose its digits, or a result is not finite, every step's state is formed, as for
+Where q kᵀ would lose its digits, or a result is not finite, CPUs form every step's state, as for
 head dimension 1: the results are those of the definition then.
 """
 

@@ -99,10 +99,11 @@ def with_cache(
     `seen`.
 
     Where caches are written in place the one that was handed in, whose steps are `seen`, is used
-    up: it counts -1 tokens from there on.
+    up: on CPUs, where that can be looked at, it counts -1 tokens from there on.
     """
     cache = ModelCache(seen + n, layers) if return_cache else None
-    if may_write():
+    writable = torch.is_inference_mode_enabled() or not seen.is_inference()
+    if may_write() and writable and steps_on_host(seen):
         seen.fill_(-1)
     return out if cache is None else (out, cache)
 
@@ -126,7 +127,7 @@ def _check_longest(where: str, longest: int, max_length: int) -> None:
 
 
 def describe(cache: Cache) -> str:
-    """In an error."""
+    """What an error says of a cache."""
     if isinstance(cache, ModelCache):
         return f"one of {len(cache.layers)} mixers"
     if isinstance(cache, tuple):

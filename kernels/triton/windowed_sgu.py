@@ -324,7 +324,7 @@ def _walk_backward(weight, weight_strides, dmixed, dmixed_b, dmixed_strides, out
             kept & (t < known_end))[:, None] & (channel < DIM)[None, :]).to(OPERAND)
         dnormed = tl.dot(own, after, next_sum, input_precision=PRECISION, out_dtype=wide)
         next_sum = tl.dot(before, after, tl.zeros([ROWS, CHANNELS], dtype=wide),
-                       input_precision=PRECISION, out_dtype=wide)
+                          input_precision=PRECISION, out_dtype=wide)
         stored = kept & (t < n) & (t < (first + windows) * WINDOW) & (back >= 0)
         _store_dnormed(dnormed, out, out_strides, batch, t - out_origin, stored, head, channel,
                        DIM)

@@ -128,7 +128,7 @@ def _unpack(
     published layer come in the `narrow` dtype of its x."""
     if cache is None:
         return None, None
-    if not isinstance(cache, tuple) or len(cache) != 2:
+    if not isinstance(cache, (tuple, list)) or len(cache) != 2:
         raise TypeError(f"{WHERE}: cache must be a tuple of two tensors, as return_cache=True "
                         f"returns it, got {describe(cache)}")
     b, _, dim = gates.shape
