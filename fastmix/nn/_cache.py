@@ -102,8 +102,8 @@ def with_cache(
     up: on CPUs, where that can be looked at, it counts -1 tokens from there on.
     """
     cache = ModelCache(seen + n, layers) if return_cache else None
-    writable = torch.is_inference_mode_enabled() or not seen.is_inference()
-    if may_write() and writable and steps_on_host(seen):
+    if may_write() and steps_on_host(seen) and (
+            torch.is_inference_mode_enabled() or not seen.is_inference()):
         seen.fill_(-1)
     return out if cache is None else (out, cache)
 
