@@ -104,9 +104,10 @@ def generation_rows(job, options, dtype, device, seconds):
     """A row for each implementation; checked only, if `seconds` is 0."""
     name, batch, context = job
     count = options.generate
-    # The longest input of a model that has one: context, the token that is checked, those timed.
+    # The longest input of a model that has one: context, the token that is checked, one more before
+    # those that are timed.
     file, published, kind, operator, arguments = models.model_arguments(
-        name, context + 1 + count, options.dim, options.heads, options.depth)
+        name, context + 2 + count, options.dim, options.heads, options.depth)
     torch.manual_seed(context)
     tokens = torch.randint(models.VOCABULARY, (batch, context + 1), device=device)
     limits = {"logits": models.TOLERANCE[dtype][1]}

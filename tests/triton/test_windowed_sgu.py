@@ -13,13 +13,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F64 = torch.float64
 
 
+def launch(monkeypatch, names, **options):
+    """Options of some kernels' launches, for a test."""
+    monkeypatch.setattr(kernels, "LAUNCH", target.Table(
+        *kernels.LAUNCH.rows, target.Row(names, "*", "*", "*", options, "for a test")))
+
+
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Small tensors have runs of several tiles and groups of several windows too."""
-    monkeypatch.setattr(kernels, "LAUNCH", target.Table(
-        *kernels.LAUNCH.rows,
-        target.Row(kernels.MIXING, "*", "*", "*", dict(programs=4), "for these tests"),
-        target.Row("_norm_backward", "*", "*", "*", dict(programs=8), "for these tests")))
+    launch(monkeypatch, kernels.MIXING, programs=4)
+    launch(monkeypatch, "_norm_backward", programs=8)
 
 
 def draw(n, w, h=2, c=6, b=1, affine=True, residual=True, dtype=F64):
@@ -72,7 +76,7 @@ def test_definition(n, w):
     (257, 256, F64, 1e-11), (513, 512, torch.float16, 4e-3), (140, 1024, torch.bfloat16, 2e-2)])
 def test_wide_windows(n, w, dtype, bound, monkeypatch):
     # Thousands of programs where the others are tens; every other test has it.
-    monkeypatch.setattr(kernels, "_total", lambda parts, like: parts.sum(0).to(like.dtype))
+    launch(monkeypatch, "_add_groups", block_bytes=1 << 16)
     tensors = draw(n, w, h=1, dtype=dtype)
     tensors["weight"] /= w ** 0.5
     grad = output_grad(tensors)
@@ -83,7 +87,7 @@ def test_wide_windows(n, w, dtype, bound, monkeypatch):
 
 
 def test_many_programs(monkeypatch):
-    monkeypatch.setattr(kernels, "PROGRAMS", 512)
+    launch(monkeypatch, kernels.MIXING, programs=512)
     check(draw(37, 3), activation="gelu")
 
 
