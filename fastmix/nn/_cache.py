@@ -5,7 +5,7 @@ states and of its children's caches, and hands these back to them: it never look
 Every tensor has the batch as its first axis. None is the beginning.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,17 +36,6 @@ def call(
     if cache is None and not return_cache:
         return mixer(x, **kwargs), None
     return mixer(x, cache=cache, return_cache=True, **kwargs)
-
-
-def call_layers(
-    layers: Iterable[Callable], x: Tensor, caches: Sequence[Cache], return_cache: bool
-) -> tuple[Tensor, tuple[Cache, ...]]:
-    """x through mixers one after the other, and their caches."""
-    kept = []
-    for layer, cache in zip(layers, caches):
-        x, cache = call(layer, x, cache, return_cache)
-        kept.append(cache)
-    return x, tuple(kept)
 
 
 def call_operator(

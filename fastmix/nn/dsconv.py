@@ -5,18 +5,10 @@ from torch import Tensor, nn
 
 from fastmix import ops
 from fastmix.checks import check_divides
-from fastmix.nn._cache import (
-    Cache,
-    call,
-    call_layers,
-    call_operator,
-    refuse_reversed,
-    split_model_cache,
-    with_cache,
-)
-from fastmix.nn._checks import check_sequence, check_sizes, embed_tokens
+from fastmix.nn._cache import Cache, call, call_operator, refuse_reversed
+from fastmix.nn._checks import check_sequence, check_sizes
 from fastmix.nn._conv1d_fft import conv1d_fft
-from fastmix.nn._loss import token_loss
+from fastmix.nn._language_model import run
 
 __all__ = ["conv1d_fft", "EfficientDsConv", "GatedDsConv", "GatedDsConvLM"]
 
@@ -119,11 +111,4 @@ class GatedDsConvLM(nn.Module):
         self, x: Tensor, labels: Tensor | None = None, *, cache: Cache = None,
         return_cache: bool = False,
     ) -> Tensor | tuple[Tensor, Cache]:
-        where = "GatedDsConvLM"
-        x = embed_tokens(where, self.token_emb, x, self.max_seq_len)
-        seen, caches = split_model_cache(where, x, cache, len(self.layers), self.max_seq_len)
-        x, kept = call_layers(self.layers, x, caches, return_cache)
-        out = self.to_logits(x)
-        if labels is not None:
-            out = token_loss(where, out, labels)
-        return with_cache(out, seen, x.shape[1], kept, return_cache)
+        return run("GatedDsConvLM", self, x, labels, cache, return_cache, self.max_seq_len)

@@ -8,16 +8,9 @@ from torch import Tensor, nn
 from fastmix import _torch_private, ops
 from fastmix.checks import check_shape, check_tensor, wide
 from fastmix.dtypes import wide_complex
-from fastmix.nn._cache import (
-    Cache,
-    call,
-    call_layers,
-    refuse_reversed,
-    split_model_cache,
-    with_cache,
-)
-from fastmix.nn._checks import check_sequence, check_sizes, embed_tokens
-from fastmix.nn._loss import token_loss
+from fastmix.nn._cache import Cache, call, refuse_reversed
+from fastmix.nn._checks import check_sequence, check_sizes
+from fastmix.nn._language_model import run
 from fastmix.ops._register import no_autocast
 
 __all__ = ["DSS", "GSS", "GatedStateSpacesLM"]
@@ -255,11 +248,4 @@ class GatedStateSpacesLM(nn.Module):
         self, x: Tensor, labels: Tensor | None = None, *, cache: Cache = None,
         return_cache: bool = False,
     ) -> Tensor | tuple[Tensor, Cache]:
-        where = "GatedStateSpacesLM"
-        x = embed_tokens(where, self.token_emb, x)
-        seen, caches = split_model_cache(where, x, cache, len(self.layers))
-        x, kept = call_layers(self.layers, x, caches, return_cache)
-        out = self.to_logits(x)
-        if labels is not None:
-            out = token_loss(where, out, labels)
-        return with_cache(out, seen, x.shape[1], kept, return_cache)
+        return run("GatedStateSpacesLM", self, x, labels, cache, return_cache)
