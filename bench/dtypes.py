@@ -10,6 +10,8 @@ import torch
 
 import operators
 import rows
+from progress import Progress
+from table import grid, name
 
 SECONDS = 6  # for an operator, forward and again with backward
 
@@ -24,11 +26,12 @@ def main(argv):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     dtypes = {name: getattr(torch, name) for name in ("float32", args.dtype)}
-    print(f"| operator | float32 ms, forward / fwd+bwd | {args.dtype} ms | times as fast |")
-    print("|---|---:|---:|---:|")
-    for make in (make for makers in operators.ROWS.values() for make in makers):
+    makers = [make for of in operators.ROWS.values() for make in of]
+    measured, progress = [], Progress(len(makers))
+    for make in makers:
         steps = min(args.seq, operators.CAUSAL_STEPS) if make is operators.causal_sgu else args.seq
         case = make(1, steps, args.dim, args.heads)
+        progress(case.row)
         if any(t.is_complex() for _, t in case.inputs.values()):
             continue  # complex64 in either
         contests = {name: rows.Contest(case, dtype, torch.device(args.device))
@@ -37,10 +40,18 @@ def main(argv):
         for step in ours.values():  # compiles, the first time
             step.forward_backward()
         times = contests["float32"].times(ours, SECONDS)
-        wide, half = ([times[name][f"{mode}_ms"]["median"] for mode in rows.MODES]
-                      for name in dtypes)
-        print(f"| {case.row} | {wide[0]:.3g} / {wide[1]:.3g} | {half[0]:.3g} / {half[1]:.3g} "
-              f"| {wide[0] / half[0]:.2f} / {wide[1] / half[1]:.2f} |", flush=True)
+        measured.append({"row": case.row, "times as fast": rows.ratios(*map(times.get, dtypes))} | {
+            dtype: {mode: times[dtype][f"{mode}_ms"]["median"] for mode in rows.MODES}
+            for dtype in dtypes})
+    progress.close()
+    print(grid(measured, [("operator", name), ("float32 ms, forward / fwd+bwd", pair("float32")),
+                          (f"{args.dtype} ms", pair(args.dtype)),
+                          ("times as fast", pair("times as fast"))], None, False))
+
+
+def pair(key):
+    """Forward and with backward, three digits of a short time too."""
+    return lambda row, notes: " / ".join(f"{row[key][mode]:.3g}" for mode in rows.MODES)
 
 
 if __name__ == "__main__":

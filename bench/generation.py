@@ -11,13 +11,17 @@ import torch
 
 import models
 from exactness import relative, within
-from fastmix.states import in_place
+from fastmix.states import FFTConvState, in_place
 from rows import forced, implementations, name_of, reason
 from timing import elapsed, side_by_side, summary
 
 BATCHES = (1, 16)
 CONTEXT = 1024  # and those of --seq
 MINUTES = 0.05 / 8192  # for a token of the contexts that are named
+CAUSAL = "gMLPGPT causal"  # without windows: each layer has a weight of steps × steps
+CAUSAL_CONTEXT = 2048      # the longest that it has a row of
+TEXTS = [text for name in models.MODELS for text in (
+    [name, CAUSAL] if name == "gMLPGPT" else [name])]
 
 
 def sizes(options):
@@ -40,9 +44,23 @@ def jobs(options, room):
             reasons.append(f"text, batch {batch} n={context}, as its prompt needs about "
                            f"{needed / 1e9:.0f} GB at once")
         else:
-            fitting += [(name, batch, context) for name in options.models or models.MODELS
-                        if name != "none"]
+            fitting += [(text, batch, context) for text in TEXTS if fits(text, context)
+                        and text.split()[0] in (options.models or models.MODELS)]
     return fitting, reasons
+
+
+def fits(text, context):
+    return text != CAUSAL or context <= CAUSAL_CONTEXT
+
+
+def arguments_of(text, n, options):
+    """models.model_arguments of a row of TEXTS, for n steps."""
+    arguments = models.model_arguments(
+        text.split()[0], n, options.dim, options.heads, options.depth)
+    if text == CAUSAL:
+        *first, operator, given = arguments
+        return *first, "causal_sgu", {**given, "window": None}
+    return arguments
 
 
 def minutes(options, texts):
@@ -69,11 +87,25 @@ class Writer:
     def first(self):
         _, self.cache = self.model(self.tokens[:, :-1], return_cache=True)
 
-    def step(self):
+    def step(self, count=1):
         with in_place():  # as fastmix.generate does
-            logits, self.cache = self.model(
-                self.tokens[:, -1:], cache=self.cache, return_cache=True)
+            logits, self.cache = self.model(self.tokens[:, -1:].expand(-1, count),
+                                            cache=self.cache, return_cache=True)
         return logits[:, -1]
+
+    def to_epoch(self):
+        """Goes on until the next step begins an epoch of the online convolution. Whether one
+        will: other models have none."""
+        state = next(convolutions(self.cache), None)
+        if state is None:
+            return False
+        done = sum(block.x.shape[1] for block in state.blocks)
+        left = state.tail.shape[1] - done - 1
+        while left > 0:  # pieces that are so long begin one themselves
+            piece = min(left, max(1, state.x.shape[1] // 8 - 1))
+            self.step(piece)
+            left -= piece
+        return True
 
     def error(self, device):
         """Of the token after the context beside a forward over all, both of which are timed."""
@@ -100,14 +132,16 @@ class Writer:
 
 
 @torch.no_grad()
-def generation_rows(job, options, dtype, device, seconds):
+def generation_rows(job, options, dtype, device, seconds, with_original=True):
     """A row for each implementation; checked only, if `seconds` is 0."""
     name, batch, context = job
     count = options.generate
     # The longest input of a model that has one: context, the token that is checked, one more before
-    # those that are timed.
-    file, published, kind, operator, arguments = models.model_arguments(
-        name, context + 2 + count, options.dim, options.heads, options.depth)
+    # those that are timed, and those until the online convolution begins an epoch, of at most a
+    # quarter of what was there before.
+    more = max(64, context // 4) if "DsConv" in name else 0
+    file, published, kind, operator, arguments = arguments_of(
+        name, context + 2 + 2 * count + more, options)
     torch.manual_seed(context)
     tokens = torch.randint(models.VOCABULARY, (batch, context + 1), device=device)
     limits = {"logits": models.TOLERANCE[dtype][1]}
@@ -131,7 +165,7 @@ def generation_rows(job, options, dtype, device, seconds):
             if row["status"] == "ok" and seconds:
                 add_times(row, writer, count, seconds, device)
     timed = [row for row in rows.values() if "token_ms" in row]
-    if timed:
+    if timed and with_original:
         original = time_original(published, kind, arguments, tokens[:, :-1], dtype, seconds,
                                  device)
         for row in timed:
@@ -158,6 +192,8 @@ def add_times(row, writer, count, seconds, device):
         steps.append(elapsed(writer.step, device))
         floors.append(elapsed(writer.linear, device))
     row["token_ms"], row["floor_ms"] = summary(steps), summary(floors)
+    if writer.to_epoch():
+        steps.append(elapsed(writer.step, device))
     row["worst_ms"] = max(steps)
     row["ratio_floor"] = row["token_ms"]["median"] / row["floor_ms"]["median"]
     row["tokens_per_s"] = 1e3 * row["batch"] / row["token_ms"]["median"]
@@ -179,6 +215,15 @@ def time_original(published, kind, arguments, context, dtype, seconds, device):
     except Exception as error:  # whatever published code may raise
         baseline |= {"status": "fails", "reason": reason(error)}
     return baseline
+
+
+def convolutions(cache):
+    """The states of online convolutions in a cache."""
+    if isinstance(cache, FFTConvState):
+        yield cache
+    elif isinstance(cache, tuple):
+        for part in cache:
+            yield from convolutions(part)
 
 
 def cache_bytes(cache):

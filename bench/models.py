@@ -44,6 +44,9 @@ MODELS = {
     "GatedDsConvLM": (
         "dsconv", "gated_state_spaces_pytorch.dsconv", "GatedDsConvLM", "fft_conv",
         lambda n, dim, heads: {"heads": heads, "dim_dsconv": dim, "max_seq_len": n}),
+    "GatedStateSpacesLM": (
+        "gss", "gated_state_spaces_pytorch.gss", "GatedStateSpacesLM", "fft_conv",
+        lambda n, dim, heads: {"dss_kernel_H": dim}),
     "gMLPGPT": (
         "g_mlp_gpt", "g_mlp_gpt.g_mlp_gpt", "gMLPGPT", "windowed_sgu",
         lambda n, dim, heads: {"heads": heads, "seq_len": n, "window": 128}),

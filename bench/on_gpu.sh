@@ -16,13 +16,14 @@
 # steps that have passed; on a fresh machine --from DIR, where an earlier OUT lies, goes on from
 # there. Until they are packed, files are in $WORK (/tmp/fastmix-on-gpu). Wheels in DIR, of the
 # originals and of other packages, are put on the path; what is absent is named and left out.
-# --rehearse takes the same steps without a GPU, with tiny shapes and interpreted kernels.
+# --rehearse takes the same steps without a GPU, with tiny shapes, interpreted kernels, compilers that
+# do not optimise and twenty seconds to measure in: roads are tried, nothing is timed.
 # PYTHON names the interpreter: python3.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 all_stages=(truth tests tune sanitize report counters)
 python=${PYTHON:-python3} rehearse='' list='' wheels='' from=''
-usage() { sed -n '2,22s/^# \?//p' bench/on_gpu.sh >&2; exit 2; }
+usage() { sed -n '2,23s/^# \?//p' bench/on_gpu.sh >&2; exit 2; }
 
 while [ $# -gt 0 ]; do
     case $1 in
@@ -94,7 +95,7 @@ prepare() {
     export TRITON_CACHE_DIR=$cache/triton FASTMIX_CACHE=$cache/fastmix
     export TORCHINDUCTOR_CACHE_DIR=$cache/inductor MPLCONFIGDIR=$work/matplotlib
     if [ "$rehearse" ]; then
-        export TRITON_INTERPRET=1
+        export TRITON_INTERPRET=1 CXXFLAGS=-O0 FASTMIX_INSTRUCTION_SETS=portable
     else
         "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
             echo "torch finds no GPU here; --rehearse tries the steps without one" >&2; exit 2; }
@@ -115,6 +116,7 @@ jobs=$((cores < 16 ? cores : 16))
 device=${rehearse:+cpu}
 device=${device:-cuda}
 minutes() { awk -v s="$1" 'BEGIN { printf "%.2f", (s - 5) / 60 }'; }  # what would not end is left out
+to_measure() { minutes $((rehearse && $1 > 25 ? 25 : $1)); }
 
 report() {  # name, seconds, implementation or '', dtype, batch, steps, width, heads, more …
     local name=$1 limit=$2 impl=$3 dtype=$4 b=$5 n=$6 dim=$7 heads=$8
@@ -122,7 +124,7 @@ report() {  # name, seconds, implementation or '', dtype, batch, steps, width, h
     [ "$rehearse" ] && b=1 n=40 dim=16 heads=4 dtype=float32  # the interpreter truncates
     step "$name" "$limit" "$python" bench/run.py --device "$device" --dtype "$dtype" \
         --batch "$b" --seq "$n" --dim "$dim" --heads "$heads" ${impl:+--impl "$impl"} \
-        --minutes "$(minutes "$limit")" --json "$results/$name.json" --csv "$results/$name.csv" "$@"
+        --minutes "$(to_measure "$limit")" --json "$results/$name.json" --csv "$results/$name.csv" "$@"
 }
 
 operators() {  # name, seconds, dtype, batch, steps, width, heads, operators …
@@ -142,9 +144,9 @@ compile() {  # name, seconds, cases …: on all cores, before anything is timed
 self_check() {  # name, seconds, processes, cases …
     local name=$1 limit=$2 processes=$3
     shift 3
-    [ "$rehearse" ] && set -- --only float32
+    [ "$rehearse" ] && processes=2 && set -- --only float32
     step "$name" "$limit" "$python" bench/self_check.py --device "$device" --jobs "$processes" \
-        --minutes "$(minutes "$limit")" --json "$results/$name.jsonl" "$@"
+        --minutes "$(to_measure "$limit")" --json "$results/$name.jsonl" "$@"
 }
 
 kernels() {  # ten tests to a process, on all cores: compiling is what takes time
@@ -223,7 +225,9 @@ sanitize() {
     [ "$rehearse" ] && only='cumulative_mean float32'
     # Torch's caching allocator would hide what lies beyond a tensor's end.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    for which in memcheck racecheck initcheck synccheck; do
+    local tools=(memcheck racecheck initcheck synccheck)
+    [ "$rehearse" ] && tools=(memcheck)  # without the tool they are all the same
+    for which in "${tools[@]}"; do
         tool "triton-$which" 85 compute-sanitizer --tool "$which" --error-exitcode 1 -- \
             "$python" bench/self_check.py --device "$device" --jobs 4 --only "$only"
         tool "fft-conv-$which" 45 compute-sanitizer --tool "$which" --error-exitcode 1 -- \
@@ -234,10 +238,13 @@ sanitize() {
 report_all() {
     local plot=(--plot "$results/curves.png")
     "$python" -c 'import matplotlib' 2> /dev/null || plot=()
-    operators scans-8192 30 bfloat16 8 8192 1024 8 gate_loop
-    operators float32    40 float32  8 4096 1024 16 gate_loop decay_conv windowed_sgu
-    operators curves    180 bfloat16 1 1048576 512 8 linear_scan gate_loop decay_conv \
-        windowed_sgu cumulative_mean "${plot[@]}"
+    local scan=(gate_loop) three=(gate_loop decay_conv windowed_sgu)
+    local all=(linear_scan "${three[@]}" cumulative_mean)
+    # However short the time, every row is measured; interpreted, each takes a minute, as in truth.
+    [ "$rehearse" ] && scan=(cumulative_mean) three=(cumulative_mean) all=(cumulative_mean)
+    operators scans-8192 30 bfloat16 8 8192 1024 8 "${scan[@]}"
+    operators float32    40 float32  8 4096 1024 16 "${three[@]}"
+    operators curves    180 bfloat16 1 1048576 512 8 "${all[@]}" "${plot[@]}"
     report fft-conv-long 30 native bfloat16 1 1048576 512 8 --models none --ops fft_conv
     report models       160 '' bfloat16 8 4096 1024 16 --ops none --generate 0
     local shape=(--batch 8 --seq 4096 --dim 1024)
@@ -250,14 +257,14 @@ report_all() {
 
 counters() {
     for operator in gate_loop linear_scan windowed_sgu decay_conv cumulative_mean; do
-        local only=$operator
-        [ "$rehearse" ] && only="$operator float32"
+        local which=(--headline --only "$operator")
+        [ "$rehearse" ] && which=(--only "$operator float32" --minutes 0.05)
         # Our kernels' names begin with an underscore, torch's do not.
         tool "ncu-$operator" 100 ncu --clock-control none --target-processes all --csv \
             --kernel-name-base function --kernel-name 'regex:^_' --launch-count 40 \
             --section SpeedOfLight --section Occupancy --section WarpStateStats \
             --section MemoryWorkloadAnalysis -- \
-            "$python" bench/self_check.py --device "$device" --jobs 1 --headline --only "$only"
+            "$python" bench/self_check.py --device "$device" --jobs 1 "${which[@]}"
     done
 }
 

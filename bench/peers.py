@@ -246,7 +246,7 @@ def main(argv=None):
     print(table.grid(compared, COLUMNS, None, False))
     print("\nForward / forward and backward.")
     if options.json:
-        table.write_json({"settings": vars(options), "rows": compared}, options.json)
+        table.write_json({"settings": table.settings(options), "rows": compared}, options.json)
     return 0
 
 

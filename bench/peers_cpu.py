@@ -541,8 +541,8 @@ def main(argv=None):
             measured += contest.rows(way)
     say.close()
     header = machine.header(torch.device("cpu"), torch.float32)
-    report = {"header": header, "settings": vars(options) | {"seq": [options.seq],
-                                                             "dtype": "float32"}, "rows": measured}
+    report = {"header": header, "rows": measured,
+              "settings": table.settings(options) | {"seq": [options.seq], "dtype": "float32"}}
     notes = table.Notes()
     print("\n\n".join([table.heading(header, report["settings"]),
                        table.grid(measured, COLUMNS, notes, False), READING, notes.lines()]))

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import functools
 import logging
-import os
 import sys
 import time
 import warnings
@@ -31,7 +30,9 @@ import machine
 import models
 import operators
 import rows
+import steps
 import table
+from fastmix import env
 from progress import Progress
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -188,19 +189,22 @@ def main(argv=None):
                              options.text, dtype, device)
                for n in options.seq for name in options.models or models.MODELS if name != "none"]
     lengths = shorter(options.seq[0]) if options.plot else []
+    # Where there is little to compute: on GPUs a host's time, which the operators' rows have.
+    stepped = [] if options.check or device.type != "cpu" else [
+        name for name in options.ops or operators.ROWS if name != "none"]
     compile_kernels({name for name, _, _ in cases} | {course.operator for course in courses},
                     options, dtype, device)
     schedule = Schedule(
         float("inf") if options.check else minutes,
-        1 + len(cases) + len(texts), len(courses), len(lengths),
+        1 + bool(stepped) + len(cases) + len(texts), len(courses), len(lengths),
         0 if options.check else len(cases) + len(courses))
     schedule.share("measuring the machine")
     header = machine.header(device, dtype)
-    report = {"header": header, "settings": vars(options), "operators": [], "models": [],
-              "generation": [], "curve": [], "left_out": left_out}
+    report = {"header": header, "settings": table.settings(options), "operators": [],
+              "steps": [], "models": [], "generation": [], "curve": [], "left_out": left_out}
     interrupted = False
     try:
-        measure(report, cases, courses, texts, lengths, options, schedule, seconds)
+        measure(report, cases, courses, texts, stepped, lengths, options, schedule, seconds)
     except KeyboardInterrupt:
         interrupted = True
         report["left_out"].append("what was not measured yet at Ctrl-C")
@@ -215,13 +219,11 @@ def main(argv=None):
 
     written = write_files(report, options, other)
     beside = compare.text(report, other) if other else ""
-    try:
-        print(table.text(report, sys.stdout.isatty(), beside), flush=True)
-    except BrokenPipeError:  # `| head`: there is nobody to print for, at exit neither
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    env.show(table.text(report, sys.stdout.isatty(), beside))
     if interrupted:
         return INTERRUPTED
-    statuses = {row["status"] for row in [*table.rows_of(report), *report["curve"]]}
+    statuses = {row["status"] for row in [
+        *table.rows_of(report), *report["steps"], *report["curve"]]}
     wrong = statuses - {"ok"} if options.check else statuses & set(table.BAD)
     return int(bool(wrong or schedule.raised or not written))
 
@@ -256,7 +258,7 @@ def compile_kernels(names, options, dtype, device):
                                dtype, device)
 
 
-def measure(report, cases, courses, texts, lengths, options, schedule, seconds):
+def measure(report, cases, courses, texts, stepped, lengths, options, schedule, seconds):
     """Fills the report's rows. Every operator and model has one; where time is short, fewer calls
     are timed, originals run at a shorter length, and the curves lack their longest."""
     header = report["header"]
@@ -297,7 +299,11 @@ def measure(report, cases, courses, texts, lengths, options, schedule, seconds):
         with schedule.whatever_comes(what):
             report["generation"] += generation.generation_rows(
                 job, options, dtype, device, min(seconds, share / 4))
-    names = list(models.MODELS)
+    if stepped:
+        schedule.share("operators, one step at a time")
+        with schedule.whatever_comes("operators, one step at a time"):
+            report["steps"] = steps.step_rows(stepped, options, dtype)
+    names = generation.TEXTS
     report["generation"].sort(key=lambda row: (names.index(row["model"]), row["batch"], row["n"]))
     add_curves(report, cases, lengths, options, schedule, seconds)
     for needed, what, work in sorted(compilations * bool(seconds), key=lambda job: job[0]):

@@ -33,14 +33,18 @@ def text(report, colour, beside=""):
     timed = not settings["check"]
     parts = [heading(report["header"], settings)]
     if operators and timed:
-        speed = SPEED + [("host µs", host)] * (report["header"]["device_type"] == "cuda")
+        on_gpu = report["header"]["device_type"] == "cuda"
+        speed = SPEED + [("host µs", host)] * on_gpu
         parts += ["## Operators: speed", grid(operators, speed, notes, colour),
                   "## Operators: beside torch's own copy and matmul, and memory",
-                  grid(operators, RATES, notes, colour), READING]
+                  grid(operators, RATES, notes, colour), READING + f"\n{ON_GPU}" * on_gpu]
     if operators:
         wrong = [row for row in report.get("curve", []) if row["status"] in BAD]
         parts += ["## Operators: error against float64",
                   grid(operators + wrong, EXACTNESS, notes, colour), EXAM]
+    steps = report.get("steps", [])
+    if steps:
+        parts += ["## Operators: one step", grid(steps, STEPS, notes, colour), ONE_STEP]
     if models and timed:
         parts += ["## Models: training steps", grid(models, TRAINING, notes, colour)]
     if models:
@@ -105,15 +109,20 @@ def essence(report):
 READING = """\
 Medians of calls taken in turns with the baselines, caches flushed before each call; ± is half
 of what lies between the 20th and the 80th percentile. Of two numbers, the first is forward
-without gradients, the second forward and backward. Times on a GPU are its own: it was busy until
-all was launched, and "host µs" is what that took. "% of torch's" is the time that torch's own
+without gradients, the second forward and backward. "% of torch's" is the time that torch's own
 copy takes for the bytes that every algorithm must move, or its matmul for the matrix products
 that none can avoid, whichever takes longer, in percent of the time measured: 100 is as fast as
 torch's, not a limit. Memory is the peak of forward and backward beyond the inputs."""
+ON_GPU = """\
+Times are the GPU's own: it was busy until all was launched, and "host µs" is what that took."""
 EXAM = """\
 Error: max |difference| / max |truth|, the worst of all outputs or of all gradients, over the
 first steps of the last heads or channels. Allowed: twice the error of the plain definition in
 the same dtype, plus rounding."""
+ONE_STEP = """\
+Calls of one step and one sequence, each from the state that the one before returned, after the
+context: the time is mostly checks, dispatch and allocation. An addition: torch's, of as many
+numbers as a step has channels, in turns with them, the caches of the processor as they are."""
 STEP = """\
 A step is forward, backward and Adam on the next bytes of {text}:
 vocabulary 256, depth {depth}, and the batch, length, width and heads above. Linear floor: the
@@ -125,7 +134,8 @@ original's losses in the first two steps / from any parameter's first gradient."
 TOKENS = """\
 Text: depth {depth}, and the width and heads above. First token: the model over a context that
 leaves a cache behind, and beside it over the same context as in training. Then tokens one at a
-time, each from the cache of those before, the caches of the processor as they are. Floor: the
+time, each from the cache of those before, the caches of the processor as they are. Worst: the
+slowest of them, and of the online convolution's the one that begins a new epoch. Floor: the
 Linear layers of the model alone, on one token. Cache: what is kept. × original: a forward of the
 published model over the whole context, which is what its own wrapper does for each token, timed
 for one to five tokens."""
@@ -301,6 +311,9 @@ WRITING = [*WHOSE, ("first token ms", time("first_ms")), ("× plain", rate("rati
            ("tokens/s", rate("tokens_per_s")), ("× floor", rate("ratio_floor")),
            ("cache MB", rate("cache_bytes", 1e6)), ("× original", against("original"))]
 WRITTEN = [*WHOSE, ("result", verdict), ("off by", errors("errors")), ("allowed", errors("limits"))]
+STEPS = [("operator", name), ("context", lambda row, notes: str(row["context"])), WHO[2],
+         ("step µs", time("step_us")), ("worst µs", rate("worst_us")),
+         ("× an addition", rate("ratio_addition"))]
 
 
 # What a curve needs of a row that is right.
@@ -332,6 +345,12 @@ def why_not_written(flag, path):
         if path.suffix[1:].lower() not in formats:
             return f": {path} must end with one of .{' .'.join(sorted(formats))}"
     return None
+
+
+def settings(options):
+    """What a report says of its options: all but the files, which are of one machine."""
+    files = ("json", "csv", "plot", "compare")
+    return {name: value for name, value in vars(options).items() if name not in files}
 
 
 def write_json(report, path):

@@ -40,11 +40,11 @@ import self_check
 import table
 import triton_static
 from fastmix import env
-from fastmix._triton import target
+from fastmix._triton import plans, target
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
 FILES = ("cumulative_mean", "decay_conv", "gate_loop_diagonal", "gate_loop_heads", "linear_scan",
-         "windowed_sgu")
+         "scan", "windowed_sgu")
 MARGIN = 0.02  # of the time
 SECONDS = 0.3  # to time one candidate for
 SHARED = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64}  # KB that a program may have
@@ -66,13 +66,15 @@ def table_with(candidate, family):
 def using(tables):
     """Launchers look their choices up in these: {file: Table}."""
     with contextlib.ExitStack() as stack:
+        stack.callback(plans.forget)
         for file, chosen in tables.items():
             stack.enter_context(patch.object(file_of(file), "LAUNCH", chosen))
+        plans.forget()
         yield
 
 
 def case_of(label):
-    """The case of self_check that is called so."""
+    """Returns the case of self_check that has this label."""
     for case in self_check.chosen(True):
         if self_check.label(case) == label:
             return case
@@ -170,13 +172,13 @@ def truth_of(label, device):
 
 
 def made_up(candidate):
-    """Times for trials of this program: the smaller an option, the faster."""
+    """Invents times, to try this program without a GPU: the smaller an option, the faster."""
     return {"now": timing.summary([1.0]),
             "tried": timing.summary([candidate["value"] / candidate["before"]])}
 
 
 def evaluate(job, device, invented):
-    """What becomes of a candidate at a case: {wrong} or {now, tried}: times."""
+    """Runs a candidate at a case → {wrong: why}, or its times: {now, tried}."""
     candidate, label = job
     truth = truth_of(label, device)
     tried = {candidate["file"]: table_with(candidate, target.family())}

@@ -2,8 +2,8 @@
 
     python examples/drop_in.py
 
-Needs gateloop-transformer, the published package, for the comparison. Look for two losses that are
-the same, and for gradients that are, to rounding.
+Needs gateloop-transformer, the published package, for the comparison; a warning about use_reentrant
+is its own. Look for two losses that are the same, and for gradients that are, to rounding.
 """
 
 import torch

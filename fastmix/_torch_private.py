@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode as FunctionalTensorMode
 from torch.nn.modules import module as _modules
 
 
@@ -15,6 +16,11 @@ def transforms_active() -> bool:
 
 def forward_mode_active() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def traced_or_autocast() -> bool:
+    """Whether torch.jit traces what is done, or autocast is on for any device."""
+    return torch._C._get_tracing_state() is not None or torch._C._is_any_autocast_enabled()
 
 
 def is_wrapped(tensor: Tensor) -> bool:
@@ -61,6 +67,17 @@ def below_autograd() -> AbstractContextManager:
     takes longer than a step's arithmetic.
     """
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def is_decomposed_by_table(op: torch._ops.OpOverload) -> bool:
+    """Whether run_decompositions is at work, with a table that has `op`, a composite operator
+    without arguments.
+
+    While it is, each composite operator has a kernel from the table, or one that gives
+    NotImplemented if the table leaves it alone; at other times `op` has none in Python.
+    """
+    overridden = torch._C.DispatchKey.CompositeImplicitAutograd in op.py_kernels
+    return overridden and op.decompose() is not NotImplemented
 
 
 def has_global_hooks() -> bool:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from fastmix import _torch_private
 from fastmix.dtypes import autocast_enabled, wide
 
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,10 +26,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def check_tensor(where: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = REAL,
                  like: tuple[str, Tensor] | None = None, *, wider: bool = True) -> None:
-    """A dense tensor of one of `dtypes`, on the device of `like`, a (name, tensor) pair.
+    """Checks that `value` is a dense tensor of one of `dtypes`, on the device of `like`, a (name,
+    tensor) pair.
 
-    Of real tensors, those that stay as they are have the dtype of `like`, or, if `wider`, that of
-    its sums: others are not among what is expected."""
+    Where any real dtype would do, the error names those that are used as they come: that of
+    `like` and, if `wider`, that of its sums."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{where}: {name} must be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
@@ -46,8 +49,53 @@ def check_tensor(where: str, name: str, value: Any, dtypes: Sequence[torch.dtype
             f"move it, by .to({str(like[1].device)!r})")
 
 
+def is_plain_real(value: Any) -> bool:
+    """Whether `value` is sure to pass check_tensor without `like`. False leaves it open."""
+    return (type(value) is Tensor and value.dtype in REAL and value.layout == torch.strided
+            and not value.is_nested)
+
+
+class Passed:
+    """The calls of an operator that have passed its checks, by all that checks look at.
+
+    Text is written by calls of the same layout, whose checks take longer than a step's
+    arithmetic. It keeps shapes, dtypes and devices, no tensors. The caller must still check
+    everything else: classes of states, flags, numbers.
+    """
+
+    def __init__(self, most: int = 1024) -> None:
+        self.most = most
+        self.keys: set[tuple] = set()
+
+    def key(self, *tensors: Tensor | None) -> tuple | None:
+        """The key of these arguments. None, so that nothing is remembered, where they are not
+        plain dense tensors, where dtypes may be changed, or where sizes may be symbols."""
+        if torch.compiler.is_compiling() or _torch_private.traced_or_autocast():
+            return None
+        key: list = []
+        for t in tensors:
+            if t is None:
+                key.append(None)
+            elif (type(t) is Tensor or type(t) is Parameter) and (
+                    t.layout is torch.strided and not t.is_nested):
+                key += (t.shape, t.dtype, t.device)
+            else:
+                return None
+        return tuple(key)
+
+    def has(self, key: tuple | None) -> bool:
+        return key is not None and key in self.keys
+
+    def add(self, key: tuple | None) -> None:
+        if key is not None:
+            if len(self.keys) >= self.most:
+                self.keys.clear()
+            self.keys.add(key)
+
+
 def is_like(value: Any, model: Tensor) -> bool:
-    """Whether `value` passes every check that `model`, a tensor, passed, at less cost."""
+    """Whether `value` is sure to pass every check that `model`, a tensor, passed. This costs less
+    than the checks."""
     return (isinstance(value, torch.Tensor) and not value.is_nested
             and value.layout == model.layout and value.shape == model.shape
             and value.dtype == model.dtype and value.device == model.device)
@@ -84,7 +132,8 @@ def check_flag(where: str, name: str, value: Any) -> None:
 
 
 def check_number(where: str, name: str, value: Any) -> None:
-    """A real number of any library's: only what commonly stands for none is refused."""
+    """Checks for a real number, of any library: it refuses only what is commonly passed by
+    mistake."""
     if value is None or isinstance(value, (str, bytes, complex)):
         raise TypeError(f"{where}: {name} must be a number, got {value!r}")
 
@@ -108,8 +157,8 @@ def check_length(where: str, name: str, n: int, max_length: int | None = None) -
 def match_dtypes(where: str, **tensors: Tensor | None) -> Any:
     """The tensors with one common dtype.
 
-    Under autocast they are promoted to the widest of theirs; elsewhere a difference is
-    an error, never a silent copy. None passes through.
+    Under autocast they are promoted to the widest of their dtypes; elsewhere a difference is
+    an error, never a silent copy. None stays None.
     """
     if len({t.dtype for t in tensors.values() if t is not None}) == 1:
         return tuple(tensors.values())
@@ -127,7 +176,8 @@ def match_dtypes(where: str, **tensors: Tensor | None) -> Any:
 
 
 def match_parameter(where: str, name: str, value: Tensor, data: tuple[str, Tensor]) -> Tensor:
-    """A parameter in the dtype of `data`, a (name, tensor) pair, or wider within float32."""
+    """Checks a parameter, which may have the dtype of `data`, a (name, tensor) pair, or that of
+    its sums, and returns it."""
     if value.dtype == data[1].dtype:
         return value
     allowed = (data[1].dtype, wide(data[1].dtype))

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from fastmix.ops._register import OPERATORS
+from fastmix.ops._register import OPERATORS, STEPS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -68,10 +68,10 @@ class force(contextlib.ContextDecorator):
     ...     fastmix.ops.cumulative_mean(x).flatten().tolist()
     [1.0, 2.0]
 
-    For tests, benchmarks and bug reports. Holds for the whole process, compiled programs
-    included; of two that are nested the inner one holds. An operator that it cannot run
-    raises RuntimeError with the reason when called; if it can run none at all, that is
-    raised at once. Without `with` (or as a decorator) it has no effect, and warns.
+    It is for tests, benchmarks and bug reports. It holds for the whole process, compiled programs
+    included; of two that are nested the inner one holds. An operator that `implementation` cannot
+    run raises RuntimeError with the reason when it is called; if it can run none at all, `with`
+    itself raises that. Without `with`, or use as a decorator, it has no effect, and warns.
     """
 
     def __init__(self, implementation: str) -> None:
@@ -144,6 +144,8 @@ class _Override:
                 for op, kernel in ((name, run), (f"{name}_backward", run_backward)):
                     # Later torch allows this by default, 2.10 does not.
                     self.library.impl(op, kernel, DEVICE_KEYS[device], allow_override=True)
+            for name, run in STEPS.items() if self.implementation == "fallback" else ():
+                self.library.impl(name, run, "CPU", allow_override=True)
 
     def remove(self) -> None:
         self.library._destroy()

@@ -105,6 +105,15 @@ def fft_conv_lines() -> list[str]:
         for length, size, direction, way, threads, used, channels in shapes]
 
 
+def triton_lines(reasons: dict[str, str | None]) -> list[str]:
+    """A line that says why Triton's kernels are launched slowly, if they run and are."""
+    if reasons.get("triton", "not there") is not None:
+        return []
+    from fastmix._triton import plans
+
+    return [f"  {reason}" for reason in [plans.why_not()] if reason]
+
+
 # ---- the self-test
 
 STEPS = 9
@@ -217,6 +226,8 @@ def lines(all_facts: dict[str, Any]) -> list[str]:
         text += ["", f"{device}: {facts['description']}"]
         if device == "cuda" and library.ready("cuda"):
             text += fft_conv_lines()
+        if device == "cuda":
+            text += triton_lines(facts["operators"]["linear_scan"]["reasons"])
         missing: dict[str, list[str]] = {}
         for operator, states in facts["operators"].items():
             tested = ", ".join(f"{name}: {outcome}"
@@ -231,6 +242,15 @@ def lines(all_facts: dict[str, Any]) -> list[str]:
     return text
 
 
+def show(text: str) -> None:
+    """Prints text, unless nobody reads any more, as after `| head`; then Python's own flush at
+    exit has nobody to complain to either."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastmix.env", description=(
         "What is available here, and what is not and why; each operator is tried on each "
@@ -240,11 +260,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
     options = parser.parse_args()
     all_facts = report(options.quick)
-    try:
-        print(json.dumps(all_facts, indent=1) if options.json else "\n".join(lines(all_facts)),
-              flush=True)
-    except BrokenPipeError:  # `| head`: there is nobody to print for, at exit neither
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show(json.dumps(all_facts, indent=1) if options.json else "\n".join(lines(all_facts)))
     return fastmix._refused is not None or any(
         outcome != "ok" for facts in all_facts["devices"].values()
         for states in facts["operators"].values() for outcome in states["self_test"].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,23 +23,23 @@ def generate(
     """Continues each row of a prompt by `max_new_tokens` tokens.
 
     Args:
-        model: a language model of `fastmix.nn`, or any that is called as they are:
+        model: a language model of `fastmix.nn`, or any that is called in the same way:
             logits, cache = model(tokens, cache=cache, return_cache=True). It runs as in eval().
         prompt: (b, n) token ids, int64 or int32
-        max_new_tokens: at least 1. Models with a max_seq_len run prompt and new tokens, but the
-            last, up to that.
+        max_new_tokens: at least 1. A model with a max_seq_len reads at most so many tokens: the
+            prompt and all new ones but the last.
         temperature: divides the logits; 0 takes the likeliest token and draws nothing
         top_k: draw from the likeliest top_k tokens
         top_p: draw from the likeliest tokens whose probabilities make up top_p, in (0, 1]
         min_p: draw from tokens that are at least min_p times as probable as the likeliest
         eos_token: ends its row, which holds it from there on
         prompt_lengths: (b,), how many tokens at the start of each row of prompt count, at least 1;
-            all n if None. Each row goes on as if it were alone.
-        generator: what tokens are drawn with; torch's own if None
+            all n if None. Each row is continued as if it were alone.
+        generator: draws the tokens; torch's own if None
         stream: called with the tokens (b,) of each step
 
     Returns:
-        (b, n + max_new_tokens): the prompt as it was handed in, behind it what is new.
+        (b, n + max_new_tokens): the prompt as it was handed in, followed by the new tokens.
 
     Raises TypeError and ValueError for arguments that do not fit.
 
@@ -49,10 +50,11 @@ def generate(
     steps = _steps("generate", model, prompt, max_new_tokens, temperature, top_k, top_p, min_p,
                    eos_token, prompt_lengths, generator)
     new = []
-    for tokens in steps:
-        if stream is not None:
-            stream(tokens)
-        new.append(tokens)
+    with _eval_mode(model):
+        for tokens in steps:
+            if stream is not None:
+                stream(tokens)
+            new.append(tokens)
     if eos_token is not None:
         new += [torch.full_like(tokens, eos_token)] * (max_new_tokens - len(new))
     return torch.cat((prompt, torch.stack(new, dim=1)), dim=1)
@@ -63,8 +65,8 @@ def stream(
         top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
         eos_token: int | None = None, prompt_lengths: Tensor | Sequence[int] | None = None,
         generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """As `generate`, one step at a time: an iterator over the tokens (b,) of each step, which
-    ends when all rows have.
+    """Does what `generate` does one step at a time: an iterator over the tokens (b,) of each step,
+    which ends when all rows have ended.
 
     >>> model = fastmix.nn.GateLoopTransformer(32, num_tokens=256, depth=2)
     >>> for tokens in fastmix.stream(model, torch.tensor([[72, 105]]), 2):
@@ -154,15 +156,24 @@ def _run(
 def _in_eval(model: nn.Module) -> Callable:
     """model, called in eval mode; between calls it is as it was."""
     def step(*args: Any, **kwargs: Any) -> Any:
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
+        with _eval_mode(model):
             return model(*args, **kwargs)
-        finally:
-            for module in training:
-                module.training = True
 
-    return step if model.training else model
+    return step
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it, model is in eval mode. Put it around many calls rather than around each: it goes
+    through all modules, unless model is in eval mode already."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    try:
+        if training:
+            model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _RowsOfModel:

@@ -23,7 +23,9 @@ MODELS = ("GateLoopTransformer", "GatedDsConvLM", "GatedExponentialSmoothingLM",
 
 
 class FastmixConfig(PretrainedConfig):
-    """model: one of MODELS; arguments: what its class of fastmix.nn is constructed with.
+    """Names one of the language models of fastmix.nn, and how it is built.
+
+    model: one of MODELS; arguments: the keyword arguments of its constructor
 
     >>> config = FastmixConfig("MetaformerGPT", {"num_tokens": 256, "dim": 64, "depth": 2})
     >>> config.vocab_size
@@ -115,8 +117,9 @@ class FastmixForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Output | tuple:
         """input_ids (b, n) -> logits (b, n, num_tokens).
 
-        labels (b, n) are input_ids too; -100 where none counts. attention_mask (b, n) may leave
-        out tokens behind a row, without a cache. ValueError for tokens left out elsewhere.
+        labels (b, n) are usually input_ids again, not shifted, with -100 for tokens that do not
+        count. Without a cache, attention_mask (b, n) may leave out tokens at the end of a row;
+        ValueError for tokens left out elsewhere.
         """
         cache = past_key_values if cache is None else cache
         use_cache = cache is not None if use_cache is None else use_cache
@@ -162,9 +165,9 @@ def _check_mask(mask: Tensor, where: str) -> None:
         padded = padded[:, :-1] & ~padded[:, 1:]
     if padded.any():
         raise ValueError(
-            "FastmixForCausalLM: attention_mask must leave out tokens only behind a row, and none "
-            "with a cache: every token before is part of the state, and positions are counted "
-            "from a row's first. fastmix.generate(model.model, prompt, …, prompt_lengths=…) "
+            "FastmixForCausalLM: attention_mask must leave out tokens only at the end of a row, "
+            "and none with a cache: every token before is part of the state, and positions are "
+            "counted from a row's first. fastmix.generate(model.model, …, prompt_lengths=…) "
             "continues rows of different lengths")
 
 

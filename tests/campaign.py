@@ -1,9 +1,11 @@
 """Random and hostile calls of everything, for as long as you like:
 
     python tests/campaign.py --minutes 5 --seed 1
+    python tests/campaign.py --calls 10000      so many of each, however long they take
     python tests/campaign.py --repeat 1:42      one call again, in this process
     python tests/campaign.py --sanitize --minutes 9 --operators gate_loop    and other sanitizers:
     python tests/campaign.py --sanitize thread --minutes 9 --operators gate_loop
+    python tests/campaign.py --same 100000        what as many equal calls leave in memory
 
 Calls run in processes that may die: each says what it is about to do, and is replaced, and the
 call reported, if it crashes or hangs. A call comes from the seed and its index alone.
@@ -15,7 +17,6 @@ import contextlib
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 OPERATORS = ("linear_scan", "gate_loop", "decay_conv", "fft_conv", "windowed_sgu", "causal_sgu",
              "cumulative_mean")
 SUBJECTS = (*OPERATORS, "module", "model")
-IMPLEMENTATIONS = ("fallback", "portable", "avx2", "avx512", "triton")
+IMPLEMENTATIONS = ("fallback", "portable", "avx2", "avx512", "amx", "neon", "triton")
 KINDS = ("ok", "refused", "crash", "hang", "wrong", "modified", "unclear")
 
 BATCH = 20  # calls between two changes of the implementation
@@ -137,6 +138,8 @@ def work(options):
     """Batches from options.work on, every options.workers-th, until it is killed."""
     import torch
 
+    from campaign_memory import resident
+
     pipe = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -161,7 +164,7 @@ def work(options):
         torch.set_num_threads(
             2 if first // BATCH % 5 == 0 and options.sanitize != "thread" else 1)
         perform_batch(indices, options.seed, implementations, say, options.sanitize)
-        say("m", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        say("m", resident() >> 20)
         first += BATCH * options.workers
 
 
@@ -215,19 +218,20 @@ class Worker:
                 {"TRITON_INTERPRET": "1"} if self.triton else {})
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True,
                                        env=environment)
-            self.since, self.current, hung = time.time(), None, []
+            self.silent, self.current, hung = 0.0, None, []
 
             def watch():
                 while process.poll() is None:
                     time.sleep(0.5)
+                    self.silent += 0.5  # not by a clock: the whole machine may have been asleep
                     over = time.time() > self.options.end
-                    if over or time.time() - self.since > (HANG if self.current else START):
+                    if over or self.silent > (HANG if self.current else START):
                         hung.append("over" if over else "hang")
                         process.kill()
 
             threading.Thread(target=watch, daemon=True).start()
             for line in process.stdout:
-                self.since = time.time()
+                self.silent = 0.0
                 mark, *words = line.rstrip("\n").split("\t")
                 if mark == ">":
                     self.current = words
@@ -287,7 +291,7 @@ def campaign(options):
     for worker in workers:
         if worker.memory:
             print(f"memory of a worker, in MB: {worker.memory[len(worker.memory) // 5]} after a "
-                  f"fifth, {worker.memory[-1]} at the end")
+                  f"fifth, {worker.memory[-1]} at the end, at most {max(worker.memory)}")
     for (subject, about), count in seen.items():
         if count > ALIKE:
             print(f"{count - ALIKE} more of {subject}: {about}")
@@ -337,15 +341,24 @@ def repeat(options):
                   lambda mark, *words: print(*words) if mark == "=" else None)
 
 
+def same(options):
+    from campaign_memory import constant
+
+    return int(constant([s for s in options.subjects if s in OPERATORS],
+                        [i for i in options.implementations if here(i)], running_on,
+                        options.same) > 0)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=1)
+    parser.add_argument("--minutes", type=float,
+                        help="1, or, with --calls, as many as they take")
     parser.add_argument("--seed", default=str(random.randrange(2**32)))
     parser.add_argument("--operators", dest="subjects", nargs="*", choices=SUBJECTS,
                         default=SUBJECTS)
     parser.add_argument("--implementations", nargs="*", choices=IMPLEMENTATIONS,
                         default=IMPLEMENTATIONS[:-1])
-    parser.add_argument("--calls", type=int, default=10**9, help="of every operator at most")
+    parser.add_argument("--calls", type=int, help="of every operator and implementation at most")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--sanitize", nargs="?", const="address", choices=SANITIZERS,
                         help="with AddressSanitizer and UBSan, or, by --sanitize thread, "
@@ -354,18 +367,23 @@ def main():
     parser.add_argument("--fatal", nargs="*", choices=KINDS[2:], default=KINDS[2:],
                         help="findings for which the exit status is 1")
     parser.add_argument("--repeat", metavar="SEED:INDEX")
+    parser.add_argument("--same", type=int, metavar="CALLS",
+                        help="make one call of every operator so often, with its gradients: the "
+                        "exit status is 1 if any leaves memory behind")
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--last", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, nargs="*", default=(), help=argparse.SUPPRESS)
     parser.add_argument("--triton", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.repeat:
+    if options.repeat or options.same:
         os.environ.setdefault("FASTMIX_INSTRUCTION_SETS", "all")
-        return repeat(options)
+        return same(options) if options.same else repeat(options)
     if options.work is not None:
         return work(options)
-    options.last = options.calls * len(SUBJECTS)
+    if options.minutes is None:
+        options.minutes = float("inf") if options.calls else 1
+    options.last = (options.calls or 10**9) * len(SUBJECTS)
     if not options.sanitize:  # the kernels of every instruction set, not of the best one alone
         os.environ.setdefault("FASTMIX_INSTRUCTION_SETS", "all")
     options.environment = dict(os.environ, OMP_WAIT_POLICY="passive")

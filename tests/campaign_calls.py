@@ -6,12 +6,14 @@ against the definition in float64. The others have something wrong, and must be 
 
 import contextlib
 import random
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from cases import as_tuple, complex_dtype, randn, random_decays, state_dtype, weigh
@@ -35,6 +37,8 @@ class Call:
     odd: list = field(default_factory=list)  # tensors with unusual values
     uneven: bool = False  # numbers of very different sizes, or some that are not finite
     seed: int = 0
+    cut: int = 1  # the first step of the second piece, where a call is done in two
+    huge: tuple = ()  # tensors whose elements lie gigabytes apart
     wanted: tuple = ()  # tensors whose gradient is asked for
     move: Callable | None = None  # changes the gradients that come back
 
@@ -57,7 +61,13 @@ def _described(value):
 
 
 def size(most):
+    if zero_sizes and random.random() < 0.3:
+        return 0
+    most = max(most, 1)
     return random.choice([1, 2, 3, random.randint(1, most), random.randint(1, most)])
+
+
+zero_sizes: list = []  # has an element while sizes may be 0
 
 
 def maybe(make):
@@ -143,8 +153,9 @@ ARGUMENTS = {
 
 
 def restride(t):
-    """The same values with other strides: slices, stride 0, other orders of axes, odd offsets."""
-    kind = random.randrange(7)
+    """The same values with other strides: slices, stride 0, other orders of axes, odd offsets, and
+    of axes of one element any number."""
+    kind = random.randrange(8)
     if kind < 2 or t.ndim == 0:
         return t
     axis = random.randrange(t.ndim)
@@ -157,7 +168,27 @@ def restride(t):
         return t.narrow(axis, 0, 1).expand_as(t) if t.shape[axis] else t
     if kind == 5:
         return torch.cat([t.new_ones(1), t.flatten()])[1:].view_as(t)
-    return t.transpose(0, axis).contiguous().transpose(0, axis)
+    if kind == 6:
+        return t.as_strided(t.shape, [random.choice([0, 1, 2**31 + 1, 2**58]) if size == 1 else
+                                      stride for size, stride in zip(t.shape, t.stride())])
+    return other_order(t, axis)
+
+
+def other_order(t, axis=-1):
+    """The same values, with two axes the other way round in memory."""
+    return t.transpose(0, axis).contiguous().transpose(0, axis) if t.ndim else t
+
+
+def far_apart(t, axis):
+    """The same values, neighbours on an axis more than 2³¹ elements from one another: a file that
+    has nothing between them."""
+    stride = 2**31 + 3
+    with tempfile.NamedTemporaryFile() as file:
+        memory = torch.from_file(file.name, shared=True, dtype=t.dtype,
+                                 size=stride * (t.shape[axis] - 1) + t.numel())
+    strides = list(t.select(axis, 0).contiguous().stride())
+    strides.insert(axis, stride)
+    return memory.as_strided(t.shape, strides).copy_(t)
 
 
 def conjugate(t):
@@ -216,23 +247,49 @@ def _another_layout(t):
         lambda: t.to_sparse(), lambda: t.flatten(1).to_sparse_csr(),
         lambda: torch.nested.nested_tensor([t, t]), lambda: t.float().to_mkldnn(),
         lambda: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
-        lambda: t.to("meta")])()
+        lambda: t.to("meta"), lambda: t.to("meta")])()
+
+
+def _another_state(call):
+    """A state that another call left, of another operator, or of this one and of more rows."""
+    operator = random.choice([call.operator, *ARGUMENTS])
+    tensors, options = ARGUMENTS[operator](4, size(6), call.dtype)
+    _, state = getattr(ops, operator)(**tensors, **options | {"return_state": True})
+    parts = state if isinstance(state, tuple) else (state,)
+    return random.choice([state, parts, parts[0], list(parts), [state]])
 
 
 OPTIONS = {
     "reverse": [None, 2, "x", 0.5, torch.tensor(True)], "return_state": [None, "x", 2],
+    "revealed": [None, "x", 2], "in_place": [None, "x", 2],
     "eps": [None, "x", -1.0, float("nan"), float("inf"), 0, 0.0, torch.tensor(1e-5), True, 1j],
     "activation": ["relu", 3, "none", b"gelu", torch.relu, ["gelu"]],
-    "initial_state": [1.0, torch.tensor(1.0)], "surprise": [1]}
+    "initial_state": [1.0, torch.tensor(1.0), (), object()], "surprise": [1]}
+# States that no tensor argument stands for
+OBJECTS = {"fft_conv": ("initial_state", "return_state", "revealed"),
+           **dict.fromkeys(("windowed_sgu", "causal_sgu"),
+                           ("initial_state", "return_state", "in_place")),
+           "cumulative_mean": ("initial_state", "return_state"), "linear_scan": ("return_state",)}
 
 
 def make_wrong(call):
     """Something that does not fit, in one place."""
     name = random.choice([name for name, t in call.tensors.items() if t is not None])
     t = call.tensors[name]
-    kind = random.randrange(6)
+    kind = random.randrange(8)
+    if kind == 7:
+        call.wrong = "sizes of 0"
+        zero_sizes.append(True)
+        call.tensors, call.options = ARGUMENTS[call.operator](size(3), size(6), call.dtype)
+        zero_sizes.clear()
+        return
+    if kind == 6:
+        call.wrong = "another state"
+        call.tensors.pop("initial_state", None)
+        call.options["initial_state"] = _another_state(call)
+        return
     if kind == 5:
-        name = random.choice([*call.options, "surprise"])
+        name = random.choice([*call.options, *OBJECTS.get(call.operator, ()), "surprise"])
         call.options[name] = random.choice(OPTIONS[name])
         call.wrong = f"option {name}"
         return
@@ -251,8 +308,14 @@ def make_wrong(call):
 
 MODES = ("plain",) * 20 + (
     "no_grad", "inference", "vmap", "vmap", "grad", "jvp", "vmap of grad", "checkpoint", "second",
-    "autocast", "fake", "meta", "threads", "saved on cpu", "backward twice")
-AS_PLAIN = ("checkpoint", "autocast", "threads", "saved on cpu", "backward twice")
+    "autocast", "fake", "meta", "threads", "saved on cpu", "backward twice", "pieces", "pieces",
+    "hooks", "vjp", "vmap of vmap", "vmap over the last", "grad of vmap", "forward mode")
+AS_PLAIN = ("checkpoint", "autocast", "threads", "saved on cpu", "backward twice", "pieces",
+            "hooks")
+# The arguments with a time axis, of calls in pieces
+TIMED = {"linear_scan": ("gates", "inputs"), "gate_loop": ("q", "k", "v", "gates", "gate_logits"),
+         "decay_conv": ("x",), "cumulative_mean": ("x",), "windowed_sgu": ("x", "gate_residual"),
+         "causal_sgu": ("x", "gate_residual"), "fft_conv": ("x",)}
 
 
 def drawn(kind, operator, seed, index, most):
@@ -269,11 +332,26 @@ def drawn(kind, operator, seed, index, most):
     present = [name for name, t in tensors.items() if t is not None]
     call.wanted = tuple(present if random.random() < 0.6 else random.sample(
         present, random.randint(1, len(present))))
+    if call.mode == "pieces":
+        call.cut = random.randint(1, max(n - 1, 1))
+        if dtype != state_dtype(dtype):  # autograd adds up the others' gradients in 16 bits
+            call.wanted = tuple(name for name in present if is_timed(call, name))
+            if operator.endswith("sgu"):  # and that of x, which goes into outputs and the state
+                call.mode = "plain"
     if random.random() < 0.3:
         make_odd(call)
+    if call.mode == "pieces" and operator == "fft_conv" and not all(
+            t is None or t.isfinite().all() for t in tensors.values()):
+        call.mode = "plain"  # what lags beyond n make of x is in the state: 0 · NaN is NaN
+    if call.uneven and callable(options.get("activation")):
+        options["activation"] = None  # the sine of a large number is its rounding
     for name in present:
         t = restride(call.tensors[name])
         call.tensors[name] = conjugate(t) if random.random() < 0.05 else t
+        axes = [axis for axis in range(t.ndim) if t.shape[axis] in (2, 3)]
+        if axes and t.numel() and random.random() < 0.01:
+            call.tensors[name] = far_apart(t, random.choice(axes))
+            call.huge += (name,)
     if random.random() < 0.3:
         call.mode = "plain"
         make_wrong(call)
@@ -294,19 +372,53 @@ def weights_of(call, outputs):
     return made
 
 
+def is_timed(call, name):
+    """Decays, gates of one axis, have no time."""
+    return name in TIMED[call.operator] and call.tensors[name].ndim > 1
+
+
+def in_pieces(function, call):
+    """The same function of the whole sequence, done in two pieces, from state to state."""
+    n = call.tensors[TIMED[call.operator][0]].shape[1]
+    halves = [slice(None, call.cut), slice(call.cut, None)]
+    if call.options.get("reverse"):
+        halves = [slice(n - call.cut, None), slice(None, n - call.cut)]
+
+    def run(initial_state=None, return_state=False, **given):
+        outs, state = [], initial_state
+        for at in halves if n > 1 else [slice(None)]:
+            piece = {name: t[:, at] if name in call.tensors and is_timed(call, name) else t
+                     for name, t in given.items()}
+            out, state = function(**piece, initial_state=state, return_state=True)
+            outs.append(out)
+        out = torch.cat(outs[::-1] if call.options.get("reverse") else outs, 1)
+        return (out, state) if return_state else out
+
+    return run
+
+
 def evaluate(function, call, tensors, mode):
     """{what: tensor}, of outputs, and of gradients or tangents in that mode."""
     call_with = {name: t for name, t in tensors.items() if t is not None}
+    if mode == "pieces":
+        function = in_pieces(function, call)
 
     def run(*values):
         given = call_with | dict(zip(call.wanted, values))
         return as_tuple(function(**given, **call.options))
 
+    values = [call_with[name] for name in call.wanted]
+    results = transformed(run, call, values, mode)
+    return backward(run, call, values, mode) if results is None else results
+
+
+def transformed(run, call, values, mode):
+    """The results in a mode that runs no backward of autograd's around the call; None in others."""
     def loss(*values):
         outputs = run(*values)
         return weigh(outputs, weights_of(call, outputs))
 
-    values = [call_with[name] for name in call.wanted]
+    argnums = tuple(range(len(values)))
     if mode == "no_grad":
         with torch.no_grad():
             return named(run(*values))
@@ -314,7 +426,6 @@ def evaluate(function, call, tensors, mode):
         with torch.inference_mode():
             return named(run(*values))
     if mode == "grad":
-        argnums = tuple(range(len(values)))
         return named((), torch.func.grad(loss, argnums)(*values), call.wanted)
     if mode == "jvp":
         tangents = weights_of(call, values)
@@ -323,23 +434,32 @@ def evaluate(function, call, tensors, mode):
         outputs, moved = torch.func.jvp(run, tuple(values), tuple(tangents))
         return named(outputs) | {f"tangent of {i}": t for i, t in enumerate(moved)}
     if mode == "vmap of grad":
-        argnums = tuple(range(len(values)))
         return named((), torch.vmap(torch.func.grad(loss, argnums))(*map(two_of, values)),
                      call.wanted)
-    values = [v.detach().requires_grad_() for v in values]
-    if mode == "vmap":
-        values = [two_of(v.detach()).requires_grad_() for v in values]
-        outputs = torch.vmap(run)(*values)
-    elif mode == "checkpoint":
-        outputs = checkpoint(run, *values, use_reentrant=False)
-    elif mode == "saved on cpu":
-        with torch.autograd.graph.save_on_cpu():
-            outputs = run(*values)
-    elif mode == "autocast":
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = run(*values)
-    else:
-        outputs = run(*values)
+    if mode == "grad of vmap":
+        def total(*values):
+            outputs = torch.vmap(run)(*values)
+            return weigh(outputs, weights_of(call, outputs))
+
+        return named((), torch.func.grad(total, argnums)(*map(two_of, values)), call.wanted)
+    if mode == "vjp":
+        outputs, pull = torch.func.vjp(run, *values)
+        return named(outputs, pull(tuple(weights_of(call, outputs))), call.wanted)
+    if mode == "forward mode":
+        tangents = weights_of(call, values)
+        with forward_ad.dual_level():
+            outputs = run(*(forward_ad.make_dual(v.clone(memory_format=torch.contiguous_format), t)
+                            for v, t in zip(values, tangents)))
+            primals, moved = zip(*(forward_ad.unpack_dual(o) for o in outputs))
+            return named(primals) | {f"tangent of {i}": torch.zeros_like(p) if t is None else t
+                                     for i, (p, t) in enumerate(zip(primals, moved))}
+    return None
+
+
+def backward(run, call, values, mode):
+    """The results in a mode that ends in autograd's backward."""
+    called = []
+    values, outputs = differentiable(run, [v.detach() for v in values], mode, called)
     weights = weights_of(call, outputs)
     reached = [i for i, o in enumerate(outputs) if o.requires_grad]
     if mode == "threads":
@@ -357,12 +477,47 @@ def evaluate(function, call, tensors, mode):
         return named(outputs, grads, call.wanted)
     if mode == "backward twice":
         torch.autograd.grad(outputs, values, weights, retain_graph=True)
-    return named(outputs, torch.autograd.grad(
-        [outputs[i] for i in reached], values, [weights[i] for i in reached]), call.wanted)
+    if mode == "hooks":
+        weights = [other_order(w) for w in weights]
+    grads = torch.autograd.grad(
+        [outputs[i] for i in reached], values, [weights[i] for i in reached])
+    if mode == "hooks":
+        assert len(called) == len(values), f"{len(called)} of {len(values)} hooks were called"
+    return named(outputs, grads, call.wanted)
+
+
+def differentiable(run, values, mode, called):
+    """The values as leaves, and the outputs of that mode. Hooks of leaves note in `called` that
+    they were."""
+    if mode == "vmap":
+        values = [two_of(v) for v in values]
+        run = torch.vmap(run)
+    elif mode == "vmap of vmap":
+        values = [two_of(two_of(v)) for v in values]
+        run = torch.vmap(torch.vmap(run))
+    elif mode == "vmap over the last":
+        values = [torch.stack([v, -v], -1) for v in values]
+        run = torch.vmap(run, in_dims=-1, out_dims=1)
+    values = [v.requires_grad_() for v in values]
+    if mode == "hooks":
+        for v in values:
+            v.register_hook(lambda grad: called.append(grad.shape))
+        with torch.autograd.graph.saved_tensors_hooks(other_order, lambda t: t):
+            return values, run(*values)
+    if mode == "checkpoint":
+        return values, checkpoint(run, *values, use_reentrant=False)
+    if mode == "saved on cpu":
+        with torch.autograd.graph.save_on_cpu():
+            return values, run(*values)
+    if mode == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return values, run(*values)
+    return values, run(*values)
 
 
 def bits(t):
-    return t.detach().contiguous().flatten().view(torch.uint8)
+    # Cloned, because an axis of one number may have any stride, and be called contiguous.
+    return t.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def two_of(t):
@@ -392,7 +547,8 @@ def performed(call):
              if isinstance(t, torch.Tensor) and type(t) is torch.Tensor
              and t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized
              and not t.is_nested}
-    before = {name: storage(t).clone() for name, t in plain.items()}
+    shown = {name: t if name in call.huge else storage(t) for name, t in plain.items()}
+    before = {name: t.clone() for name, t in shown.items()}
     function = getattr(ops, call.operator)
     try:
         if call.wrong:
@@ -403,8 +559,8 @@ def performed(call):
     except REFUSALS as error:
         return error
     finally:
-        for name, t in plain.items():
-            assert torch.equal(storage(t), before[name]), f"{name} was modified"
+        for name, t in shown.items():
+            assert torch.equal(bits(t), bits(before[name])), f"{name} was modified"
 
 
 def elsewhere(function, call):

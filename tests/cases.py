@@ -1,5 +1,6 @@
 """Every operator with random arguments of every kind: what the generic tests run over."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,17 @@ class Case:
 
     def define(self, tensors):
         return as_tuple(getattr(reference, self.operator)(**tensors, **self.options))
+
+
+@contextlib.contextmanager
+def unwritten_is_nan():
+    """New memory that nobody has written holds NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def implementations(operator):

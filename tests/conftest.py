@@ -1,11 +1,15 @@
+import importlib.util
 import os
 import shlex
+import sys
 
 # Workers of pytest-xdist share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The kernels of every instruction set, not of this machine's best one alone.
 os.environ.setdefault("FASTMIX_INSTRUCTION_SETS", "all")
+if getattr(importlib.util.find_spec("triton"), "origin", None) is None:
+    sys.modules["triton"] = None  # not installed: the folder tests/triton is not it
 # Inductor's cache knows an operator by its name only, not by the version of its code.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
@@ -76,7 +80,7 @@ def pytest_runtest_makereport(item):
 def names_of(item):
     """The name of its value of each parameter, or of parameters that are given together."""
     names = item.callspec._idlist
-    if "costly" in item.keywords:
+    if item.get_closest_marker("costly"):
         names = [CASES[name].operator if name in CASES else name for name in names]
     return names
 
@@ -104,7 +108,7 @@ def short_tier(items):
     """Those that run without --long."""
     short, cases, first = set(), {}, {}
     for item in items:
-        if "long" in item.keywords:
+        if item.get_closest_marker("long"):
             continue
         # Interpreted kernels take minutes: of each file of tests/triton the first test.
         if item.path.parent.name == "triton" and (
@@ -127,8 +131,9 @@ def pytest_collection_modifyitems(config, items):
             items=[item for item in items if (item in short) == config.option.long])
         items[:] = [item for item in items if (item in short) != config.option.long]
     # Interpreted kernels first, then other long ones: none is left over for one core.
-    items.sort(key=lambda item: ("long" not in item.keywords, item.path.stem != "test_triton"))
+    items.sort(key=lambda item: (item.get_closest_marker("long") is None,
+                                 item.path.stem != "test_triton"))
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU here"))

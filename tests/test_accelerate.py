@@ -1,11 +1,13 @@
 """fastmix.accelerate on the published classes: the same numbers from faster forwards, in place."""
 
 import copy
+import functools
 import importlib
 import importlib.metadata
 import io
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -137,6 +139,34 @@ def test_a_gate_loop_fn_that_was_put_there_is_called(reverse):
         assert torch.equal(cache[0], caches[0][1][0]) and torch.equal(cache[1], caches[0][1][1])
 
 
+def jaxlike(fn):
+    """What jax2torch makes of what jax's jit makes of fn: both show its names."""
+    jitted = types.SimpleNamespace(__name__=fn.__name__, __module__=fn.__module__, __wrapped__=fn)
+    code = "def inner(*args, **kwargs):\n    return fn(*args, **kwargs)"
+    made = {"__name__": "jax2torch.jax2torch", "fn": fn}
+    exec(code, made)
+    return functools.wraps(jitted)(made["inner"])
+
+
+def published_jax_loop():
+    """A stand-in for it, as it is where jax is installed."""
+    made = {"__name__": simplified_gate_loop.__name__, "halves": halves}
+    exec("def jax_gate_loop_operator(q, kv, a, cache = None):\n    return halves(q, kv, a)", made)
+    return jaxlike(made["jax_gate_loop_operator"])
+
+
+def test_jax_loop_of_the_published_layer_is_known_and_no_other():
+    """By its code, not by names that decorators copy."""
+    published = simplified_gate_loop.gate_loop_operator
+    is_known = fastmix.nn.gateloop_transformer.simplified_gate_loop._is_known
+    known = [published, published_jax_loop(), functools.partial(published, heinsen=True),
+             fastmix.nn.gateloop_transformer.simplified_gate_loop.gate_loop_operator]
+    others = [halves, jaxlike(halves), functools.wraps(published)(lambda *a, **k: halves(*a, **k)),
+              functools.partial(published, cache=(1, 2)), torch.nn.Identity(),
+              simplified_gate_loop.heinsen_associative_scan]
+    assert [is_known(f) for f in known + others] == [True] * 4 + [False] * 6
+
+
 def test_heinsen_sequences_are_scanned(monkeypatch):
     layer = simplified_gate_loop.SimpleGateLoopLayer(8, use_heinsen=True)
     expected = layer(torch.ones(2, 7, 8))
@@ -162,16 +192,35 @@ def test_treated_afterwards(treat, name):
 @pytest.mark.parametrize("name", LEAVES)
 @pytest.mark.parametrize("treat", [
     treatments.adapters, treatments.parametrized, treatments.forward_hooks, treatments.rms_norms,
-    treatments.hooks_on_split_heads], ids=lambda t: t.__name__)
+    treatments.hooks_on_split_heads, treatments.copied, treatments.saved_whole,
+    treatments.from_meta], ids=lambda t: t.__name__)
 def test_treated_before(treat, name):
     results = []
     for change in (lambda model: None, fastmix.accelerate):
         model, x = published(name)
         torch.manual_seed(9)
-        treat(model)
+        model = treat(model) or model
         change(model)
         results.append(step(model, model, x))
     assert_same_steps(*results)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("check", treatments.CHECKS, ids=lambda check: check.__name__[6:])
+def test_other_treatment(check, name):
+    check(published(name)[0], accelerated(name), published(name)[1])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LEAVES)
+def test_built_on_meta(name):
+    theirs, x = published(name)
+    file, build = CLASSES[name]
+    with torch.device("meta"):
+        model = build(PUBLISHED[file]).double()
+    assert fastmix.accelerate(model).replaced
+    model.load_state_dict(copy.deepcopy(theirs.state_dict()), assign=True)
+    assert_same_steps(step(theirs, theirs, x), step(model, model, x))
 
 
 @every_known

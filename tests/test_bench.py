@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmix import ops
+from fastmix import env, ops
 from fastmix.native import library
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -21,8 +21,8 @@ SIZES = ["--seq", "64", "--dim", "32", "--heads", "2", "--device", "cpu"]
 SMALL = [*SIZES, "--generate", "2"]
 ROWS = {"linear_scan complex", "gate_loop 32×1", "gate_loop 2×16", "gate_loop 2×16 real",
         "decay_conv", "fft_conv", "windowed_sgu w=128", "causal_sgu", "cumulative_mean"}
-MODELS = {"MetaformerGPT", "GatedExponentialSmoothingLM", "GatedDsConvLM", "gMLPGPT",
-          "GateLoopTransformer"}
+MODELS = {"MetaformerGPT", "GatedExponentialSmoothingLM", "GatedDsConvLM", "GatedStateSpacesLM",
+          "gMLPGPT", "GateLoopTransformer"}
 MODES = ("forward", "forward_backward")
 
 
@@ -106,7 +106,7 @@ def test_whole_report(uncompiled, tmp_path, capsys):
         assert row["ratio_original"] > 0 and row["tokens_per_s"] > 0 and row["peak_bytes"] > 0
 
     assert {(row["model"], row["batch"], row["n"]) for row in report["generation"]} == {
-        (name, batch, 64) for name in MODELS for batch in (1, 16)}
+        (name, batch, 64) for name in [*MODELS, "gMLPGPT causal"] for batch in (1, 16)}
     for row in report["generation"]:
         assert row["status"] == row["original"]["status"] == "ok", row["row"]
         assert row["errors"]["logits"] < 1e-4
@@ -118,11 +118,16 @@ def test_whole_report(uncompiled, tmp_path, capsys):
         assert min(row["first_ms"]["median"], row["ratio_plain"], row["ratio_floor"],
                    row["cache_bytes"]) > 0
 
+    assert {row["row"] for row in report["steps"]} == ROWS
+    for row in report["steps"]:
+        assert row["status"] == "ok" and row["errors"]["values"] < 1e-4, row["row"]
+        assert 0 < row["step_us"]["median"] <= row["worst_us"] and row["ratio_addition"] > 0
+
     for name in ROWS:
         assert {row["n"] for row in report["curve"] if row["row"] == name} >= {4, 8, 16}, name
     with open(tmp_path / "rows.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == len(ROWS) + 3 * len(MODELS)
+    assert len(lines) == len(ROWS) + len(MODELS) + 2 * (len(MODELS) + 1)
     assert [float(line["forward_ms.median"]) for line in lines[: len(ROWS)]] == [
         row["forward_ms"]["median"] for row in report["operators"]]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -131,6 +136,7 @@ def test_whole_report(uncompiled, tmp_path, capsys):
     assert "\x1b" not in printed
     if library.instruction_set():
         assert f"\nkernels for {library.instruction_set()}, torch's own for " in printed
+    assert "\n## Operators: one step\n" in printed
     best = max(report["operators"], key=lambda row: row["ratio_original"]["forward_backward"])
     assert f"In short: {best['row']} runs forward and backward" in printed
     speeds = printed.partition("× original")[2].partition("\n\n")[0].splitlines()[2:]
@@ -247,13 +253,11 @@ def test_a_curve_that_is_wrong_is_red_too(uncompiled, monkeypatch, tmp_path, cap
 
 
 def test_files_are_written_whoever_reads_the_report(uncompiled, monkeypatch, tmp_path):
-    import table
-
-    def gone(*arguments):
+    def gone(*arguments, **options):
         raise BrokenPipeError
 
     flags = "--ops", "cumulative_mean", "--models", "none", "--csv", str(tmp_path / "rows.csv")
-    monkeypatch.setattr(table, "text", gone)
+    monkeypatch.setattr(env, "print", gone, raising=False)
     duplicated = []
     monkeypatch.setattr("os.dup2", lambda *files: duplicated.append(files))
     status, report = uncompiled(*flags)
@@ -338,6 +342,32 @@ def test_a_noisy_machine_is_called_so(monkeypatch):
     timing["p80"] = 2 * timing["median"]
     assert f"Noisy: the times of {report['operators'][0]['row']} n=8192 spread" in table.text(
         report, colour=False)
+
+
+def test_vectors_that_move_to_and_from_the_stack_are_counted(monkeypatch):
+    """Those of eight bytes that NEON's functions save for their caller are not."""
+    monkeypatch.syspath_prepend(BENCH)
+    import cpu_static
+
+    listing = """
+0000000000000000 <void fastmix::neon::(anonymous namespace)::mix<float>(long)>:
+   0:\tstp\td8, d9, [sp, #64]
+   4:\tldp\tq0, q1, [sp, #16]
+   8:\tstr\tq0, [x29, #16]
+   c:\tfmla\tv0.4s, v1.4s, v2.s[0]
+  10:\tret
+
+0000000000000020 <fastmix::avx2::(anonymous namespace)::run(int)::{lambda(long)#1}::operator()()>:
+  20:\tmov    %rsp,%rbp
+  24:\tvmovaps %ymm0,0x20(%rsp)
+  28:\tvmovups 0x20(%rbp),%ymm0
+  2c:\tvmovups (%rdi),%ymm0
+  30:\tvfmadd231ps %ymm1,%ymm2,%ymm3
+"""
+    monkeypatch.setattr(cpu_static.subprocess, "run",
+                        lambda *args, **named: types.SimpleNamespace(stdout=listing))
+    assert list(cpu_static.counts(Path("made.o"))) == [("mix<float>", 5, 3, 2),
+                                                       ("run…", 5, 4, 2)]
 
 
 def test_necessary_bytes_and_flops(monkeypatch):
@@ -512,9 +542,22 @@ def test_committed_reports_are_small_and_have_a_row_a_line():
     assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 400_000
     for file in files:
         report = json.loads(file.read_text())
+        paths = [value for value in report.get("settings", {}).values()
+                 if str(value).startswith("/")]
+        assert not paths, "of one machine"
         rows = [row for value in report.values() if isinstance(value, list) for row in value
                 if isinstance(row, dict)]
         assert rows and len(rows) < len(file.read_text().splitlines()) < len(rows) + 20
+
+
+def test_the_page_of_benchmarks_is_what_the_reports_say(monkeypatch):
+    """`python bench/page.py` writes it anew."""
+    monkeypatch.syspath_prepend(BENCH)
+    import page
+    text = page.PAGE.read_text("utf-8")
+    assert page.written(text) == text
+    assert len(page.SECTION.findall(text)) == 2
+    assert page.written(text.replace("| decay_conv ", "| another ", 1)) == text
 
 
 @pytest.mark.long
@@ -651,6 +694,10 @@ def test_a_model_that_forgets_its_cache_is_wrong(uncompiled, monkeypatch, capsys
     assert capsys.readouterr().out.count("WRONG") >= 2
     status, report = uncompiled("--check", *flags)
     assert status == 1 and [row["status"] for row in report["generation"]] == ["wrong"]
+    status, report = uncompiled("--ops", "decay_conv", "--models", "none")
+    assert status == 1 and [row["status"] for row in report["operators"]] == ["ok"]
+    assert [row["status"] for row in report["steps"]] == ["wrong"]
+    assert "step_us" not in report["steps"][0]
 
 
 def test_texts_that_do_not_fit_are_left_out(uncompiled, monkeypatch):
@@ -674,6 +721,40 @@ def test_texts_are_never_left_out_for_time(uncompiled, monkeypatch):
     assert "text" not in str(report["left_out"])
     for row in report["generation"]:
         assert row["status"] == "ok" and row["token_ms"]["runs"] == 2
+
+
+def test_the_worst_token_may_be_one_that_begins_an_epoch(uncompiled, monkeypatch):
+    import generation
+    from fastmix.ops import _fft_conv_state
+    begun, elapsed = [], generation.elapsed
+    begin = _fft_conv_state._begin_epoch
+    monkeypatch.setattr(_fft_conv_state, "_begin_epoch",
+                        lambda *arguments: (begun.append(1), begin(*arguments))[1])
+
+    def timed(function, device):
+        before = len(begun)
+        ms = elapsed(function, device)
+        return 1e9 if len(begun) > before and function.__name__ == "step" else ms
+
+    monkeypatch.setattr(generation, "elapsed", timed)
+    _, report = uncompiled("--ops", "none", "--models", "GatedDsConvLM", "MetaformerGPT")
+    assert {row["model"]: row["worst_ms"] >= 1e9 for row in report["generation"]} == {
+        "GatedDsConvLM": True, "MetaformerGPT": False}
+    assert all(row["token_ms"]["median"] < 1e9 for row in report["generation"])
+
+
+def test_one_step_and_tokens_by_themselves(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCH)
+    import steps
+    monkeypatch.setattr(steps, "CALLS", 4)
+    rows = steps.main(["--seq", "64", "4096", "--dim", "32", "--heads", "2", "--depth", "2",
+                       "--generate", "2", "--seconds", "0.01", "--ops", "decay_conv", "fft_conv",
+                       "--models", "gMLPGPT causal", "GatedDsConvLM"])
+    assert [(row["row"], row["status"]) for row in rows] == [
+        ("decay_conv", "ok"), ("fft_conv", "ok"), ("gMLPGPT causal, text, batch 1", "ok"),
+        *[("GatedDsConvLM, text, batch 1", "ok")] * 2]
+    printed = capsys.readouterr().out
+    assert "× an addition" in printed and "× floor" in printed and "depth 2" in printed
 
 
 def test_turns_and_peak(monkeypatch):
@@ -811,13 +892,29 @@ def test_threads_have_a_row_for_each_operator_and_a_plot(tmp_path, monkeypatch, 
     import threads
     monkeypatch.setattr(threads, "SECONDS", 0.1)
     path = tmp_path / "threads.png"
-    threads.main(["--seq", "300", "--dim", "32", "--heads", "2", "--ops", "decay_conv", "gate_loop",
-                  "--plot", str(path)])
+    threads.main(["--seq", "300", "--dim", "32", "--batch", "1", "3", "--heads", "1", "2", "--ops",
+                  "decay_conv", "gate_loop", "--plot", str(path)])
     large, small = capsys.readouterr().out.strip().split("\n\n")
-    names = [line.split("|")[1].strip() for line in large.splitlines()[2:]]
-    assert names == [line.split("|")[1].strip() for line in small.splitlines()[2:]]
-    assert len(names) == 4 and "on 64" in small and "%" in large
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in large.splitlines()[2:]]
+    names = [line.split("|")[1].strip() for line in small.splitlines()[2:]]
+    assert len(names) == 4 and "/ 64 threads" in small and "efficiency %" in large
+    assert {name for name, *_ in cells} >= set(names)
+    assert [cell for cell in cells if cell[0] == "decay_conv"] == [
+        ["decay_conv", batch, heads] for heads in ("1", "2") for batch in ("1", "3")]
+    assert [cell[1] for cell in cells if cell[0] == "gate_loop 32×1"] == ["1", "3"]  # of any heads
     assert path.stat().st_size > 5000
+
+
+def test_parts_of_a_training_step(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCH)
+    import parts
+    parts.main(["--seq", "64", "--dim", "32", "--heads", "2", "--models", "GateLoopTransformer"])
+    names, _, values = [[cell.strip() for cell in line.split("|")[1:-1]]
+                        for line in capsys.readouterr().out.splitlines()]
+    assert values[0] == "GateLoopTransformer"
+    spent = dict(zip(names[1:], map(float, values[1:]), strict=True))
+    for part in ("products", "mixing", "copies", "sums, products of tensors", "Adam"):
+        assert spent[part] > 0, spent
 
 
 @pytest.mark.long

@@ -3,9 +3,12 @@
 Most tests use a stand-in for the compiler, which copies the library that the other tests run.
 """
 
+import ctypes
 import math
 import os
+import platform
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -43,7 +46,8 @@ def stand_in(tmp_path, compiled, monkeypatch):
     The cache is empty, and this process has loaded nothing."""
     folder = tmp_path / "tools"
     folder.mkdir()
-    path = script(folder / "c++", f"""echo "$@" >> {folder}/calls
+    path = script(folder / "c++", f"""case "$*" in *" -") exit ;; esac  # what the assembler knows
+echo "$@" >> {folder}/calls
 echo "+1 $(date +%s%N)" >> {folder}/times
 sleep ${{SLEEP:-0}}
 while [ $# -gt 0 ]; do
@@ -160,6 +164,48 @@ def test_no_text_is_read_or_written_in_the_encoding_of_the_locale():
             assert "encoding=" in call or "errors=" in call, (path, call)
 
 
+@pytest.mark.parametrize("system, install", [
+    ("linux", "c++, g++ or clang++ on PATH"), ("darwin", "xcode-select --install brings Apple's"),
+    ("win32", "LLVM's clang++ on PATH, beside Visual Studio's build tools, ")])
+def test_every_system_has_its_flags_and_says_what_to_install(system, install, tmp_path,
+                                                             monkeypatch):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(sys, "platform", system)
+        there = runpy.run_path(build.__file__)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert there["why_not_compiled"]().startswith(
+        f"no C++ compiler was found: install one ({install}")
+    path = script(tmp_path / "clang++", "exit 0")
+    assert there["compiler"]() == [str(path)] and there["why_not_compiled"]() is None
+    jobs, link = there["_commands"](TORCH, (), True, (), build.CHOICES[:1])
+    assert len(jobs) > 5
+    assert all(("-fPIC" in job) == (system != "win32") for job in jobs.values())
+    assert ("-Wl,--no-as-needed" in link) == (system == "linux")  # others' linkers do not know it
+
+
+@pytest.mark.parametrize("name", ["cl", "clang-cl", "CL"])
+def test_compilers_that_take_other_options_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(script(tmp_path / name, "exit 0")))
+    assert build.why_not_compiled().startswith(f"{tmp_path / name} takes other options than")
+    launcher = script(tmp_path / "ccache", "exit 0")
+    for named in (f"{launcher} {name}", f"{launcher} {tmp_path / name} -m64"):
+        monkeypatch.setenv("CXX", named)
+        assert f"{name} takes other options than" in build.why_not_compiled()
+    with pytest.raises(RuntimeError, match="set CXX to LLVM's clang"):
+        build.build(tmp_path / "made.so", TORCH)
+
+
+def test_windows_is_not_asked_for_permission_bits(tmp_path, monkeypatch):
+    """There os.stat makes them up: everything seems to be open to all."""
+    tmp_path.chmod(0o777)
+    assert "can be written to by others" in library.why_not_trusted(tmp_path)
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        reason = library.why_not_trusted(tmp_path)
+    assert reason is None
+
+
 def at_once(stand_in):
     """How many compilers ran side by side at most."""
     events = sorted((int(when), int(step)) for step, when in (
@@ -197,7 +243,7 @@ def test_max_jobs_and_the_usable_cores_limit_compilation(stand_in, tmp_path, mon
 
 def test_the_seconds_of_each_compiler_are_told(stand_in, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLEEP", "0.1")
-    build.main(["portable"])
+    build.main([build.CHOICES[0]])
     *rows, whole = capsys.readouterr().out.splitlines()
     assert len(rows) == len(set(rows)) > 5
     assert any(row.endswith(" s  registration.o") for row in rows)
@@ -212,13 +258,13 @@ def test_a_compilation_says_how_far_it_is_off_a_terminal(stand_in, tmp_path, mon
     monkeypatch.setattr(build, "_last_line", -math.inf)
     monkeypatch.setenv("SLEEP", "1.5")
     monkeypatch.setenv("MAX_JOBS", "100")
-    build.build(tmp_path / "made.so", TORCH, build.show_progress, sets=("portable",))
+    build.build(tmp_path / "made.so", TORCH, build.show_progress, sets=build.CHOICES[:1])
     lines = capsys.readouterr().err.splitlines()
     count = int(lines[0].split()[-1])
     assert lines[0] == f"fastmix: compiling its kernels, 0 of {count}" and len(lines) >= 3
     assert lines[-1] == f"fastmix: compiling its kernels, {count} of {count}"
     monkeypatch.setattr(build, "SILENCE", 1e9)
-    build.build(tmp_path / "made.so", TORCH, build.show_progress, sets=("portable",))
+    build.build(tmp_path / "made.so", TORCH, build.show_progress, sets=build.CHOICES[:1])
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
@@ -274,6 +320,93 @@ def test_first_use_compiles_what_the_processor_has(tmp_path, monkeypatch):
     cpuinfo.write_text("flags : fpu sse2\n")
     with pytest.raises(RuntimeError, match="one that this processor has: portable, got 'avx2'"):
         build.own_instruction_sets(cpuinfo)
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64", "ARM64"])  # Linux, macOS, Windows
+def test_aarch64_has_neon(machine, tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTMIX_INSTRUCTION_SETS")
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    there = runpy.run_path(build.__file__)
+    cpuinfo = tmp_path / "cpuinfo"
+    assert there["own_instruction_sets"](cpuinfo) == ("neon",)
+    # Emulated, it may be the text of the machine that emulates.
+    for text in ("Features : fp asimd\n", "flags : fpu sse2 avx2\n"):
+        cpuinfo.write_text(text)
+        assert there["own_instruction_sets"](cpuinfo) == ("neon",)
+    assert there["compiled_name"]().startswith("cpu-neon-")
+    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "avx2")
+    with pytest.raises(RuntimeError, match="must be 'all', one of neon, or not set, got 'avx2'"):
+        there["own_instruction_sets"](cpuinfo)
+
+
+@pytest.mark.skipif("avx512" not in build.INSTRUCTION_SETS, reason="not x86-64")
+def test_an_assembler_that_does_not_know_the_matrix_unit(tmp_path, monkeypatch):
+    """As an older one beside g++ 11: the kernels are compiled without it."""
+    real = build.compiler()
+    monkeypatch.setenv("CXX", str(script(tmp_path / "c++", f"""case "$*" in
+    *-x\\ c++*) echo "Error: no such instruction: tilerelease" >&2; exit 1 ;;
+esac
+exec {" ".join(real)} "$@\"""")))
+    jobs, _ = build._commands(TORCH, [], True, (), ("avx512",))
+    assert all("-DFASTMIX_NO_MATRIX_UNIT" in command for command in jobs.values())
+    others, _ = build._commands(TORCH, [], True, (), ("avx2",))
+    assert not any("-DFASTMIX_NO_MATRIX_UNIT" in command for command in others.values())
+    for made in ("causal_sgu.avx512.o", "registration.o"):
+        command = [{"-c": "-E"}.get(word, word) for word in jobs[made]]
+        text = build.output_of(command)
+        assert "FASTMIX_KERNEL" not in text and "namespace fastmix" in text
+        assert "unit_gemm(int64_t" not in text and "SYS_arch_prctl" not in text
+        assert "syscall(" not in text.partition("has_matrix_unit() {")[2].partition("refused")[0]
+
+
+def test_an_assembler_is_part_of_the_compiler(tmp_path, monkeypatch):
+    """A library compiled beside another one may lack the matrix unit."""
+    before = build.compiled_name()
+    script(tmp_path / "as", "exit")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert build.compiled_name() != before
+
+
+# A processor that has the matrix unit, and a Linux that has it and may refuse it.
+IMITATION = """#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+extern "C" __attribute__((visibility("default"))) int asked, refuses;
+int asked = 0, refuses = 0;
+static long imitated(long what, ...) {
+  __builtin_va_list more;
+  __builtin_va_start(more, what);
+  if (what == 0x1021) *__builtin_va_arg(more, unsigned long*) = 3ul << 17;
+  __builtin_va_end(more);
+  asked += what == 0x1023;
+  return what == 0x1023 ? -refuses : 0;
+}
+#define syscall(number, ...) imitated(__VA_ARGS__)
+#define __get_cpuid_count(leaf, more, a, b, c, d) \\
+  (*(a) = *(b) = *(c) = 0, *(d) = 1u << 22 | 1u << 24, 1)
+"""
+
+
+@pytest.mark.skipif("amx" not in build.CHOICES, reason="not x86-64")
+@pytest.mark.parametrize("refuses", [0, 1])
+def test_a_matrix_unit_is_looked_for_and_asked_for_where_it_is_chosen(refuses, tmp_path):
+    header, made = tmp_path / "imitation.h", tmp_path / "tensors.so"
+    header.write_text(IMITATION)
+    source = ROOT / "csrc/cpu/tensors.cpp"
+    _, link = build._commands(TORCH, [], True, (), ("avx512",))
+    subprocess.run([*link, *build.FLAGS, *build.REGISTRATION, "-O0", "-isystem", TORCH / "include",
+                    "-include", header, "-DFASTMIX_ONLY=avx512", "-DFASTMIX_ONLY_INDEX=2",
+                    "-shared", source, "-o", made, "-L", TORCH / "lib", "-ltorch", "-ltorch_cpu"],
+                   check=True)
+    kernels = ctypes.CDLL(str(made))
+    if kernels.fastmix_best_instruction_set() != 3:
+        pytest.skip("the compiler knows no matrix unit")
+    asked = ctypes.c_int.in_dll(kernels, "asked")
+    ctypes.c_int.in_dll(kernels, "refuses").value = refuses
+    assert kernels.fastmix_choose_instruction_set(2) and asked.value == 0
+    for _ in range(2):
+        assert kernels.fastmix_choose_instruction_set(3) == 1 - refuses and asked.value == 1
+    assert kernels.fastmix_best_instruction_set() == 3 - refuses
 
 
 @pytest.mark.skipif("avx512" not in build.INSTRUCTION_SETS, reason="not x86-64")
@@ -420,7 +553,7 @@ def test_two_versions_on_one_home_have_a_library_each(stand_in, tmp_path, monkey
 def test_others_stop_where_one_compiler_fails(stand_in, tmp_path, monkeypatch):
     monkeypatch.setenv("MAX_JOBS", "2")
     monkeypatch.setenv("CXX", str(script(
-        tmp_path / "c++", 'case "$*" in *portable*) exec sleep 60 ;; esac; exit 1')))
+        tmp_path / "c++", 'case "$*" in *DFASTMIX_CPU=*) exec sleep 60 ;; esac; exit 1')))
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="ended with status 1"):
         build.build(tmp_path / "made.so", TORCH)

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmix
 from fastmix import nn
@@ -104,6 +105,22 @@ def test_pieces_equal_the_whole(name, dtype):
 
 
 @every_model
+def test_rows_at_different_times(name):
+    """Caches after different prompts, one of them none, go on as one batch."""
+    model, tokens = build(name), torch.randint(0, 5, (3, N))
+    prompts, count = (5, 11, 0), 6
+    with torch.no_grad():
+        caches = [model(row[None, :end], return_cache=True)[1] if end else None
+                  for row, end in zip(tokens, prompts)]
+        cache = fastmix.states.concatenate(caches, [1, 1, 1])
+        rest = torch.stack([row[end : end + count] for row, end in zip(tokens, prompts)])
+        out, after = in_pieces(model, rest, [1, 1, 3, 1], cache)
+        for row, end, ours in zip(tokens, prompts, out):
+            assert_equal(ours, model(row[None])[0, end : end + count])
+    assert after.steps.tolist() == [end + count for end in prompts]
+
+
+@every_model
 def test_a_cache_is_not_changed(name):
     model, tokens = build(name), torch.randint(0, 5, (2, 15))
     with torch.no_grad():
@@ -133,6 +150,17 @@ def test_caches_are_written_in_place_where_that_is_allowed(name, b, pieces):
     assert all(map(torch.equal, before, tensors_of(cache)))
 
 
+@pytest.mark.parametrize("name", ["gmlp", "gmlp local", "spaces"])
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(name):
+    """There it cannot be written into, and is not."""
+    model, tokens = build(name), torch.randint(0, 5, (2, 9))
+    with torch.inference_mode():
+        _, cache = model(tokens[:, :8], return_cache=True)
+    with torch.no_grad(), fastmix.states.in_place():
+        out, _ = model(tokens[:, 8:], cache=cache, return_cache=True)
+        assert_equal(out, model(tokens)[:, 8:])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_cache_that_was_written_into_is_refused(name):
     model, tokens = build(name), torch.randint(0, 5, (2, N))
@@ -146,6 +174,23 @@ def test_a_cache_that_was_written_into_is_refused(name):
                     model(step, cache=cache)
             if returned:
                 assert_equal(model(tokens[:, 10:11], cache=out[1]), model(tokens[:, :11])[:, 10:])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_that_a_call_wrote_into_before_it_failed_is_refused(name):
+    model, tokens = build(name), torch.randint(0, 5, (2, N))
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), fastmix.states.in_place():
+        _, cache = model(tokens[:, :9], return_cache=True)
+        hook = model.to_logits.register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens[:, 9:10], cache=cache, return_cache=True)
+        hook.remove()
+        with pytest.raises(ValueError, match="cache must be one that no call has used up"):
+            model(tokens[:, 9:10], cache=cache)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -252,6 +297,23 @@ def test_a_step_reads_nothing_on_the_host(name):
     grows = name == "dsconv" or name.startswith("attention") or name == "gmlp attention"
     same = [t.shape for t in tensors_of(cache)] == [t.shape for t in tensors_of(after)]
     assert same != grows or "folded" in name
+
+
+def test_a_step_of_a_state_space_makes_little_that_is_as_large_as_its_state():
+    class Large(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor) and "view" not in str(function):
+                made.append(out.numel())
+            return out
+
+    made, layer, x = [], nn.DSS(dim=40, kernel_N=50), torch.randn(1, 3, 40)
+    with torch.no_grad():
+        _, cache = layer(x, return_cache=True)
+        with Large():
+            layer(x[:, :1], cache=cache, return_cache=True)
+    # The state after, its product before, the gains, and their product with the state.
+    assert sum(count >= 40 * 50 for count in made) <= 4
 
 
 def test_memory_of_a_cache_does_not_grow_where_the_state_does_not():

@@ -88,3 +88,13 @@ def refusals():
 @pytest.mark.parametrize("name", refusals())
 def test_refuses(name):
     check_refusal(ops.causal_sgu, *refusals()[name])
+
+
+def test_gradients_of_doubles_whose_distance_overflows_are_finite():
+    x = torch.tensor([1.0, 1, 1e308, -1e308], dtype=F64).repeat(1, 2, 1).requires_grad_()
+    weight, bias, norm_weight = (torch.randn(shape, dtype=F64, requires_grad=True)
+                                 for shape in ((1, 2, 2), (1, 2), (2,)))
+    out = ops.causal_sgu(x, weight, bias, norm_weight=norm_weight,
+                         norm_bias=torch.zeros(2, dtype=F64))
+    grads = torch.autograd.grad(out.sum(), (x, norm_weight))
+    assert all(grad.isfinite().all() for grad in grads)

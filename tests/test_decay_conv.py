@@ -44,6 +44,16 @@ def test_segments_joined_by_their_states_make_the_whole():
     assert distance(state, last) < 1e-13
 
 
+def test_no_batch_leaves_no_gradient_to_a_decay_that_is_none():
+    """Differentiated again it is 0 too, not the slope of a power times zeros."""
+    x = torch.randn(0, 20, 3, 1)
+    decay = torch.full((3,), torch.nan, requires_grad=True)
+    for create_graph in (False, True):
+        (grad,) = torch.autograd.grad(ops.decay_conv(x, decay).sum(), decay,
+                                      create_graph=create_graph)
+        assert torch.equal(grad, torch.zeros(3))
+
+
 def test_half_precision_data_with_float32_parameters():
     x = torch.randn(2, 90, 3, 4).bfloat16()
     decay, gain = torch.rand(2, 3).unbind(0)

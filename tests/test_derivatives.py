@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+import fastmix
 from cases import CASES, as_tuple, distance, largest, leaves, weigh
+from fastmix import ops, reference
 from fastmix.ops._register import OPERATORS
 
 F64 = torch.float64
@@ -45,6 +47,28 @@ def test_first_derivatives(case):
     call, values = positional(case, leaves(case.make(5, F64)))
     assert gradcheck(call, values, check_forward_ad=True, check_batched_grad=True,
                      check_batched_forward_grad=True, fast_mode=True)
+
+
+def test_a_tangent_is_rounded_once():
+    """What x and gain add to it is added up in float32: it was run once for each argument."""
+    x, gain = torch.tensor([[[[0.787]]]]).half(), torch.tensor([-0.978]).half()
+    move_x, move_gain = torch.tensor([[[[1.106]]]]).half(), torch.tensor([1.375]).half()
+    _, tangent = torch.func.jvp(lambda x, gain: ops.decay_conv(x, torch.ones(1), gain),
+                                (x, gain), (move_x, move_gain))
+    exact = x.double() * move_gain.double() + gain.double() * move_x.double()
+    assert 0 < abs(exact) < 1e-3 and abs(tangent - exact) <= 1e-3 * abs(exact)
+
+
+def test_forward_mode_of_an_output_that_is_a_view():
+    """Torch wants its tangent laid out alike, and said so in words about itself."""
+    x, kernel = torch.randn(2, 2, 3, 1).half(), torch.randn(2, 3, 3).half()
+    moves = torch.randn_like(x), torch.randn_like(kernel)
+    with fastmix.force("fallback"), forward_ad.dual_level():
+        out = ops.fft_conv(*map(forward_ad.make_dual, (x, kernel), moves))
+        tangent = forward_ad.unpack_dual(out).tangent
+    _, expected = torch.func.jvp(
+        reference.fft_conv, (x.double(), kernel.double()), tuple(m.double() for m in moves))
+    assert distance(tangent.double(), expected) < 2e-3
 
 
 @every_case

@@ -4,6 +4,7 @@ import itertools
 import socket
 
 import g_mlp_gpt
+import gated_state_spaces_pytorch
 import gateloop_transformer
 import metaformer_gpt
 import pytest
@@ -52,6 +53,9 @@ def shard(model):
     """Embeddings, blocks and the root, each on its own."""
     for child in model.children():
         if isinstance(child, torch.nn.Embedding):
+            fully_shard(child)
+    for child in model.modules():
+        if isinstance(child, nn.DSS):  # what is in a block may be sharded alone, too
             fully_shard(child)
     if isinstance(model, nn.gMLPGPT):
         blocks = [m for m in model.modules()
@@ -109,6 +113,8 @@ PUBLISHED = {
         num_tokens=32, dim=8, depth=2, seq_len=20, window=(4, 20), reversible=True),
     "GateLoopTransformer": lambda: gateloop_transformer.Transformer(
         8, num_tokens=32, depth=1, gate_loop_heads=2),
+    "GatedStateSpacesLM": lambda: gated_state_spaces_pytorch.GatedStateSpacesLM(
+        num_tokens=32, dim=8, depth=1, dss_kernel_N=4, dss_kernel_H=6),
 }
 
 

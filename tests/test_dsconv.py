@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from fastmix.nn import dsconv, mhesa
-from twins import assert_loads_both_ways, assert_near, assert_twins, build_from, dtypes
+from twins import (
+    assert_autocast_near,
+    assert_loads_both_ways,
+    assert_near,
+    assert_same_modules,
+    assert_twins,
+    build_from,
+    dtypes,
+)
 
 build = functools.partial(build_from, dsconv, published)
 
@@ -83,8 +91,7 @@ def test_checkpoints_load_both_ways(training):
 
 def test_attributes():
     ours, theirs = build("GatedDsConvLM", **LM)
-    names = [name for name, _ in theirs.named_modules()]
-    assert [name for name, _ in ours.named_modules()] == names
+    assert_same_modules(ours, theirs)
     assert isinstance(ours.layers, nn.ModuleList) and len(ours.layers) == 2
     assert ours.layers[1].dsconv.heads == theirs.layers[1].dsconv.heads == 3
     assert ours.layers[1].reverse_seq is theirs.layers[1].reverse_seq is False
@@ -92,12 +99,7 @@ def test_attributes():
 
 def test_autocast_stays_near_float32():
     model, _ = build("GatedDsConv", dim=6, heads=3, dim_dsconv=9)
-    x = torch.randn(2, 13, 6)
-    exact = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(x)
-    assert out.dtype == torch.float32
-    assert 0 < (out - exact).abs().max() < 0.05 * exact.abs().max()
+    assert_autocast_near(model, torch.randn(2, 13, 6), torch.float32, 0.05)
 
 
 def test_refused_arguments():

@@ -5,9 +5,11 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmix
 from fastmix import ops, reference
+from fastmix.fallback._scan import scan
 from fastmix.native import build, library
 
 INF, NAN = float("inf"), float("nan")
@@ -199,6 +201,35 @@ def test_a_state_of_zero_stays_zero_whatever_the_products_of_gates(
         assert torch.allclose(ours, defined, rtol=1e-5), what
 
 
+class DispatchCount(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **kwargs or {})
+
+
+def test_what_is_not_finite_costs_a_scan_one_chunk():
+    """Of pure PyTorch: its steps are taken one by one, and those of no other chunk."""
+    n = 4096
+    x, gates = torch.randn(1, n, 3), 0.5 + torch.rand(1, n, 3) / 2
+
+    def count(*values):
+        inputs = x.clone()
+        inputs[0, 100:101] = torch.tensor(values)
+        with DispatchCount() as counted:
+            states = scan(gates, inputs, torch.zeros(1, 3))
+        defined = reference.linear_scan(gates, inputs)
+        assert torch.equal(states.isnan(), defined.isnan())
+        assert torch.equal(states.isfinite(), defined.isfinite())
+        return counted.calls
+
+    clean = count(0.0, 0.0, 0.0)
+    assert 4 * clean < n
+    for values in ((NAN, 0, 0), (INF, 0, 0), (NAN, -INF, 1)):
+        assert count(*values) < n / 4
+
+
 def test_outputs_of_gate_loop_at_the_end_of_the_range(implementation):
     """Each chunk multiplies gates, keys and queries in an order of its own."""
     q, k, v = torch.ones(1, 7, 1, 2), torch.ones(1, 7, 1, 2), torch.full((1, 7, 1, 3), 0.1)
@@ -251,6 +282,8 @@ def not_finite(n):
         "linear_scan": {"gates": gates, "inputs": torch.complex(random(2, n, 2), random(2, n, 2))},
         "decay_conv": {"x": random(2, n, 2, 3), "decay": torch.tensor([0.5, 0.9]).double(),
                        "gain": random(2)},
+        "fft_conv": {"x": random(2, n, 2, 3), "kernel": random(2, n, 2), "skip": random(2, 3)},
+        "fft_conv-shared": {"x": random(2, n, 2, 3), "kernel": random(n, 2)},
         "cumulative_mean": {"x": random(2, n, 3)},
         "gate_loop": {"q": random(2, n, 2, 3), "k": random(2, n, 2, 3), "v": random(2, n, 2, 4),
                       "gates": gates},
@@ -296,6 +329,12 @@ def test_the_norm_of_equal_numbers_is_zero(implementation, operator):
         weight = torch.ones(1, 8, 16 if operator == "windowed_sgu" else 8)
         out = getattr(ops, operator)(x, weight, torch.zeros(1, 8))
         assert (out == 0).all()
+        doubles = [t.double() for t in (x, weight, torch.zeros(1, 8))]
+        scale = torch.rand(c, dtype=torch.float64, requires_grad=True)
+        out = getattr(ops, operator)(*doubles, norm_weight=scale, norm_bias=scale.detach(),
+                                     gate_residual=torch.randn(4, 8, c).double())
+        grad, = torch.autograd.grad(out.sum(), scale)
+        assert (grad == 0).all()
 
 
 @pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
@@ -344,6 +383,25 @@ def test_the_norm_of_one_or_two_channels(implementation, operator, channels, siz
     plain = (gradient(getattr(reference, operator), torch.float32) - exact).norm()
     ours = (gradient(getattr(ops, operator), torch.float32) - exact).norm()
     assert ours <= 2 * plain
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_slopes_near_one_keep_their_digits(operator, activation):
+    """1 - y² and 1 - y of an activation y near 1 have none: its exponential has. Of C++."""
+    x = torch.ones(1, 16, 2)
+    x[..., 1] = torch.arange(16)
+    residual = torch.linspace(-12, 12, 16).view(1, 16, 1)
+    tensors = [x, torch.zeros(1, 16, 32 if operator == "windowed_sgu" else 16), torch.zeros(1, 16)]
+    grads = []
+    for dtype, implementation in ((torch.float32, "native"), (torch.float64, "fallback")):
+        leaf = residual.to(dtype).requires_grad_()
+        with fastmix.force(implementation):
+            out = getattr(ops, operator)(*(t.to(dtype) for t in tensors), gate_residual=leaf,
+                                         activation=activation)
+        grads.append(torch.autograd.grad(out.sum(), leaf)[0].double())
+    assert torch.allclose(*grads, rtol=2e-6, atol=0)
 
 
 # ---- many calls
@@ -416,6 +474,58 @@ def test_gradients_inside_vmap_keep_a_nan_and_large_gates_where_they_are(operato
     assert torch.allclose(grad[1].double(), exact, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 1e30), (torch.float64, 1e200)])
+def test_gelu_of_large_numbers_has_finite_gradients(implementation, dtype, size):
+    """Their product with the gradient overflows where the slope, 0 or 1, does not."""
+    values = size * torch.tensor([-1, 1, -0.5, 0.5], dtype=dtype)
+    x, zeros = torch.full((1, 1, 8), size, dtype=dtype), torch.zeros(1, 1, 2, dtype=dtype)
+
+    def run(values):
+        return ops.windowed_sgu(x, zeros, zeros[0, :, :1], gate_residual=values[None, None],
+                                activation="gelu")
+
+    slope = values.sign().clamp(0) * size
+    _, pull = torch.func.vjp(run, values)
+    assert torch.equal(pull(torch.ones(1, 1, 4, dtype=dtype))[0], slope)
+    leaf = values.clone().requires_grad_()
+    grad, = torch.autograd.grad(run(leaf).sum(), leaf, create_graph=True)
+    assert torch.equal(grad, slope)
+
+
+@pytest.mark.parametrize("activation, inner", [("tanh", 2), ("sigmoid", 1)])
+def test_slopes_keep_their_digits_where_they_are_small(implementation, activation, inner):
+    """4 e / (1 + e)² and e / (1 + e)² with e = exp(-inner |x|), not 1 - tanh² and σ (1 - σ)."""
+    values = torch.linspace(-40, 40, 4097).requires_grad_()
+    ones, zeros = torch.ones(1, 1, 2 * 4097), torch.zeros(1, 1, 2)
+    out = ops.windowed_sgu(ones, zeros, zeros[0, :, :1], gate_residual=values[None, None],
+                           activation=activation)
+    grad, = torch.autograd.grad(out.sum(), values)
+    size = values.detach().double().abs()
+    e = (-inner * size).exp()
+    slope = inner**2 * e / (1 + e)**2
+    rounding = 4 * torch.finfo(torch.float32).eps * (1 + size)
+    assert ((grad - slope).abs() <= rounding * slope).all()
+
+
+def test_gelu_keeps_its_digits_where_it_is_small(implementation):
+    """½ x (1 + erf(x / √2)) loses them in float32: at -3.6 it may be off by one part in 1,000."""
+    values = torch.linspace(-12, 6, 4097).requires_grad_()
+    ones, zeros = torch.ones(1, 1, 2 * 4097), torch.zeros(1, 1, 2)
+
+    def run(values):
+        return ops.windowed_sgu(ones, zeros, zeros[0, :, :1], gate_residual=values[None, None],
+                                activation="gelu")[0, 0]
+
+    out, mapped = run(values), torch.vmap(run)(values.detach()[None])[0]
+    grad, = torch.autograd.grad(out.sum(), values)
+    x = values.detach().double()
+    share, density = torch.erfc(-x * ROOT_HALF) / 2, (-x * x / 2).exp() * (2 * torch.pi) ** -0.5
+    rounding = 2 * torch.finfo(torch.float32).eps * (1 + x * x)  # of x, which squares amplify
+    for ours in (out, mapped):
+        assert ((ours - x * share).abs() <= rounding * (x * share).abs()).all()
+    assert ((grad - share - x * density).abs() <= rounding * (share + (x * density).abs())).all()
+
+
 @pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
 def test_an_infinite_gradient_inside_vmap_reaches_no_other_row(operator):
     """That of silu's argument is not finite where gate_residual is infinite."""
@@ -432,6 +542,50 @@ def test_an_infinite_gradient_inside_vmap_reaches_no_other_row(operator):
 
     ours, defined = (gradient(getattr(module, operator)) for module in (ops, reference))
     assert torch.equal(ours.isfinite(), defined.isfinite())
+
+
+@pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])
+@pytest.mark.parametrize("name", ["residual", "weight", "res"])
+def test_a_gradient_that_is_differentiated_again_keeps_a_nan_where_it_is(operator, name):
+    """silu's argument is NaN or infinite there, and its derivative with it."""
+    x, weight, bias = _unit(operator)
+    residual = torch.randn(2, 9, 4)
+    if name == "residual":
+        residual[0, 2] = NAN
+    elif name == "weight":
+        weight[0, 2] = -INF
+    else:
+        x[0, 2, :4] = NAN
+
+    def gradients(module):
+        def loss(x, weight, residual):
+            out = getattr(module, operator)(x, weight, bias, gate_residual=residual,
+                                            activation="silu")
+            return out.sum()
+
+        return torch.func.grad(loss, (0, 1, 2))(x, weight, residual)
+
+    for ours, defined in zip(gradients(ops), gradients(reference), strict=True):
+        assert torch.equal(ours.isfinite(), defined.isfinite())
+
+
+def test_a_weight_that_is_not_finite_reaches_no_row_of_a_short_last_window(implementation):
+    """Nor, from a state on, rows of any window that the steps do not reach."""
+    x, weight, bias = torch.randn(1, 14, 8), torch.randn(2, 4, 8), torch.randn(2, 4)
+    weight[:, 2] = NAN
+
+    def pieces(x, weight, bias):
+        out, state = ops.windowed_sgu(x[:, :3], weight, bias, return_state=True)
+        return torch.cat([out, ops.windowed_sgu(x[:, 3:], weight, bias, initial_state=state)], 1)
+
+    grads = []
+    for function in (reference.windowed_sgu, ops.windowed_sgu, pieces):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        out = function(*leaves)
+        grads.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    for defined, *ours in zip(*grads, strict=True):
+        for grad in ours:
+            assert torch.equal(grad.isfinite(), defined.isfinite())
 
 
 def test_an_infinite_gradient_inside_vmap_reaches_no_other_step_of_gate_loop():

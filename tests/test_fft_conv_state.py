@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastmix
 from cases import distance
 from fastmix import ops, reference
+from fastmix.states import FFTConvRows, concatenate
 from refusal import check_refusal
 
 KINDS = ["shared", "per sample", "short", "one lag", "revealed"]
@@ -99,6 +100,63 @@ def test_a_state_is_continued_twice_and_chosen_by_rows():
     chosen, _ = in_pieces("revealed", x[rows], kernel[rows], skip, [2] * 5,
                           fastmix.select_rows(state, rows), 73)
     assert distance(chosen, once[rows]) < 1e-12
+
+
+@every_kind
+def test_rows_at_different_steps(kind, tmp_path):
+    """Those of one length stay together, and None begins."""
+    n, prompts, sizes = 140, (3, 70, 70, 0), (2, 1, 1, 1)
+    tensors = [draw(kind, n) for _ in prompts]
+    _, kernel, skip = tensors[0]
+    kernels = [kernel if kind == "shared" else k for _, k, _ in tensors]
+    xs = [x[:size] for (x, _, _), size in zip(tensors, sizes)]
+    kernels = [k if k.ndim == 2 else k[:size] for k, size in zip(kernels, sizes)]
+    whole = torch.cat([reference.fft_conv(x, k, skip) for x, k in zip(xs, kernels)])
+    first = [in_pieces(kind, x, k, skip, [end])[1] if end else None
+             for x, k, end in zip(xs, kernels, prompts)]
+    state = concatenate(first, sizes)
+    # One lag asks for one step: all prompts leave as much.
+    assert [part.x.shape[0] for part in state.parts] == (
+        [4, 1] if kind == "one lag" else [2, 2, 1])
+    begins = [3, 3, 70, 70, 0]
+    rows = list(zip(torch.cat(xs), [None] * 5 if kind == "shared" else torch.cat(kernels), begins))
+
+    def steps(state, rows, sizes):
+        """The outputs after `rows`, (x, kernel, begin) each, less the definition's."""
+        rest = torch.stack([x[begin : begin + 70] for x, _, begin in rows])
+        lags = kernel if kind == "shared" else torch.stack([
+            k[begin : begin + 70] if kind == "revealed" else k for _, k, begin in rows])
+        return in_pieces(kind, rest, lags, skip, sizes, state)[0]
+
+    wanted = torch.stack([y[begin : begin + 70] for y, begin in zip(whole, begins)])
+    for pieces in ([70], [1] * 70, [5, 1, 64]):
+        assert distance(steps(state, rows, pieces), wanted) < 1e-12
+    for chosen in ([4, 0, 0, 3, 1], [1], [2, 3], slice(1, None, 2)):
+        picked = rows[chosen] if isinstance(chosen, slice) else [rows[i] for i in chosen]
+        torch.save(fastmix.select_rows(state, chosen), tmp_path / "state")
+        assert distance(steps(torch.load(tmp_path / "state"), picked, [3, 67]),
+                        wanted[chosen]) < 1e-12
+    again = concatenate([fastmix.select_rows(state, [2]), state, None], (1, 5, 1))
+    assert [part.x.shape[0] for part in again.parts] == (
+        [5, 2] if kind == "one lag" else [1, 2, 2, 2])
+    assert fastmix.select_rows(state, slice(0)).x.shape[0] == 0
+
+
+def test_rows_at_different_steps_refuse_in_words():
+    x, kernel, skip = draw("revealed", 20)
+    parts = [in_pieces("revealed", x, kernel, skip, [n])[1] for n in (4, 9)]
+    state, (x, kernel) = concatenate(parts, (2, 2)), (x[:, :1], kernel[:, :1])
+
+    check_refusal(ops.fft_conv, (x, kernel), {"revealed": True, "initial_state": state},
+                  ValueError, "initial_state must be of b = 2 rows like x, got 4")
+    check_refusal(ops.fft_conv, (x, kernel),
+                  {"revealed": True, "initial_state": FFTConvRows((None,))},
+                  TypeError, r"initial_state.parts\[0\] must be an FFTConvState, got NoneType")
+    with pytest.raises(IndexError, match=r"select_rows: rows must be from 0 to 3, got \[4\]"):
+        fastmix.select_rows(state, [4])
+    known = in_pieces("shared", *draw("shared", 5), [5])[1]
+    with pytest.raises(ValueError, match="^concatenate: states must be of one module or operator"):
+        concatenate([state, known], (4, 2))
 
 
 @every_kind

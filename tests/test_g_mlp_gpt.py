@@ -607,6 +607,23 @@ def test_reversible_says_when_the_second_run_differs():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_reversible_takes_any_layout_of_its_input(bias):
+    """Linear saves its tensors in an order that the layout decides: where the second run had
+    another than the first, gradients were wrong, and nothing said so."""
+    torch.manual_seed(3)
+    layers = nn.ModuleList([nn.ModuleList([nn.Linear(6, 6, bias), nn.Linear(6, 6, bias)])
+                            for _ in range(2)]).double()
+    sequence = fast.ReversibleSequence(layers)
+    wide = torch.randn(8, 8, 8, dtype=torch.float64)
+    for x in (wide[:3, :1, :6], wide[:3, :2, 1:7], wide[::2, ::2, :6], wide[:, :1, :6].expand(
+            -1, 6, -1), wide[:6].transpose(0, 2), wide[:6, :1].transpose(0, 2)):
+        x = x.detach().requires_grad_()
+        expected = gradients(sequence, x, two_streams(sequence, x))
+        for got, want in zip(gradients(sequence, x, sequence(x)), expected, strict=True):
+            assert_near(got, want)
+
+
 def test_reversible_leaves_inputs_alone():
     _, ours = reversible_twins(2)
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
@@ -683,3 +700,15 @@ def test_refused_gate_res(name, options, gate_res, error, message):
 def test_refused_length():
     with pytest.raises(ValueError, match="CausalSGU: x must have at most 6 time steps, got n=7"):
         fast.CausalSGU(4, 6, heads=1)(torch.zeros(2, 7, 4))
+
+
+def test_longer_weights_of_a_gating_unit_take_longer_sequences():
+    ours, theirs = (file.CausalSGU(4, 5, heads=2) for file in (fast, published))
+    weight, bias = torch.randn(2, 9, 9), torch.randn(2, 9)
+    for unit in ours, theirs:
+        unit.weight, unit.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+        unit.mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    x = torch.randn(2, 9, 4)
+    assert_near(ours(x), theirs(x))
+    with pytest.raises(ValueError, match="^CausalSGU: x must have at most 9 time steps"):
+        ours(torch.randn(2, 10, 4))

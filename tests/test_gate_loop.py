@@ -250,6 +250,48 @@ def test_gradients_of_small_logits(dtype, implementation):
         assert error.max() < 16 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("implementation", implementations("gate_loop"))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 3)])
+def test_parts_of_a_gradient_end_one_by_one(dtype, implementation, heads):
+    """Across a small logit z it is ½ i u w / |z|, for a gate's of i u w along i u, u = z / |z|: a
+    part in range is right where the length, or the other part, leaves it."""
+    info = torch.finfo(dtype)
+    limit = 2 / info.tiny  # |z|, in its ratio to the direction, and how far beyond 2 limit i u w is
+    cases = [(info.tiny / 16, (0.75, -0.5), 0.575), (info.tiny / 16, (-0.5, 0.75), -0.575),
+             (info.tiny / 16, (2.0**-6, 1.0), 16.0), (info.tiny / 16, (1.0, 2.0**-6), -16.0),
+             (info.tiny**0.25, (1.0, -(2.0**-20)), 1024.0)]
+    z = torch.tensor([[scale * part for part in u] for scale, u, _ in cases], dtype=dtype)
+    u = torch.tensor([u for _, u, _ in cases], dtype=F64)
+    length = u.norm(dim=-1, keepdim=True)
+    turned = torch.stack([-u[:, 1], u[:, 0]], -1) / length
+    beyond = torch.tensor([b for _, _, b in cases], dtype=F64)[:, None]
+    scale = torch.tensor([scale for scale, _, _ in cases], dtype=F64)[:, None]
+    weights = turned * (4 * beyond * length * (limit * scale))  # = 2 |z| · beyond · 2 limit
+    expected = 2 * turned * beyond  # in units of limit
+    rows = len(cases)
+    q, k, v = (torch.ones(rows, 1, 1, size, dtype=dtype) for size in (heads[0], *heads))
+    state = torch.zeros(rows, 1, *heads, dtype=complex_dtype(dtype))
+    state[..., 0, 0] = 1
+    weights = torch.view_as_complex(weights).to(state.dtype)[:, None]
+
+    def weighed(z):
+        out = ops.gate_loop(q, 0 * k, v, gate_logits=z, initial_state=state, return_state=True)[1]
+        return (out[..., 0, 0] * weights.conj()).real.sum()
+
+    z = z[:, None, None].requires_grad_()
+    with fastmix.force(implementation):
+        grads = [torch.autograd.grad(weighed(z), z, create_graph=graph)[0]
+                 for graph in (False, True)]
+        grads.append(torch.func.grad(weighed)(z))
+    held = expected.abs() < 2
+    for grad in grads:
+        parts = grad.detach()[:, 0, 0].double() / limit
+        error = (parts - expected).abs() / expected.abs()
+        assert error[held].max() < 16 * info.eps
+        assert (parts == expected.sgn())[:-1][~held[:-1]].all()
+
+
 @pytest.mark.parametrize("dk, dv", HEADS)
 def test_segments_joined_by_their_states_make_the_whole(dk, dv):
     q, k, v = draw(150, dk=dk, dv=dv)
@@ -489,8 +531,8 @@ def refusals():
         "heads before time": ((q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), a),
                               {}, ValueError, r"q, k and v must .*transpose\(1, 2\) q, k and v"),
         "complex logits": ((q, k, v), {"gate_logits": z.to(torch.complex64)}, TypeError,
-                           "gate_logits must be float64 or float32.*got complex64: give it as "
-                           "gates, or its torch.view_as_real"),
+                           "gate_logits must be float64 or float32.*got complex64: give "
+                           "complex gates as gates, and complex logits as torch.view_as_real"),
         "complex q": ((q.to(torch.complex64), k, v, a), {}, TypeError, "q must be.*got complex64"),
         "integer v": ((q, k, v.long(), a), {}, TypeError, "v must be.*got int64"),
         "mixed dtypes": ((q, k.double(), v, a), {}, TypeError,

@@ -123,6 +123,24 @@ def test_modules_keep_their_mode_and_gradients_are_not_recorded():
     assert torch.equal(out, fastmix.generate(model.eval(), PROMPT, 3, temperature=0))
 
 
+def test_eval_mode_is_entered_once_and_left_for_whoever_iterates():
+    model, entered = build("gateloop").train(), []
+
+    def eval_and_count():
+        entered.append(1)
+        return torch.nn.Module.eval(model)
+
+    model.eval = eval_and_count
+    fastmix.generate(model, PROMPT, 4, temperature=0)
+    assert model.training and len(entered) == 1
+    for _ in fastmix.stream(model, PROMPT, 4, temperature=0):
+        assert all(module.training for module in model.modules())
+    assert len(entered) == 5
+    with pytest.raises(ZeroDivisionError):
+        fastmix.generate(model, PROMPT, 4, stream=lambda _: 1 / 0)
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("options, error, message", [
     ({"prompt": PROMPT[:, :0]}, ValueError, "prompt must have at least one time step, got n=0"),
     ({"prompt": PROMPT[:0]}, ValueError, "prompt must have at least one row, got shape"),
@@ -152,6 +170,19 @@ def test_refused(options, error, message):
         with pytest.raises(error, match=f"^{function.__name__}: {message}"):
             function(build("metaformer"), **arguments)
     assert torch.equal(before, PROMPT)
+
+
+def test_an_embedding_of_positions_that_is_put_there_sets_the_limit():
+    model = build("metaformer")
+    dim = model.pos_emb.embedding_dim
+    model.pos_emb = torch.nn.Embedding(21, dim)
+    assert fastmix.generate(model, PROMPT, 16).shape == (2, 22)
+    with pytest.raises(ValueError, match="^generate: .* max_seq_len = 21 together, got 6 and 17"):
+        fastmix.generate(model, PROMPT, 17)
+    model.pos_emb = torch.nn.Sequential(torch.nn.Embedding(21, dim))  # which tells no number
+    assert fastmix.generate(model, PROMPT, 16).shape == (2, 22)
+    with pytest.raises(IndexError, match="^MetaformerGPT: x must have no more time steps"):
+        fastmix.generate(model, PROMPT, 17)
 
 
 @pytest.mark.parametrize("option", ["top_k", "eos_token"])
@@ -256,8 +287,11 @@ def test_wrappers_refuse_in_words():
             ours.generate(*arguments)
     with pytest.raises(ValueError, match="x must hold at least 1 sequence of 2 tokens, got shape"):
         ours(start[:, :1])
+    ours, _ = wrapped("metaformer")
     with pytest.raises(ValueError, match="x must have at most 24 time steps together with those"):
-        wrapped("metaformer")[0].generate(start, 30)
+        ours.generate(start, 30)
+    with pytest.raises(IndexError, match="^AutoregressiveWrapper: x must hold token ids from 0 to"):
+        ours(torch.tensor([[1, 30]]))  # whose last token is a label alone
 
 
 def test_a_wrapper_takes_nets_that_keep_no_cache():

@@ -77,6 +77,21 @@ def test_on_a_side_stream(name):
     assert_alike(actual, expected)
 
 
+@every_case
+def test_a_call_that_is_launched_from_a_plan(name):
+    """The third of a kind (kernels/triton/plans.py), of other tensors than the first."""
+    from fastmix._triton import plans
+    plans.forget()
+    tensors = arguments(name)
+    with fastmix.force("triton"):
+        first = results(name, tensors)
+        results(name, tensors)
+        assert plans.why_not() or any(plans.plans.values())
+        third = results(name, {key: t.clone() for key, t in tensors.items()})
+    for ours, its in zip(third, first, strict=True):
+        assert torch.equal(ours, its)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here")
 @every_case
 def test_on_another_gpu_than_the_current_one(name):

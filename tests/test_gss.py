@@ -1,6 +1,7 @@
 """fastmix.nn.gss beside the published gated-state-spaces-pytorch 0.1.0."""
 
 import functools
+import math
 
 import gated_state_spaces_pytorch.gss as published
 import pytest
@@ -21,25 +22,45 @@ def test_dss(exponentiate, n, dtype):
     assert_twins(*pair, dtype, torch.randn(2, n, 4))
 
 
-def test_kernels_in_one_product_and_in_blocks_are_one(monkeypatch):
-    """At rates that die out in the first block, in a later one, and never."""
-    re = torch.tensor([-3.0, -0.5, -1e-4], dtype=torch.float64, requires_grad=True)
+def rates_and_gains():
+    """Of numbers that die out in a later block, never, and in the first one."""
+    re = torch.tensor([-0.5, -1e-4, -3.0], dtype=torch.float64, requires_grad=True)
     im = torch.tensor([1.0, 20.0, 0.1], dtype=torch.float64, requires_grad=True)
-    c = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    return re, im, torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("frozen", [(), (0, 1), (2,)])
+def test_kernels_in_one_product_and_in_turns_are_one(monkeypatch, frozen):
+    """And so are their gradients, and the gradients of these."""
+    given = rates_and_gains()
+    re, im, c = given
+    for i in frozen:
+        given[i].requires_grad_(False)
+    leaves = [t for t in given if t.requires_grad]
     n = 4 * gss.BLOCK + 3
     results = []
-    for readable in (True, False):
+    for plain in (True, False):
         with monkeypatch.context() as patch:
-            patch.setattr(gss, "_is_readable", lambda x, readable=readable: readable)
+            patch.setattr(gss, "_is_plain", lambda x, plain=plain: plain)
             kernel = gss._kernel(re, im, gss._gains(re, im, c), n)
-        results.append((kernel, *torch.autograd.grad(
-            kernel.square().sum(), (re, im, c))))
-    for one, other in zip(*results):
+            first = torch.autograd.grad(kernel.sin().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        results.append((kernel, *first, *second))
+    for one, other in zip(*results, strict=True):
         assert_near(one, other)
     powers = torch.exp(torch.complex(re, im) * torch.arange(n)[:, None])
     rates = torch.complex(re, im)
     exact = (powers @ (torch.complex(*c) * (rates.exp() - 1) / rates).T).real
     assert_near(results[0][0][:n], exact)
+
+
+def test_gradients_of_kernels_do_not_know_autocast():
+    re, im, c = (t.detach().float().requires_grad_() for t in rates_and_gains())
+    kernel = gss._kernel(re, im, gss._gains(re, im, c), 2 * gss.BLOCK)
+    expected = torch.autograd.grad(kernel.sum(), (re, im, c), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(kernel.sum(), (re, im, c))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(actual, expected))
 
 
 def test_long_pieces_go_on_from_a_state():
@@ -63,10 +84,13 @@ def test_long_pieces_go_on_from_a_state():
             module(x, cache=change)
 
 
-def test_vmap_reads_no_values():
+def test_transforms_get_one_product():
+    """They would not see what goes by in turns."""
     seen = []
-    torch.vmap(lambda x: seen.append(gss._is_readable(x)) or x)(torch.ones(2, 3))
-    assert seen == [False] and gss._is_readable(torch.ones(3))
+    torch.vmap(lambda x: seen.append(gss._is_plain(x)) or x)(torch.ones(2, 3))
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(gss._is_plain(torch.ones(3)))
+    assert seen == [False, False] and gss._is_plain(torch.ones(3))
     assert not _torch_private.transforms_active()
 
 
@@ -94,3 +118,16 @@ def test_language_model(dtype):
 def test_checkpoints_load_both_ways():
     pair = build("GatedStateSpacesLM", **LM)
     assert_loads_both_ways(*(m.double() for m in pair), torch.randint(0, 11, (2, 9)), False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_powers_are_never_subnormal(dtype):
+    """Products with subnormal numbers take some hundred times as long: a prompt took six times as
+    long as a forward."""
+    limits = torch.finfo(dtype)
+    re = torch.rand(5000, dtype=dtype) * 2 * math.log(limits.tiny)
+    im = torch.randn(5000, dtype=dtype)
+    powers = gss._exponential(re, im)
+    exact = torch.polar(re.exp(), im)
+    assert not ((powers != 0) & (powers.abs() < limits.tiny)).any() and (powers == 0).any()
+    assert torch.allclose(torch.complex(*powers), exact, 4 * limits.eps, limits.tiny / limits.eps)

@@ -95,7 +95,7 @@ def test_loss_and_padding(hf):
     expected = torch.nn.functional.cross_entropy(
         kept, torch.cat([tokens[0, 1:], tokens[1, 1:5]]))
     torch.testing.assert_close(loss, expected)
-    with pytest.raises(ValueError, match="only behind a row"):
+    with pytest.raises(ValueError, match="only at the end of a row"):
         model(tokens, attention_mask=mask.flip(1))
     for padded in mask, mask.flip(1):
         with pytest.raises(ValueError, match="prompt_lengths"):

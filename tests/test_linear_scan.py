@@ -27,6 +27,23 @@ def test_gates_broadcast_over_trailing_axes(shape):
         assert distance(grad, defined) < 1e-12
 
 
+@pytest.mark.parametrize("number", [torch.bfloat16, torch.complex64])  # of inputs
+def test_gradients_of_broadcast_16_bit_gates_are_rounded_once(number):
+    """They are sums over the axes that a gate holds for: these cancel but for a hundredth."""
+    gates = torch.tensor([0.0, 0.75]).view(1, 2, 1, 1).expand(1, 2, 1, 3).bfloat16()
+    inputs = torch.tensor([1.234, -1.234]).view(1, 1, 2, 1).expand(1, 2, 2, 3).bfloat16()
+    weight = torch.ones(1, 2, 2, 3)
+    weight[:, 1, 0] = 1.0078125
+    grads = []
+    exact = torch.complex128 if number.is_complex else F64
+    for function, dtype, of_inputs in ((ops.linear_scan, torch.bfloat16, number),
+                                       (reference.linear_scan, F64, exact)):
+        leaf = gates.to(dtype).requires_grad_()
+        out = function(leaf, inputs.to(of_inputs))
+        grads.append(torch.autograd.grad(out, leaf, weight.to(of_inputs))[0].double())
+    assert torch.allclose(*grads, rtol=2**-8, atol=0)
+
+
 def test_inputs_of_one_number_per_step():
     gates, inputs = torch.rand(2, 2, 70, dtype=F64).unbind(0)
     assert distance(ops.linear_scan(gates, inputs), reference.linear_scan(gates, inputs)) < 1e-13

@@ -43,6 +43,21 @@ def test_the_fallback_holds_a_part_of_what_the_originals_do(build, n, most):
     assert ours <= most * original
 
 
+def test_attention_holds_no_scores_of_all_pairs():
+    module, x = fastmix.nn.Attention(8, 8, 8), torch.randn(1, 4096, 8)
+    peak = timing.peak_bytes(lambda: module(x).sum().backward(), CPU)
+    assert peak < 4096 * 4096
+
+
+def test_kernels_of_state_spaces_hold_no_powers_of_all_steps():
+    """Of slow rates, whose powers are there to the end."""
+    module = fastmix.nn.DSS(dim=8, kernel_N=512)
+    module.Lambda_real.data.sub_(9)
+    x = torch.randn(1, 32768, 8)
+    peak = timing.peak_bytes(lambda: module(x).sum().backward(), CPU)
+    assert peak < 0.25 * 512 * 32768 * 8  # of complex numbers, of which the original has several
+
+
 HELD = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -77,6 +92,43 @@ measure(operators.gate_loop, heads=4)
 measure(operators.fft_conv, heads=512)
 measure(operators.windowed_sgu, 2048, window=2048)
 """
+
+
+STEP_BY_STEP = """
+import torch
+from fastmix import ops
+
+def kilobytes(what):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if what in line)
+
+def held(q, k, v, gates):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = kilobytes("VmRSS")
+    torch.autograd.grad(ops.gate_loop(q, k, v, gates).sum(), (q, k, v, gates))
+    return kilobytes("VmHWM") - before
+
+def tensors(value):
+    q, k, v = torch.randn(3, 1, 70, 1, 256).unbind(0)
+    k[0, 5, 0, 3] = value
+    gates = torch.polar(torch.rand(1, 70, 1), torch.rand(1, 70, 1))
+    return [t.requires_grad_() for t in (q, k, v, gates)]
+
+held(*tensors(0.0))
+print(held(*tensors(0.0)), held(*tensors(float("nan"))))
+"""
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are Linux's")
+def test_a_head_that_goes_step_by_step_holds_no_state_of_every_step():
+    """One of them is half a megabyte, and there are 64 in a chunk."""
+    ran = subprocess.run([sys.executable, "-c", STEP_BY_STEP], capture_output=True, text=True, env={
+        **os.environ, "FASTMIX_IMPLEMENTATION": "native", "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "131072"})
+    assert ran.returncode == 0, ran.stderr
+    clean, stepwise = map(int, ran.stdout.split())
+    assert stepwise < clean + 2048
 
 
 @pytest.mark.long

@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from fastmix.nn import metaformer_gpt
-from twins import assert_loads_both_ways, assert_near, assert_twins, build_from, dtypes
+from twins import (
+    assert_autocast_near,
+    assert_loads_both_ways,
+    assert_near,
+    assert_same_modules,
+    assert_twins,
+    build_from,
+    dtypes,
+)
 
 build = functools.partial(build_from, metaformer_gpt, published)
 assert_twins_of = functools.partial(assert_twins, floor=1e-2)
@@ -161,20 +169,14 @@ def test_checkpoints_load_both_ways(training):
 
 def test_attributes():
     ours, theirs = build("MetaformerGPT", **LM)
-    names = [name for name, _ in theirs.named_modules()]
-    assert [name for name, _ in ours.named_modules()] == names
+    assert_same_modules(ours, theirs)
     assert isinstance(ours.layers, nn.ModuleList) and len(ours.layers) == 2
     assert ours.layers[1][0].heads == theirs.layers[1][0].heads == 3
 
 
 def test_autocast_stays_near_float32():
     model, _ = build("MetaformerGPT", **LM)
-    x = torch.randint(0, 11, (2, 13))
-    exact = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(x)
-    assert out.dtype == torch.bfloat16
-    assert 0 < (out - exact).abs().max() < 0.1 * exact.abs().max()
+    assert_autocast_near(model, torch.randint(0, 11, (2, 13)), torch.bfloat16, 0.1)
 
 
 def test_refused_tokens():
@@ -194,3 +196,17 @@ def test_refused_tokens():
         model(x.to("meta"))
     with pytest.raises(IndexError, match=name + "x must hold token ids .*, got 3 to 11"):
         model(torch.tensor([[3, 11]]))
+
+
+@pytest.mark.parametrize("wrap", [lambda e: e, lambda e: torch.nn.Sequential(e, torch.nn.Tanh())])
+def test_a_longer_embedding_of_positions_takes_longer_sequences(wrap):
+    ours, theirs = build("MetaformerGPT", num_tokens=5, dim=4, depth=1, max_seq_len=6)
+    for model in ours, theirs:
+        torch.manual_seed(1)
+        model.pos_emb = wrap(torch.nn.Embedding(9, 4))
+    tokens = torch.randint(0, 5, (2, 9))
+    assert_near(ours(tokens), theirs(tokens))
+    _, cache = ours(tokens[:, :8], return_cache=True)
+    assert_near(ours(tokens[:, 8:], cache=cache), theirs(tokens)[:, 8:])
+    with pytest.raises((ValueError, IndexError), match="^MetaformerGPT: x must have "):
+        ours(torch.cat((tokens, tokens), dim=1))

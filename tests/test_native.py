@@ -1,5 +1,6 @@
 """The C++ library: its instruction sets, threads, odd numbers, memory safety, and its cache."""
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 import fastmix
@@ -24,6 +26,7 @@ from cases import (
     randn,
     random_decays,
     random_gates,
+    unwritten_is_nan,
     weigh,
 )
 from fastmix import native, ops
@@ -95,6 +98,24 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(library, "_failures", {})
     with pytest.raises(RuntimeError, match="built or loaded: .*avx512"):
         library.load()
+
+
+@pytest.mark.skipif("amx" not in library.INSTRUCTION_SETS, reason="another architecture")
+def test_a_matrix_unit_that_linux_refuses_is_not_chosen(monkeypatch):
+    before = library.instruction_set()
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: types.SimpleNamespace(
+        fastmix_best_instruction_set=lambda: 3, fastmix_least_instruction_set=lambda: 0,
+        fastmix_choose_instruction_set=lambda index: int(index < 3)))
+    with pytest.raises(RuntimeError, match="Linux lets this process use no amx: a signal stack"):
+        library.choose_instruction_set("amx")
+    monkeypatch.undo()
+    assert library.instruction_set() == before
+
+
+def test_an_instruction_set_of_other_processors_is_refused():
+    name = "avx2" if "neon" in library.INSTRUCTION_SETS else "neon"
+    with pytest.raises(RuntimeError, match=f"this machine has no {name}: choose one of "):
+        library.choose_instruction_set(name)
 
 
 @pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
@@ -202,14 +223,9 @@ def test_units_of_work_meet(operator):
 # ---- numbers that are odd
 
 
-SPREADS = "a transform carries it from any step to every other"
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @every_case
 def test_what_is_not_finite_goes_where_the_definition_sends_it(case, value):
-    if case.operator == "fft_conv":
-        pytest.skip(SPREADS)
     tensors = case.make(40, torch.float32)
     name = next(k for k in ("inputs", "k", "x") if k in tensors)
     tensors[name][1, 20] = value
@@ -260,19 +276,11 @@ def test_activations_far_from_zero(activation):
                                    equal_nan=True)
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh memory is filled with NaN."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def test_gradients_of_what_meets_nothing_are_zero(poisoned):
+def test_gradients_of_what_meets_nothing_are_zero():
     for gates in ((1, 3, 2), (1, 3, 2, 0), (1, 3)):
-        actual = gradients(lambda t: (ops.linear_scan(**t),), {
-            "gates": torch.rand(gates), "inputs": torch.randn(1, 3, 2, 0)})
+        tensors = {"gates": torch.rand(gates), "inputs": torch.randn(1, 3, 2, 0)}
+        with unwritten_is_nan():
+            actual = gradients(lambda t: (ops.linear_scan(**t),), tensors)
         assert all(torch.equal(t, torch.zeros_like(t)) for t in actual)
 
 
@@ -376,7 +384,11 @@ def test_complex_rows_of_a_large_output_that_start_within_a_vector():
 def both_units():
     """Calls a function with the matrix unit and without: [its results, its results]."""
     if build.MATRIX_UNIT not in library.available_instruction_sets():
-        pytest.skip("this machine has no matrix unit, or does not let this process use it")
+        pytest.skip("this machine has no matrix unit")
+    try:
+        library.choose_instruction_set(build.MATRIX_UNIT)
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
     def run(function, *tensors):
         results = []
@@ -491,6 +503,123 @@ except RuntimeError as error:
     assert ran.stdout.startswith("avx512\nthis machine has no amx: choose one of portable")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux grants the matrix unit")
+def test_the_first_kernel_that_would_use_the_matrix_unit_asks_for_it(both_units):
+    """A process that has it needs larger signal stacks, so no other kernel asks, nor does who is
+    asked what runs."""
+    ran = python("-c", """
+import ctypes, torch, fastmix
+def granted():
+    mask = ctypes.c_uint64()  # arch_prctl(ARCH_GET_XCOMP_PERM, …)
+    assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(mask)) == 0
+    return bool(mask.value >> 18 & 1)
+x, weight, bias = torch.randn(1, 100, 8), torch.randn(1, 100, 100), torch.randn(1, 100)
+fastmix.ops.cumulative_mean(x)
+fastmix.ops.causal_sgu(x, weight, bias)
+from fastmix.native import library
+assert library.status().endswith(", amx kernels")
+before = granted()
+fastmix.ops.causal_sgu(*(t.bfloat16() for t in (x, weight, bias)))
+print(before, granted())
+""", environment={"FASTMIX_INSTRUCTION_SETS": ""})
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "False True\n"
+
+
+# ---- calls of the registered operators themselves, with what fastmix.ops never gives them
+
+
+class Recorded(TorchDispatchMode):
+    """Runs operators of fastmix, and keeps their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "fastmix":
+            self.calls.append((operator, [
+                a.detach() if isinstance(a, torch.Tensor) else a for a in args]))
+        return operator(*args, **(kwargs or {}))
+
+
+def registered_calls(case):
+    """(operator, its arguments) of a call and of its backward."""
+    with Recorded() as record:
+        gradients(case.run, case.make(5, torch.float32))
+    assert len(record.calls) >= 2
+    return record.calls
+
+
+def misfits(operator, name, value):
+    """What can stand in place of an argument, and does not fit."""
+    if name == "carry_every":
+        return [-64, -1, 1, 63, 100, 2**40, 2**63 - 1]
+    of_any_rank = operator._schema.name.startswith("fastmix::cumulative_mean")
+    if not isinstance(value, torch.Tensor) or of_any_rank and name == "x" and (
+            operator._schema.name.endswith("_backward")):  # which does not read it
+        return []
+    made = [torch.ones(value.shape, dtype=dtype) for dtype in (torch.int64, torch.int8)]
+    if value.ndim > 1:
+        made.append(value.narrow(1, 0, 0))
+    if not of_any_rank:
+        made += [value[..., None], value.flatten() if value.ndim > 1 else value.sum()]
+    return made
+
+
+@every_case
+def test_operators_refuse_what_kernels_would_read_wrongly(case):
+    """Programs may call torch.ops.fastmix with anything: kernels do not read beyond tensors."""
+    with fastmix.force("native"):
+        for operator, args in registered_calls(case):
+            name = operator._schema.name.removesuffix("_backward")
+            for i, argument in enumerate(operator._schema.arguments):
+                for value in misfits(operator, argument.name, args[i]):
+                    with pytest.raises(RuntimeError, match=f"{name}: .* must .*, got "):
+                        operator(*args[:i], value, *args[i + 1:])
+
+
+def step_arguments(name):
+    if name == "dss_step":
+        power = torch.randn(5, dtype=torch.complex64)
+        return [torch.zeros(2, 3, 5, dtype=torch.complex64), torch.randn(2, 1, 3), power, power,
+                torch.randn(3, 5), torch.randn(3, 5), torch.randn(3)]
+    if name == "fft_conv_step":
+        first, lags = torch.randn(2, 4, 2, 3), torch.randn(2, 4, 2)
+        return [torch.randn(2, 1, 2, 3), torch.randn(2, 1, 2), torch.randn(2, 3), first[:, :3],
+                torch.randn(2, 4, 2, 3), lags[:, :3], first, lags]
+    return [torch.zeros(2, 8, 6), torch.randn(2, 1, 12), torch.randn(2, 8, 8), torch.randn(2, 8),
+            torch.randn(6), torch.randn(6), 1e-5, torch.randn(2, 1, 6), "tanh", 3]
+
+
+@pytest.mark.parametrize("name", ["sgu_step", "dss_step", "fft_conv_step"])
+def test_steps_refuse_what_kernels_would_read_wrongly(name):
+    operator, args = getattr(torch.ops.fastmix, name).default, step_arguments(name)
+    with fastmix.force("native"):
+        out = operator(*args)
+        assert all(o.isfinite().all() for o in (out if isinstance(out, tuple) else (out,)))
+        for i, argument in enumerate(operator._schema.arguments):
+            wrong = misfits(operator, argument.name, args[i])
+            if argument.alias_info is not None:  # written in place
+                wrong.append(args[0].mT.contiguous().mT)
+            for value in [-1, 8, 2**40] if argument.name == "t" else wrong:
+                with pytest.raises(RuntimeError, match=f"{name}: .* must .*, got "):
+                    operator(*args[:i], value, *args[i + 1:])
+
+
+@every_case
+def test_operators_read_no_further_than_a_shorter_argument(case):
+    """Of an axis too short by one: refused, or what fits that size is computed."""
+    with fastmix.force("native"):
+        for operator, args in registered_calls(case):
+            for i, t in enumerate(args):
+                for axis in range(t.ndim if isinstance(t, torch.Tensor) else 0):
+                    shorter = t.narrow(axis, 0, t.shape[axis] - 1)
+                    with unwritten_is_nan(), contextlib.suppress(RuntimeError):
+                        out = operator(*args[:i], shorter, *args[i + 1:])
+                        assert all(o.isfinite().all() for o in out), (operator, i, axis)
+
+
 # ---- threads and processes
 
 
@@ -580,7 +709,8 @@ def test_kernels_share_no_code_across_instruction_sets(tmp_path):
             continue
         made = tmp_path / f"{file.stem}.o"
         subprocess.run([*build.compiler(), *build.FLAGS, *build.KERNELS, "-O0",
-                        "-DFASTMIX_CPU=portable", "-c", str(file), "-o", str(made)], check=True)
+                        f"-DFASTMIX_CPU={build.CHOICES[0]}", "-c", str(file), "-o", str(made)],
+                       check=True)
         symbols = subprocess.run(["nm", "-C", made], capture_output=True, text=True).stdout
         weak = [line for line in symbols.splitlines() if line[17:18] in "WVu"]
         assert not weak, (file.name, weak)
@@ -609,9 +739,9 @@ from fastmix.native import build, library
 own, = build.own_instruction_sets()
 assert library.available_instruction_sets() in [(own,), ("avx512", build.MATRIX_UNIT)]
 library.choose_instruction_set(build.own_instruction_sets()[-1])
-if build.own_instruction_sets()[0] != "portable":
+if own != build.CHOICES[0]:
     try:
-        library.choose_instruction_set("portable")
+        library.choose_instruction_set(build.CHOICES[0])
     except RuntimeError as error:
         assert "set FASTMIX_INSTRUCTION_SETS=all before" in str(error)
     else:

@@ -227,6 +227,22 @@ def test_functions_are_short():
         assert kernel or len(parameters) <= 20, (file, function.name)
 
 
+def test_functions_in_cpp_can_be_read_too():
+    """Their bodies have 80 lines at most, from the line that opens a brace to its partner."""
+    text = re.compile(r'"(?:\\.|[^"\\])*"|\'.\'|//.*')
+    other = re.compile(r"\s*(namespace|struct|class|enum|union|extern|if|for|while|switch|do|}|#)")
+    for file in sorted((ROOT / "csrc").glob("*/*.*")):
+        lines = [text.sub("", line).rstrip() for line in file.read_text().splitlines()]
+        for start, line in enumerate(lines):
+            if ")" not in line or not line.endswith("{") or other.match(line):
+                continue
+            depth, end = 1, start
+            while depth:
+                end += 1
+                depth += lines[end].count("{") - lines[end].count("}")
+            assert end - start - 1 <= 80, f"{file}:{start + 1}"
+
+
 def test_every_test_file_is_in_the_table():
     operators = {f"test_{name}" for name in ops.__all__}
     modules = {f"test_{path.stem}" for path in (ROOT / "fastmix" / "nn").iterdir()}
@@ -262,3 +278,17 @@ def test_a_newer_python_is_not_taken_for_the_oldest(tmp_path):
     newer.chmod(0o755)
     refused = ran()
     assert refused.returncode == 1 and "NOT RUN on Python 3.10" in refused.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="CI's scripts are for Linux and macOS")
+def test_tests_for_aarch64_fail_where_they_cannot_run(tmp_path):
+    for tool in "bash", "dirname":
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    for system, reason in (("Darwin arm64", "on aarch64 itself, ./dev pytest runs"),
+                           ("Linux x86_64", "apt-get install qemu-user-static g++-aarch64")):
+        uname = tmp_path / "uname"
+        uname.write_text(f"#!{shutil.which('sh')}\necho {system}\n")
+        uname.chmod(0o755)
+        ran = subprocess.run(["bash", ROOT / ".ci" / "aarch64"], env={"PATH": str(tmp_path)},
+                             capture_output=True, text=True)
+        assert ran.returncode == 1 and "NOT RUN: " in ran.stderr and reason in ran.stderr

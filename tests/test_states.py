@@ -1,6 +1,8 @@
 """States: a sequence in pieces of any length is the sequence at once."""
 
 import itertools
+import sys
+import weakref
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from cases import (
     squared_errors,
     weigh,
 )
-from fastmix import ops, states
+from fastmix import checks, ops, states
 from refusal import check_refusal
 from test_values import in_dtype
 
@@ -213,6 +215,29 @@ def test_one_state_is_continued_twice(case):
         assert torch.equal(t, k)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["windowed_sgu", "causal_sgu"])
+def test_what_is_not_finite_spreads_no_further_from_a_state_on(name, value):
+    """A piece has zeros in place of weights and of steps that it does not reach: gradients that
+    are finite in the definition are so in pieces. "res" and "gate" are the halves of x."""
+    case, n = CASES[name], 7
+    for argument in (*case.make(n, F64), "res", "gate"):
+        for activation, step in itertools.product((None, "tanh"), (1, 4)):
+            tensors = case.make(n, F64)
+            half = {"res": slice(None, 8), "gate": slice(8, None)}.get(argument)
+            hit = tensors.get(argument, tensors["x"])
+            row = step % hit.shape[1] if hit.ndim > 1 else step
+            (hit[0, step, half] if half else hit[0, row] if hit.ndim > 1 else hit[row]).fill_(value)
+            other = Case(name, case.make, {"activation": activation})
+            grads = []
+            for whole in (False, True):
+                of = leaves(tensors)
+                out = other.define(of)[0] if whole else stream(other, of, (2, 5))[0]
+                grads.append(torch.autograd.grad(out.sum(), of.values()))
+            for kind, ours, defined in zip(tensors, *grads, strict=True):
+                assert (ours.isfinite() | ~defined.isfinite()).all(), (argument, step, kind)
+
+
 @pytest.mark.parametrize("name", ["windowed_sgu", "causal_sgu"])
 def test_in_place(name):
     """The same numbers, in the memory that was handed in."""
@@ -382,9 +407,73 @@ def test_no_steps_beyond_the_weight():
     """A count is read where that does not wait for a device: not in a compiled program."""
     args = X, WEIGHT[..., :4], BIAS
     message = (r"^causal_sgu: x must have at most 2 time steps after the 2 of initial_state, "
-               r"because weight has 4, got n=3$")
+               r"because weight has 4, got n=3: begin a new")
     with pytest.raises(ValueError, match=message):
         ops.causal_sgu(*args, initial_state=ROWS)
     assert not ROWS.rows.any()
     out = ops.causal_sgu(X[:, :2], *args[1:], initial_state=ROWS)
     assert out.shape == (2, 2, 4)
+
+
+def _others(t):
+    """Tensors of which most may not stand in the place of t."""
+    others = [t.to_sparse(), t.to("meta"), t[None], t[:0], torch.cat((t, t), dim=-1),
+              torch.cat((t, t)), t.detach().numpy(), None]
+    return others if t.is_complex() else [*others, *map(t.to, (torch.int8, torch.bool, torch.half))]
+
+
+def _verdict(case, tensors, **options):
+    """What a call says: the error, or the shapes of what it returns."""
+    try:
+        out = Case(case.operator, case.make, {**case.options, **options}).run(tensors)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return [t.shape for t in out]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_call_that_passed_lets_no_other_pass(case, monkeypatch):
+    good, refused = case.make(5, F64), 0
+    for name, t in good.items():
+        for other in [] if t is None else _others(t):
+            given = {**good, name: other}
+            with monkeypatch.context() as patch:
+                patch.setattr(checks.Passed, "has", lambda *_: False)
+                expected = _verdict(case, given)
+            _verdict(case, good)
+            assert _verdict(case, given) == expected, (name, other)
+            refused += isinstance(expected, str)
+    assert refused > 3
+    case.run(good)
+    assert "return_state must be True or False" in _verdict(case, good, return_state=1)
+
+
+@pytest.mark.parametrize("name", [*FIRST, "fft_conv"])
+def test_a_call_like_one_that_passed_is_not_checked_again(name, monkeypatch):
+    case = FIRST.get(name) or next(c for c in CASES.values() if c.operator == "fft_conv")
+    good = case.make(5, torch.float32)
+    expected = case.run(good)[0]
+    module = sys.modules["fastmix.ops._sgu" if "sgu" in name else f"fastmix.ops.{name}"]
+    monkeypatch.setattr(module, "_check", None)  # to call it would raise
+    assert torch.equal(case.run(good)[0], expected)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        with torch.autocast("cpu", torch.bfloat16):  # which may choose other dtypes
+            case.run(good)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        case.run(case.make(6, torch.float32))
+
+
+def test_what_passed_holds_no_tensors_and_is_bounded():
+    passed = checks.Passed(most=3)
+    tensor = torch.ones(2, 5)
+    alive = weakref.ref(tensor)
+    passed.add(passed.key(tensor, None))
+    assert passed.has(passed.key(torch.zeros(2, 5), None))
+    assert not passed.has(passed.key(torch.zeros(2, 5)))
+    del tensor
+    assert alive() is None
+    for n in range(9):
+        passed.add(passed.key(torch.ones(n)))
+        assert passed.has(passed.key(torch.ones(n))) and len(passed.keys) <= 3
+    assert passed.key(torch.ones(2).to_sparse()) is None and passed.key("text") is None
+    assert not passed.has(None)

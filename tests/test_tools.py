@@ -1,11 +1,14 @@
 """What exports and torch's own tools see: plain aten, counts of operations, names."""
 
+import contextlib
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
 from g_mlp_gpt import g_mlp_gpt
+from torch._dynamo.backends.common import aot_autograd
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +18,7 @@ from fastmix import fallback, ops
 from fastmix.ops._flops import FORMULAS
 from fastmix.ops._register import OPERATORS
 from test_models import MODELS, build
+from twins import assert_near
 
 
 def targets(program):
@@ -22,12 +26,14 @@ def targets(program):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("exporting", [fastmix.decompose, contextlib.nullcontext])
 @pytest.mark.parametrize("name", MODELS)
-def test_decomposes_to_aten(name):
+def test_decomposes_to_aten(name, exporting):
     model = build(name).eval()
     tokens = torch.randint(0, 32, (2, 19))
-    with fastmix.decompose():
-        program = torch.export.export(model, (tokens,)).run_decompositions()
+    with exporting():
+        program = torch.export.export(model, (tokens,))
+    program = program.run_decompositions()
     others = {t for t in targets(program) if not t.startswith("aten.") and "getitem" not in t}
     assert not others
     with torch.no_grad():
@@ -41,7 +47,7 @@ def test_decomposes_to_aten(name):
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name, n", [
-    *((name, 50) for name in (*MODELS, "odd heads", "attention", "reversible")),
+    *((name, 50) for name in (*MODELS, "odd heads", "attention", "positions", "reversible")),
     ("GatedDsConvLM", 19)])  # the convolution as a product of matrices
 def test_onnx(name, n, tmp_path):
     """torch's exporter translates what decompose leaves, and another runtime has the values."""
@@ -52,6 +58,9 @@ def test_onnx(name, n, tmp_path):
             num_tokens=32, dim=12, depth=1, heads=4, dim_dsconv=12),
         "attention": lambda: fastmix.nn.GateLoopTransformer(
             num_tokens=32, dim=16, depth=1, use_gate_looped_attn=False, dim_head=8, heads=2),
+        "positions": lambda: fastmix.nn.GateLoopTransformer(
+            num_tokens=32, dim=16, depth=1, use_gate_looped_attn=False, dim_head=8, heads=2,
+            data_dependent_rel_pos=True, attn_softmax_normalize=True),
         "reversible": lambda: fastmix.nn.gMLPGPT(
             num_tokens=32, dim=16, depth=1, seq_len=60, window=8, attn_dim=4, reversible=True)}
     model = (others[name]() if name in others else build(name)).float().eval()
@@ -96,6 +105,26 @@ def test_exports_have_operators_otherwise():
         assert not torch.is_grad_enabled()
     assert torch.is_grad_enabled()
     assert any("fastmix" in t for t in targets(torch.export.export(model, (tokens,))))
+
+
+def test_default_table_alone_decomposes():
+    """Other tables, lengths that are not fixed, and torch.compile keep operators."""
+    model, x = fastmix.nn.MeanCenteringPool(8).eval(), torch.randn(1, 5, 8)
+    program = torch.export.export(model, (x,))
+    table = torch.export.default_decompositions()
+    decomposed = program.run_decompositions(dict(table))
+    assert not any("fastmix" in t for t in targets(decomposed))
+    assert_near(decomposed.module()(x), model(x))
+    del table[torch.ops.fastmix.decompose.default]
+    length = torch.export.Dim("length", min=2, max=99)
+    dynamic = torch.export.export(model, (x,), dynamic_shapes=({1: length},)).run_decompositions()
+    assert_near(dynamic.module()(x[:, :3]), model(x[:, :3]))
+    compiled = []
+    torch.compile(model, fullgraph=True, backend=aot_autograd(
+        fw_compiler=lambda graph, _: compiled.append(graph) or graph.forward))(x)
+    for kept in (program, program.run_decompositions({}), program.run_decompositions(table),
+                 dynamic, *compiled):
+        assert "fastmix.cumulative_mean.default" in targets(kept)
 
 
 # counts
@@ -202,12 +231,28 @@ assert counter.get_total_flops() == 12
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_profiles_name_operators():
-    x = leaf(1, 5, 2, 3)
+def compiled(name, backend, monkeypatch):
+    """The operator's call of COUNTS, compiled, its first run done."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, name, lambda *args, **kwargs: seen.append((args, kwargs)))
+        COUNTS[name][0]()
+    (args, kwargs), = seen
+    function = torch.compile(getattr(ops, name), fullgraph=True, backend=backend)
+    function(*args, **kwargs).sum().backward()
+    return lambda: function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name, backend", [
+    *((name, backend) for backend in (None, "aot_eager") for name in OPERATORS),
+    pytest.param("decay_conv", "inductor", marks=pytest.mark.long)])
+def test_profiles_name_operators(name, backend, monkeypatch):
+    call = compiled(name, backend, monkeypatch) if backend else COUNTS[name][0]
     with profile() as profiled:
-        ops.decay_conv(x, torch.rand(2)).sum().backward()
-    assert {"fastmix::decay_conv", "fastmix::decay_conv_backward"} <= {
-        event.key for event in profiled.key_averages()}
+        call().sum().backward()
+    events = {event.key: event for event in profiled.key_averages()}
+    for key in (f"fastmix::{name}", f"fastmix::{name}_backward"):
+        assert events[key].count == 1, key
 
 
 @pytest.mark.long
@@ -216,6 +261,8 @@ def test_aot_inductor_in_a_fresh_process(tmp_path):
     tokens = torch.randint(0, 32, (2, 19))
     package = torch._inductor.aoti_compile_and_package(
         torch.export.export(model, (tokens,)), package_path=str(tmp_path / "model.pt2"))
+    with zipfile.ZipFile(package) as files:
+        assert any(b"fastmix::decay_conv" in files.read(name) for name in files.namelist())
     with torch.no_grad():
         torch.save((tokens, model(tokens)), tmp_path / "expected.pt")
     code = f"""

@@ -61,6 +61,20 @@ def assert_twins(ours, theirs, dtype, x, *rest, floor=1e-3):
         assert_near(gradients[name], gradient, name, least)
 
 
+def assert_same_modules(ours, theirs):
+    """Submodules of the same names in the same order: what checkpoints and hooks go by."""
+    assert list(dict(ours.named_modules())) == list(dict(theirs.named_modules()))
+
+
+def assert_autocast_near(model, x, dtype, share):
+    """Under autocast outputs have `dtype`, and differ by that share of the largest at most."""
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    assert out.dtype == dtype
+    assert 0 < (out - exact).abs().max() < share * exact.abs().max()
+
+
 def assert_loads_both_ways(ours, theirs, x, training):
     """Each takes the other's checkpoint, and then gives the other's outputs."""
     for source, target in ((ours, theirs), (theirs, ours)):

@@ -25,7 +25,8 @@ struct CausalSgu {
   // channels.
   int64_t n_padded, d_padded;
   void* statistics;  // (b, n, 2): mean and inverse deviation of the gate
-  void* turned;      // (b, h, d_padded, n_padded): the normed gate; then its gradient (b, n, h, …)
+  void*
+      turned;  // (b, h, panels, d_padded, steps of one): the normed gate; its gradient (b, n, h, …)
   void* grad_mixed;  // (b, n, h, d_padded), with mixed_row numbers from step to step
   int64_t mixed_row;
   Sink grad_weight;  // (h · s, as many columns of zeros as has the weight of others, and s)
@@ -51,6 +52,13 @@ FASTMIX_KERNEL(causal_sgu_grad_gate, fastmix::CausalSgu)
 
 namespace fastmix::FASTMIX_CPU {
 namespace {
+
+// Steps that lie side by side in `turned`: those of a panel of the products that read it, so that
+// its rows lie on few pages, or all.
+template <class C>
+int64_t panel_of(const CausalSgu& args) {
+  return kNarrow ? kVectors * Simd<C>::lanes : args.n_padded;
+}
 
 template <class C>
 void norm(const CausalSgu& args, int64_t begin, int64_t end) {
@@ -131,6 +139,15 @@ struct Block {
     }
   }
 
+  // The normed block, panel by panel.
+  void turn() {
+    const int64_t panel = panel_of<C>(args), offset = at - head * args.d_padded;
+    C* turned = static_cast<C*>(args.turned) + (b * args.h + head) * args.d_padded * args.n_padded +
+                offset * panel;
+    for (int64_t t = 0; t < args.n; t += panel, turned += args.d_padded * panel)
+      transpose(smaller(panel, args.n - t), width, normed + t * kBlock, kBlock, turned, panel);
+  }
+
   // mixed = bias + triangle(W) · normed, with the residual
   void mix() {
     for (int64_t t = 0; t < args.n; ++t) {
@@ -179,10 +196,7 @@ void grad_mixed(const CausalSgu& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     block.select(i);
     block.normalise();
-    transpose(args.n, block.width, block.normed, kBlock,
-              static_cast<C*>(args.turned) +
-                  (block.b * args.h * args.d_padded + block.at) * args.n_padded,
-              args.n_padded);
+    block.turn();
     if (args.activation != Activation::outside) block.mix();
     for (int64_t t = 0; t < args.n; ++t) {
       block.fetch(args.x, t + kAhead, block.c0);
@@ -209,11 +223,13 @@ void grad_mixed(const CausalSgu& args, int64_t begin, int64_t end) {
 template <class C>
 void grad_weight(const CausalSgu& args, int64_t begin, int64_t end) {
   Scratch scratch;
-  C *sums = scratch.take<C>(kStrip * args.n_padded), *zeros = scratch.take<C>(args.s);
+  C *sums = scratch.take<C>(kStrip * args.n_padded), *zeros = scratch.take<C>(args.s),
+    *strip = scratch.take<C>(kStrip * args.d_padded);
   memset(zeros, 0, args.s * sizeof(C));
   const int64_t others = args.grad_weight.channels - args.s;
   memset(sums, 0, kStrip * args.n_padded * sizeof(C));
-  const int64_t d = args.c / args.h, strips = (args.s + kStrip - 1) / kStrip, row = args.mixed_row;
+  const int64_t d = args.c / args.h, strips = (args.s + kStrip - 1) / kStrip, row = args.mixed_row,
+                panel = panel_of<C>(args);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t head = i / strips, first = i % strips * kStrip;
     const int64_t rows = smaller(kStrip, args.n - first);
@@ -222,8 +238,12 @@ void grad_weight(const CausalSgu& args, int64_t begin, int64_t end) {
                       head * args.d_padded;
       const C* turned =
           static_cast<const C*>(args.turned) + (b * args.h + head) * args.d_padded * args.n_padded;
-      gemm<C>(rows, padded<C>(first + rows), d, {grad, row, 1}, {turned, args.n_padded},
-              {sums, args.n_padded}, b > 0, kFull);
+      // Rows of x lie so far apart that they would crowd a few places of the caches.
+      for (int64_t r = 0; r < rows; ++r)
+        memcpy(strip + r * args.d_padded, grad + r * row, d * sizeof(C));
+      for (int64_t t = 0; t < first + rows; t += panel)
+        gemm<C>(rows, smaller(panel, padded<C>(first + rows - t)), d, {strip, args.d_padded, 1},
+                {turned + t * args.d_padded, panel}, {sums + t, args.n_padded}, b > 0, kFull);
     }
     for (int64_t r = first; r < smaller(first + kStrip, args.s); ++r) {
       const int64_t kept = r < args.n ? r + 1 : 0, to = head * args.s + r;
@@ -320,6 +340,8 @@ FASTMIX_PHASE(grad_gate)
 namespace fastmix {
 namespace {
 
+constexpr Checks kCausalChecks{"causal_sgu"};
+
 // The weight (h, s, s), or the last s columns of more, as it is if that is computed with in the
 // type that is wanted: it may be large.
 Tensor stored(Tensor weight, ScalarType wanted) {
@@ -366,6 +388,7 @@ struct CausalSguCall {
 Tensor causal_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                   const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
                   const OptionalTensor& residual, Activation activation) {
+  check(kCausalChecks, x, weight, bias, norm_weight, norm_bias, residual, true);
   CausalSguCall call(x, weight, bias, norm_weight, norm_bias, eps, residual, activation);
   CausalSgu& args = call.args;
   Tensor out = fresh(x, {args.b, args.n, args.c}, x.scalar_type());
@@ -378,6 +401,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> causal_sgu_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
     const OptionalTensor& residual, Activation activation) {
+  check(kCausalChecks, x, weight, bias, norm_weight, norm_bias, residual, true);
+  kCausalChecks.tensor("grad_out", grad, {x.size(0), x.size(1), x.size(2) / 2}, kReal);
   CausalSguCall call(x, weight, bias, norm_weight, norm_bias, eps, residual, activation);
   CausalSgu& args = call.args;
   Tensor grad_x = fresh(x), grad_weight = fresh(weight),

@@ -96,6 +96,10 @@ namespace fastmix {
 namespace {
 
 Tensor run(const Tensor& x, bool backward) {
+  constexpr Checks checks{"cumulative_mean"};
+  checks.require(x.dim() >= 2, "the number of x's axes", "at least 2", x.dim());
+  checks.tensor("x", x, x.sizes(), kReal);
+  checks.require(x.size(1) > 0, "n", "at least 1", x.size(1));
   const int64_t b = x.size(0), n = x.size(1);
   Tensor out = fresh(x);
   const int64_t channels = b ? x.numel() / (b * n) : 0;

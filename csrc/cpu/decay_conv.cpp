@@ -220,6 +220,19 @@ void decay_conv_backward(const DecayConv& args, int64_t begin, int64_t end) {
 namespace fastmix {
 namespace {
 
+constexpr Checks kDecayConvChecks{"decay_conv"};
+
+void check(const Tensor& x, const Tensor& decay, const OptionalTensor& gain,
+           const OptionalTensor& initial_state, int64_t carry_every, bool backward) {
+  kDecayConvChecks.tensor("x", x, {kAny, kAny, kAny, kAny}, kReal);
+  kDecayConvChecks.require(x.size(1) > 0, "n", "at least 1", x.size(1));
+  kDecayConvChecks.tensor("decay", decay, {x.size(2)}, kReal);
+  kDecayConvChecks.tensor("gain", gain, {x.size(2)}, kReal);
+  kDecayConvChecks.tensor("initial_state", initial_state, {x.size(0), x.size(2), x.size(3)},
+                          only(wide(x)));
+  kDecayConvChecks.carries(carry_every, backward);
+}
+
 // (h,) → one value for every channel; empty without a parameter.
 std::vector<double> per_channel(const OptionalTensor& parameter, int64_t d) {
   std::vector<double> repeated;
@@ -259,6 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> decay_conv(const Tensor& x, const Tensor& dec
                                               const OptionalTensor& gain,
                                               const OptionalTensor& initial_state,
                                               int64_t carry_every) {
+  check(x, decay, gain, initial_state, carry_every, false);
   const int64_t b = x.size(0), n = x.size(1), h = x.size(2), d = x.size(3);
   const int64_t carries = carry_count(n, carry_every);
   Tensor out = fresh(x), state = fresh(x, {b, h, d}, wide(x)),
@@ -277,7 +291,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decay_conv_backward(
     const Tensor& grad, const Tensor& grad_state, const Tensor& carries, const Tensor& x,
     const Tensor& decay, const OptionalTensor& gain, const OptionalTensor& initial_state,
     int64_t carry_every) {
+  check(x, decay, gain, initial_state, carry_every, true);
   const int64_t b = x.size(0), n = x.size(1), h = x.size(2), d = x.size(3);
+  kDecayConvChecks.tensor("grad_out", grad, {b, n, h, d}, kReal);
+  kDecayConvChecks.tensor("grad_state", grad_state, {b, h, d}, kReal);
+  kDecayConvChecks.tensor("carries", carries, {b, carry_count(n, carry_every), h, d},
+                          only(wide(x)));
   Tensor grad_x = fresh(x), grad_initial = initial_state ? fresh(*initial_state) : nothing(x);
   DecayConvCall call(x, decay, gain, values(grad_state), carry_every);
   DecayConv& args = call.args;

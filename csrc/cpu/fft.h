@@ -401,6 +401,23 @@ FASTMIX_INLINE void open_leaf(Complex<V>* a, const C* at, const C* w) {
   split<kLeaf>(a, w);
 }
 
+// A leaf's points fill half of NEON's registers or more. Beside those of another leaf they wait in
+// their own rows: left to the compiler, most numbers would go to and from the stack several times.
+constexpr bool kSetAside = kRegister == 16;
+
+template <class V, class C>
+FASTMIX_INLINE void set_aside(const Complex<V>* a, C* at) {
+  if constexpr (!kSetAside) return;
+  for (int k = 0; k < kLeaf; ++k) store_row(at + k * kRow<C>, a[k]);
+  __asm__ volatile("" ::: "memory");  // or they would be kept in registers all the same
+}
+
+template <class V, class C>
+FASTMIX_INLINE Complex<V> taken_back(const Complex<V>* a, const C* at, int k) {
+  if constexpr (kSetAside) return load_row<V>(at + k * kRow<C>);
+  return a[k];
+}
+
 template <class V, class C>
 FASTMIX_INLINE void close_leaf(Complex<V>* a, C* at, const C* w) {
   join<kLeaf>(a, w);

@@ -33,6 +33,7 @@ struct FftConv {
   int64_t heads, group, groups;
   bool shared;     // one kernel for the whole batch
   bool streaming;  // `out` is large and its rows start at whole cache lines
+  bool gathering;  // a vector is part of a line: a unit writes those of a line together
   Source x, kernel, grad;
   const double* skip;  // per channel; or null
   Sink out, grad_kernel;
@@ -78,13 +79,15 @@ Lanes<C> kernels(const FftConv& args, int64_t first, int64_t count, int64_t repe
   });
 }
 
-// Writes channels c0 … of the output.
+// Writes channels c0 … of the output; or steps of a vector, one after the other, to `gathered`.
 template <class C>
 struct Channels {
   const FftConv& args;
   int64_t b, c0, count;
+  C* gathered = nullptr;
 
   FASTMIX_INLINE void operator()(int64_t t, Vector<C> v) const {
+    if (gathered != nullptr) return store(gathered + t * Simd<C>::lanes, v);
     const int64_t at = (b * args.n + t) * args.out.channels + c0;
     if (count == Simd<C>::lanes) {
       if (args.out.type == kType<C>) {
@@ -134,12 +137,14 @@ struct Product {
     constexpr int lanes = Simd<C>::lanes;
     Complex<V> a[kLeaf], other[kLeaf];
     open_leaf(a, at[0], w);
+    if constexpr (backward || in_lanes) set_aside(a, at[0]);
     if constexpr (backward) {
       open_leaf(other, at[1], w);
       V products[2 * kLeaf];
       for (int k = 0; k < kLeaf; ++k) {
-        products[k] = a[k].re * other[k].re + a[k].im * other[k].im;
-        products[k + kLeaf] = a[k].im * other[k].re - a[k].re * other[k].im;
+        const Complex<V> own = taken_back(a, at[0], k);
+        products[k] = own.re * other[k].re + own.im * other[k].im;
+        products[k + kLeaf] = own.im * other[k].re - own.re * other[k].im;
       }
       V at_points = products[0];
       for (int k = 1; k < kLeaf; ++k) at_points += products[k];
@@ -160,12 +165,13 @@ struct Product {
       open_leaf(other, at[inputs - 1], w);
       for (int k = 0; k < kLeaf; ++k) {
         const V re = other[k].re * scale + skip, im = other[k].im * (backward ? -scale : scale);
-        a[k] = times(a[k], re, im);
+        a[k] = times(taken_back(a, at[0], k), re, im);
       }
     } else {
       const C* s = spectrum + block * 2 * kLeaf;
       for (int k = 0; k < kLeaf; ++k)
-        a[k] = times(a[k], s[k] + skip, (backward ? -s[k + kLeaf] : s[k + kLeaf]) - V{});
+        a[k] = times(backward ? taken_back(a, at[0], k) : a[k], s[k] + skip,
+                     (backward ? -s[k + kLeaf] : s[k + kLeaf]) - V{});
     }
     close_leaf(a, at[0], w);
   }
@@ -239,6 +245,17 @@ template <class C, class G>
 FASTMIX_INLINE void each_lanes(const Unit& u, G g) {
   for (int64_t c = 0; c < u.count; c += Simd<C>::lanes)
     g(u.c0 + c, smaller(Simd<C>::lanes, u.count - c));
+}
+
+// Writes what the vectors of a unit have gathered, line by line. A transform's outputs are rows
+// apart: lines that are written in halves would be fetched and written back for each vector.
+template <class C>
+void write_gathered(const FftConv& args, const Unit& u, const C* gathered) {
+  for (int64_t t = 0; t < args.n; ++t)
+    each_lanes<C>(u, [&](int64_t c0, int64_t count) FASTMIX_LAMBDA {
+      const Channels<C> out{args, u.b, c0, count};
+      out(t, load<Vector<C>>(gathered + (c0 - u.c0) * args.n + t * Simd<C>::lanes));
+    });
 }
 
 template <class C>
@@ -431,87 +448,130 @@ bool fits(Vector<C> skip) {
   return !any(magnitude<C>(skip) > power_bits<C>(ints<C>(Format<C>::bias / 2 - 13)));
 }
 
+// The steps of one transform: y_start … y_{stop-1}, or dx.
+struct Chunk {
+  int64_t start, stop;
+  int64_t before;  // steps of x that enter before them: y needs as many lags
+  int64_t reach;   // steps that enter of what is convolved: dx needs lags after its own
+
+  FASTMIX_INLINE int64_t count() const { return stop - start; }
+};
+
+Chunk chunk_from(const FftConv& args, int64_t start, bool backward) {
+  const int64_t stop = smaller(start + args.chunk, args.n),
+                before = backward || args.chunk == args.n ? 0 : args.lags - 1;
+  return {start, stop, before,
+          backward ? smaller(stop - start + args.lags - 1, args.n - start) : before + stop - start};
+}
+
+// A vector of a unit's channels, convolved chunk by chunk.
+template <class C, bool backward, bool in_lanes>
+struct ChannelVector {
+  using Leaf = Product<C, backward, in_lanes>;
+  static constexpr int64_t lanes = Simd<C>::lanes;
+  const FftConv& args;
+  const Unit& u;
+  const Buffers<C>& buffers;
+  const Channels<C> out;
+  const Lanes<C> x, grad, kernel;
+  const Vector<C> skip;
+  Beginning<C> begins[3];  // of the inputs, the kernel last
+  Lanes<C> in[3];
+  bool whole;  // a transform takes the skip and the kernel
+  // Sums of grad · x, each lane's: times the length from spectra, and from segments.
+  double points[lanes] = {}, segmented_points[lanes] = {};
+
+  ChannelVector(const FftConv& args, const Unit& u, const Buffers<C>& buffers, int64_t c0,
+                int64_t count, C* gathered)
+      : args(args), u(u), buffers(buffers), out{args, u.b, c0, count, gathered},
+        x(channels<C>(args, args.x, u.b, c0, count)),
+        grad(backward ? channels<C>(args, args.grad, u.b, c0, count) : x),
+        kernel(in_lanes ? kernels<C>(args, kernel_index(args, u), u.heads, args.d)
+                        : kernels<C>(args, kernel_index(args, u), 1, count)),
+        skip(skips<C>(args, c0, count, 1)), whole(fits<C>(skip)) {
+    if (in_lanes) {
+      in[1 + backward] = kernel;
+    } else {
+      const KernelBeginning& of_kernel = args.beginnings[kernel_index(args, u)];
+      begins[1 + backward] = {ints<C>(of_kernel.zeros), ints<C>(of_kernel.ready)};
+      whole &= !of_kernel.refused;
+    }
+  }
+
+  void convolve(Leaf& leaf) {
+    leaf.skip = skips<C>(args, out.c0, out.count, args.plan.length);
+    leaf.lane_sums = points;
+    for (int64_t start = 0; start < args.n; start += args.chunk) {
+      const Chunk chunk = chunk_from(args, start, backward);
+      in[0] = backward ? grad.window(start, args.n) : x.window(start - chunk.before, args.n);
+      if (backward) in[1] = x.window(start, chunk.stop);
+      if (whole && transformed(chunk, leaf)) {
+        if (backward && args.early_lags != nullptr)
+          add_early_lags<C>(args, u, {in[0], chunk.reach, true}, {in[1], chunk.stop, false},
+                            out.count);
+        continue;
+      }
+      SegmentedChunk<C> segmented(args, u, out);
+      if (backward)
+        segmented.backward(in[0], in[1], start, chunk.count(), chunk.reach, segmented_points);
+      else segmented.forward(x, start, chunk.before, chunk.count());
+    }
+    if (backward && args.grad_skip != nullptr)
+      for (int64_t i = 0; i < out.count; ++i)
+        args.grad_skip[u.b * args.out.channels + out.c0 + i] =
+            points[i] / args.plan.length + segmented_points[i];
+  }
+
+  // A chunk's outputs by one transform; false, and nothing written, where it refuses its inputs.
+  bool transformed(const Chunk& chunk, const Leaf& leaf) {
+    const int64_t steps[3] = {chunk.reach, backward ? chunk.count() : args.lags, args.lags};
+    EarlyOutputs<C> early;
+    const auto accept = checked<C>([&](int input, const Magnitudes<C>& largest) {
+      const Sequence<C> sequence{in[input], steps[input], backward && input == 0};
+      if (any(refusals(sequence, largest, begins[input]))) return false;
+      if (input + 1 < Leaf::inputs) return true;
+      early.compute({in[0], chunk.reach, backward}, begins[0], {kernel, args.lags, false},
+                    begins[1 + backward], args.skip == nullptr ? nullptr : &skip);
+      return true;
+    });
+    const auto put = [&](int64_t t, Vector<C> v) FASTMIX_LAMBDA {
+      if (t < chunk.before) return;
+      const int64_t step = backward ? chunk.reach - 1 - t : t;
+      out(chunk.start + t - chunk.before, step < early.end ? early(step, v) : v);
+    };
+    return transform(args.plan, in, buffers.at, buffers.tile, chunk.before + chunk.count(), leaf,
+                     put, accept);
+  }
+};
+
 template <class C, bool backward, bool in_lanes>
 void units(const FftConv& args, int64_t begin, int64_t end) {
   using Leaf = Product<C, backward, in_lanes>;
-  const int64_t length = args.plan.length;
-  Buffers<C> buffers(Leaf::buffers, length);
+  const int64_t spectrum = 2 * args.plan.length;
+  Buffers<C> buffers(Leaf::buffers, args.plan.length);
   const bool alone = backward && args.sums == nullptr;
-  C* const own = alone ? buffers.scratch.template take<C>(args.heads * 2 * length) : nullptr;
+  C* const own = alone ? buffers.scratch.template take<C>(args.heads * spectrum) : nullptr;
+  C* const gathered =
+      args.gathering ? buffers.scratch.template take<C>(args.n * args.group) : nullptr;
   for (int64_t i = begin; i < end; ++i) {
     const Unit u = unit_of(args, i);
     Leaf leaf{};
-    if (!in_lanes)
-      leaf.spectrum = static_cast<C*>(args.spectra) + kernel_index(args, u) * 2 * length;
-    leaf.scale = C(1) / length;
+    if (!in_lanes) leaf.spectrum = static_cast<C*>(args.spectra) + kernel_index(args, u) * spectrum;
+    leaf.scale = C(1) / args.plan.length;
     leaf.heads = u.heads;
     leaf.d = args.d;
-    leaf.sums_step = args.groups * 2 * length;
+    leaf.sums_step = args.groups * spectrum;
     if (backward) {
       leaf.sums = alone ? own
                         : static_cast<C*>(args.sums) +
-                              ((u.b * args.h + u.head) * args.groups + u.group) * 2 * length;
-      memset(leaf.sums, 0, u.heads * 2 * length * sizeof(C));
+                              ((u.b * args.h + u.head) * args.groups + u.group) * spectrum;
+      memset(leaf.sums, 0, u.heads * spectrum * sizeof(C));
     }
     each_lanes<C>(u, [&](int64_t c0, int64_t count) {
-      const Lanes<C> x = channels<C>(args, args.x, u.b, c0, count);
-      const Lanes<C> grad = backward ? channels<C>(args, args.grad, u.b, c0, count) : x;
-      const Channels<C> out{args, u.b, c0, count};
-      double points[Simd<C>::lanes] = {}, segmented_points[Simd<C>::lanes] = {};
-      leaf.skip = skips<C>(args, c0, count, length);
-      leaf.lane_sums = points;
-      const Lanes<C> kernel = in_lanes ? kernels<C>(args, kernel_index(args, u), u.heads, args.d)
-                                       : kernels<C>(args, kernel_index(args, u), 1, count);
-      const Vector<C> skip = skips<C>(args, c0, count, 1);
-      Beginning<C> begins[3];  // of the inputs, the kernel last
-      bool whole = fits<C>(skip);
-      if (!in_lanes) {
-        const KernelBeginning& of_kernel = args.beginnings[kernel_index(args, u)];
-        begins[1 + backward] = {ints<C>(of_kernel.zeros), ints<C>(of_kernel.ready)};
-        whole &= !of_kernel.refused;
-      }
-      Lanes<C> in[3];
-      if (in_lanes) in[1 + backward] = kernel;
-      for (int64_t start = 0; start < args.n; start += args.chunk) {
-        // y needs the lags before a chunk, dx and the kernel's gradient those after it.
-        const int64_t stop = smaller(start + args.chunk, args.n);
-        const int64_t before = backward || args.chunk == args.n ? 0 : args.lags - 1;
-        in[0] = backward ? grad.window(start, args.n) : x.window(start - before, args.n);
-        if (backward) in[1] = x.window(start, stop);
-        const int64_t reach = backward ? smaller(stop - start + args.lags - 1, args.n - start)
-                                       : before + stop - start;
-        const int64_t steps[3] = {reach, backward ? stop - start : args.lags, args.lags};
-        EarlyOutputs<C> early;
-        const auto accept = checked<C>([&](int input, const Magnitudes<C>& largest) {
-          const Sequence<C> sequence{in[input], steps[input], backward && input == 0};
-          if (any(refusals(sequence, largest, begins[input]))) return false;
-          if (input + 1 < Leaf::inputs) return true;
-          early.compute({in[0], reach, backward}, begins[0], {kernel, args.lags, false},
-                        begins[1 + backward], args.skip == nullptr ? nullptr : &skip);
-          return true;
-        });
-        if (whole && transform(
-                         args.plan, in, buffers.at, buffers.tile, before + stop - start, leaf,
-                         [&](int64_t t, Vector<C> v) FASTMIX_LAMBDA {
-                           if (t < before) return;
-                           const int64_t step = backward ? reach - 1 - t : t;
-                           out(start + t - before, step < early.end ? early(step, v) : v);
-                         },
-                         accept)) {
-          if (backward && args.early_lags != nullptr)
-            add_early_lags<C>(args, u, {in[0], reach, true}, {in[1], stop, false}, count);
-          continue;
-        }
-        SegmentedChunk<C> segmented(args, u, out);
-        if (backward)
-          segmented.backward(in[0], in[1], start, stop - start, reach, segmented_points);
-        else segmented.forward(x, start, before, stop - start);
-      }
-      if (backward && args.grad_skip != nullptr)
-        for (int64_t i = 0; i < count; ++i)
-          args.grad_skip[u.b * args.out.channels + c0 + i] =
-              points[i] / length + segmented_points[i];
+      C* const rows = args.gathering ? gathered + (c0 - u.c0) * args.n : nullptr;
+      ChannelVector<C, backward, in_lanes>(args, u, buffers, c0, count, rows).convolve(leaf);
     });
+    if (args.gathering) write_gathered(args, u, gathered);
     if constexpr (backward && in_lanes)
       if (alone) write_lags<C>(args, buffers, kernel_index(args, u), u.heads, own);
   }
@@ -680,6 +740,18 @@ Source kernel_source(const Tensor& kernel) {
           1};
 }
 
+constexpr Checks kFftConvChecks{"fft_conv"};
+
+void check(const Tensor& x, const Tensor& kernel, const OptionalTensor& skip) {
+  kFftConvChecks.tensor("x", x, {kAny, kAny, kAny, kAny}, kReal);
+  kFftConvChecks.require(x.size(1) > 0, "n", "at least 1", x.size(1));
+  const int64_t h = x.size(2);
+  if (kernel.dim() == 2) kFftConvChecks.tensor("kernel", kernel, {kAny, h}, kReal);
+  else kFftConvChecks.tensor("kernel", kernel, {x.size(0), kAny, h}, kReal);
+  kFftConvChecks.require(kernel.size(-2) > 0, "the number of the kernel's lags", "at least 1", 0);
+  kFftConvChecks.tensor("skip", skip, {h, x.size(3)}, kReal);
+}
+
 // What forward and backward share: the sizes, how work is cut, the plan and its table.
 struct FftConvCall {
   FftConv args{};
@@ -733,6 +805,12 @@ struct FftConvCall {
     const bool whole = args.n < 2 * kFitting || args.n < 16 * args.lags;
     args.plan = plan_for(whole ? args.n : std::max(kFitting, 4 * args.lags), table);
     args.chunk = whole ? args.n : args.plan.length - args.lags + 1;
+    const bool half_lines = instruction_set() == 1 &&
+                            (args.out.type == Type::f32 || args.out.type == Type::f64) &&
+                            !args.kernels_in_lanes && args.d % (2 * lanes) == 0;
+    args.gathering = whole && half_lines && args.out.streaming &&
+                     reinterpret_cast<uintptr_t>(args.out.data) % 64 == 0;
+    args.streaming |= args.gathering;
     beginnings = std::make_unique<KernelBeginning[]>((args.shared ? 1 : args.b) * args.h);
     args.beginnings = beginnings.get();
     narrow.assign(table.begin(), table.end());
@@ -752,6 +830,7 @@ Tensor transformed(FftConvCall& call, const Tensor& x) {
 }
 
 Tensor fft_conv(const Tensor& x, const Tensor& kernel, const OptionalTensor& skip) {
+  check(x, kernel, skip);
   Tensor out = fresh(x);
   if (x.numel() == 0) return out;
   FftConvCall call(x, kernel, skip);
@@ -770,6 +849,8 @@ Tensor fft_conv(const Tensor& x, const Tensor& kernel, const OptionalTensor& ski
 std::tuple<Tensor, Tensor, Tensor> fft_conv_backward(const Tensor& grad, const Tensor& x,
                                                      const Tensor& kernel,
                                                      const OptionalTensor& skip) {
+  check(x, kernel, skip);
+  kFftConvChecks.tensor("grad_out", grad, {x.size(0), x.size(1), x.size(2), x.size(3)}, kReal);
   Tensor grad_x = fresh(x);
   if (x.numel() == 0) return {grad_x, totals({}, kernel), skip ? totals({}, *skip) : nothing(x)};
   Tensor grad_kernel = fresh(kernel);

@@ -11,7 +11,7 @@ namespace {
 
 // A register block: rows of C that are computed at once, and vectors of each.
 constexpr int kRows = 6;
-constexpr int kVectors = kRegister == 64 ? 4 : 2;
+constexpr int kVectors = kRegisters == 32 ? 4 : 2;
 
 template <class C>
 FASTMIX_INLINE int64_t padded(int64_t count) {
@@ -70,10 +70,18 @@ struct Band {
 constexpr int64_t kFar = int64_t(1) << 40;
 constexpr Band kFull{-kFar, kFar}, kLower{-kFar, 1}, kUpper{0, kFar};
 
+// Where products go: each row is scaled by its factor, if there are factors, and added to C's or
+// put in its place.
+template <class C>
+struct Into {
+  bool add;
+  const C* scale;
+};
+
 // `rows` rows of C from row i of A on.
 template <class C, int rows, int vectors, class A>
 FASTMIX_INLINE void gemm_block(int64_t i, int64_t k, Left<A> a, const C* b, int64_t b_row, C* c,
-                               int64_t c_row, bool add, Band band) {
+                               int64_t c_row, Into<C> into, Band band) {
   using V = typename Simd<C>::Vector;
   V sum[rows][vectors] = {};
   const A* const left = a.data + i * a.row;
@@ -100,35 +108,59 @@ FASTMIX_INLINE void gemm_block(int64_t i, int64_t k, Left<A> a, const C* b, int6
   some(start, first);
   for (int64_t at = first; at < end; ++at) products(at, [](int) FASTMIX_LAMBDA { return true; });
   some(end, stop);
-  for (int r = 0; r < rows; ++r)
+  for (int r = 0; r < rows; ++r) {
+    const C by = into.scale ? into.scale[i + r] : C(1);
     for (int j = 0; j < vectors; ++j) {
       C* to = c + (i + r) * c_row + j * Simd<C>::lanes;
-      store(to, add ? load<V>(to) + sum[r][j] : sum[r][j]);
+      store(to, into.add ? load<V>(to) + by * sum[r][j] : by * sum[r][j]);
     }
+  }
 }
 
 // Products that are summed one after the other; the sums of so many are added up. Rounding
 // errors grow with both, and B's rows stay in cache.
 constexpr int64_t kDepth = 128;
 
+// Asks for rows of A that lie too far apart for hardware to foresee the next one.
+template <class A>
+FASTMIX_INLINE void prefetch_rows(int64_t i, int64_t end, int64_t k, Left<A> a) {
+  for (; i < end; ++i)
+    for (int64_t at = 0; at < k; at += 64 / sizeof(A))
+      __builtin_prefetch(a.data + i * a.row + at, 0, 3);
+}
+
+template <int count>
+struct Rows {
+  constexpr int operator()() const { return count; }
+};
+
 // With few registers panels of B are narrow and many.
 constexpr bool kNarrow = kRegister < 64;
 
 template <class C, int vectors, class A>
 FASTMIX_INLINE void gemm_columns(int64_t m, int64_t k, Left<A> a, const C* b, int64_t b_row, C* c,
-                                 int64_t c_row, bool add, Band band) {
+                                 int64_t c_row, Into<C> into, Band band, bool first) {
   int64_t i = 0;
-  for (; i + kRows <= m; i += kRows)
-    gemm_block<C, kRows, vectors>(i, k, a, b, b_row, c, c_row, add, band);
-  for (; i + 2 <= m; i += 2) gemm_block<C, 2, vectors>(i, k, a, b, b_row, c, c_row, add, band);
-  for (; i < m; ++i) gemm_block<C, 1, vectors>(i, k, a, b, b_row, c, c_row, add, band);
+  const auto blocks = [&](auto rows, int64_t end) FASTMIX_LAMBDA {
+    for (; i + rows() <= end; i += rows()) {
+      if (first) prefetch_rows(i + rows(), smaller(m, i + 2 * rows()), k, a);
+      gemm_block<C, rows(), vectors>(i, k, a, b, b_row, c, c_row, into, band);
+    }
+  };
+  // Two rows of narrow vectors are so few sums that products wait for them: eight are four and
+  // four.
+  blocks(Rows<kRows>(), kNarrow && m % kRows == 2 ? m - 8 : m);
+  if constexpr (kNarrow) blocks(Rows<4>(), m);
+  blocks(Rows<2>(), m);
+  blocks(Rows<1>(), m);
 }
 
 template <class C, class A>
 FASTMIX_INLINE void gemm_panels(int64_t m, int64_t n, int64_t k, Left<A> a, RowMajor<const C> b,
-                                RowMajor<C> c, bool add, Band band) {
+                                RowMajor<C> c, Into<C> into, Band band) {
   constexpr int64_t lanes = Simd<C>::lanes;
   constexpr int64_t width = kVectors * lanes;
+  const bool far = a.column == 1 && a.row > 4 * kDepth;
   int64_t j = 0;
   for (; j + width <= n; j += width) {
     if (kNarrow && m > 12 * kRows && b.row > width) {
@@ -136,16 +168,18 @@ FASTMIX_INLINE void gemm_panels(int64_t m, int64_t n, int64_t k, Left<A> a, RowM
       C panel[kDepth * width];
       for (int64_t at = 0; at < k; ++at)
         memcpy(panel + at * width, b.data + at * b.row + j, sizeof(C) * width);
-      gemm_columns<C, kVectors>(m, k, a, panel, width, c.data + j, c.row, add, band);
+      gemm_columns<C, kVectors>(m, k, a, panel, width, c.data + j, c.row, into, band,
+                                far && j == 0);
     } else {
-      gemm_columns<C, kVectors>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
+      gemm_columns<C, kVectors>(m, k, a, b.data + j, b.row, c.data + j, c.row, into, band,
+                                far && j == 0);
     }
   }
   if constexpr (kVectors > 2)
     for (; j + 2 * lanes <= n; j += 2 * lanes)
-      gemm_columns<C, 2>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
+      gemm_columns<C, 2>(m, k, a, b.data + j, b.row, c.data + j, c.row, into, band, far && j == 0);
   for (; j < n; j += lanes)
-    gemm_columns<C, 1>(m, k, a, b.data + j, b.row, c.data + j, c.row, add, band);
+    gemm_columns<C, 1>(m, k, a, b.data + j, b.row, c.data + j, c.row, into, band, far && j == 0);
 }
 
 // Rows of A that pass by every panel before the next ones do: as many as stay in the second-level
@@ -153,14 +187,15 @@ FASTMIX_INLINE void gemm_panels(int64_t m, int64_t n, int64_t k, Left<A> a, RowM
 template <class C>
 constexpr int64_t kStripRows = kNarrow ? 768 / sizeof(C) : kFar;
 
-// C (m, n) = A (m, k) · B (k, n), or += it. n is a whole number of vectors.
+// C (m, n) = scale ∘ A (m, k) · B (k, n), or += it. n is a whole number of vectors; scale are
+// factors of rows, or null.
 template <class C, class A = C>
 void gemm(int64_t m, int64_t n, int64_t k, Left<A> a, RowMajor<const C> b, RowMajor<C> c, bool add,
-          Band band) {
+          Band band, const C* scale = nullptr) {
   C turned[kNarrow ? kStripRows<C> * kDepth : 1];
   for (int64_t i = 0; i < m; i += kStripRows<C>) {
     const int64_t rows = smaller(m - i, kStripRows<C>);
-    bool adds = add;
+    Into<C> into{add, scale ? scale + i : nullptr};
     int64_t at = 0;
     do {
       const int64_t depth = smaller(kDepth, k - at);
@@ -175,8 +210,8 @@ void gemm(int64_t m, int64_t n, int64_t k, Left<A> a, RowMajor<const C> b, RowMa
           transpose(depth, rows, left.data, left.column, turned, kDepth);
           left = {turned, kDepth, 1};
         }
-      if (used || !adds) gemm_panels<C>(rows, n, depth, left, right, to, adds, part);
-      adds = true;
+      if (used || !into.add) gemm_panels<C>(rows, n, depth, left, right, to, into, part);
+      into.add = true;
       at += depth;
     } while (at < k);
   }

@@ -14,8 +14,10 @@
 
 #ifdef FASTMIX_CPU
 
-// g++'s header; clang's has another name, and what it makes of this has not been tried.
-#if defined(__AVX512F__) && defined(__x86_64__) && __has_include(<amxtileintrin.h>)
+// g++'s header; clang's has another name, and what it makes of this has not been tried. build.py
+// finds out whether the assembler knows the instructions.
+#if defined(__AVX512F__) && defined(__x86_64__) && __has_include(<amxtileintrin.h>) && \
+    !defined(FASTMIX_NO_MATRIX_UNIT)
 #define FASTMIX_MATRIX_UNIT
 #endif
 
@@ -152,17 +154,17 @@ FASTMIX_INLINE float number_of(uint32_t bits) {
   return x;
 }
 
-// A strip, with zeros outside the band and up to whole tiles. Returns its smallest number but 0.
-// `whole`: nothing is outside.
+// The depth tiles first … end-1 of a strip, with zeros outside the band and up to whole tiles.
+// Returns their smallest number but 0. `whole`: nothing is outside.
 template <bool whole, class A>
-float pack_strip(int64_t rows, int64_t depth, int64_t depth_tiles, Left<A> a, Band band,
+float pack_strip(int64_t rows, int64_t depth, int64_t first, int64_t end, Left<A> a, Band band,
                  uint16_t* strip) {
   Least<Shorts> least;
   for (int64_t r = 0; r < (rows + kSide - 1) / kSide * kSide; ++r) {
     const Used used(r, r < rows ? depth : 0, band);
-    uint16_t* to = strip + r / kSide * kTile + r % kSide * kPairs;
-    const A* from = a.data + r * a.row;
-    for (int64_t at = 0; at < depth_tiles; ++at, from += kPairs, to += kStripTiles * kTile) {
+    uint16_t* to = strip + first * kStripTiles * kTile + r / kSide * kTile + r % kSide * kPairs;
+    const A* from = a.data + r * a.row + first * kPairs;
+    for (int64_t at = first; at < end; ++at, from += kPairs, to += kStripTiles * kTile) {
       const uint32_t lanes = whole ? ~0u : lanes_of(used.first, used.end, at * kPairs);
       Shorts x;
       if constexpr (kHalf<A>) {
@@ -302,8 +304,8 @@ void unit_panel(int64_t m, int64_t k, Left<A> a, RowMajor<const float> b, RowMaj
       const bool whole = rows % kSide == 0 && end * kPairs <= depth && part.low <= 1 - rows &&
                          part.high >= end * kPairs;
       const auto pack = [&](auto left) FASTMIX_LAMBDA {
-        return whole ? pack_strip<true>(rows, depth, end, left, part, operands.a)
-                     : pack_strip<false>(rows, depth, end, left, part, operands.a);
+        return whole ? pack_strip<true>(rows, depth, first, end, left, part, operands.a)
+                     : pack_strip<false>(rows, depth, first, end, left, part, operands.a);
       };
       const float least_a =
           a.column == 1 ? pack(left) : pack(turned(rows, depth, left, rows_of_columns));
@@ -318,7 +320,7 @@ void unit_panel(int64_t m, int64_t k, Left<A> a, RowMajor<const float> b, RowMaj
       if (finite<column_tiles>(rows, sums) &&
           (no_zeros || large(rows, columns, depth, left, panel, part, sums)))
         put_sums<column_tiles>(rows, sums, to, add);
-      else gemm_panels(rows, columns, depth, left, panel, to, add, part);
+      else gemm_panels(rows, columns, depth, left, panel, to, {add, nullptr}, part);
     }
   }
 }

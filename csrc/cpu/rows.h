@@ -53,19 +53,37 @@ struct Chain {
   FASTMIX_DECLARE(portable, name, Arguments) \
   FASTMIX_DECLARE(avx2, name, Arguments)     \
   FASTMIX_DECLARE(avx512, name, Arguments)
+#elif defined(__aarch64__)
+#define FASTMIX_KERNEL(name, Arguments) FASTMIX_DECLARE(neon, name, Arguments)
 #else
 #define FASTMIX_KERNEL(name, Arguments) FASTMIX_DECLARE(portable, name, Arguments)
 #endif
 
 #ifdef FASTMIX_CPU
 
-#include <sched.h>
 #include <stdlib.h>
+#if defined(_WIN32)
+#include <malloc.h>
+extern "C" __declspec(dllimport) int __stdcall SwitchToThread();
+#else
+#include <sched.h>
+#endif
 
 #include "numbers.h"
 
 namespace fastmix::FASTMIX_CPU {
 namespace {
+
+// What each system calls: another thread's turn, and memory aligned to cache lines.
+#if defined(_WIN32)
+FASTMIX_INLINE void let_others_run() { SwitchToThread(); }
+FASTMIX_INLINE void* allocated(size_t bytes) { return _aligned_malloc(bytes, 64); }
+FASTMIX_INLINE void release(void* block) { _aligned_free(block); }
+#else
+FASTMIX_INLINE void let_others_run() { sched_yield(); }
+FASTMIX_INLINE void* allocated(size_t bytes) { return aligned_alloc(64, bytes); }
+FASTMIX_INLINE void release(void* block) { free(block); }
+#endif
 
 FASTMIX_INLINE bool present(const Source& s) { return s.data != nullptr; }
 
@@ -104,7 +122,7 @@ FASTMIX_INLINE void each_link(const Chain& chain, int64_t count, F work) {
 FASTMIX_INLINE void await(const Link& link) {
   int spins = 0;
   while (__atomic_load_n(link.passed_on, __ATOMIC_ACQUIRE) < link.order)
-    if (++spins > 1000) sched_yield(), spins = 1000;
+    if (++spins > 1000) let_others_run(), spins = 1000;
 }
 
 FASTMIX_INLINE void pass_on(const Link& link) {
@@ -114,15 +132,18 @@ FASTMIX_INLINE void pass_on(const Link& link) {
 // Working memory for a kernel, aligned to cache lines.
 class Scratch {
  public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   ~Scratch() {
-    while (used_ > 0) free(blocks_[--used_]);
+    while (used_ > 0) release(blocks_[--used_]);
   }
 
   // Uninitialised numbers.
   template <class C>
   C* take(int64_t count) {
     size_t bytes = (static_cast<size_t>(count) * sizeof(C) + 127) / 64 * 64;
-    void* block = aligned_alloc(64, bytes);
+    void* block = allocated(bytes);
     if (block == nullptr || used_ == 64) abort();
     blocks_[used_++] = block;
     return static_cast<C*>(block);
@@ -299,6 +320,36 @@ struct Row {
   template <class V>
   FASTMIX_INLINE void put(int64_t c, V v) const {
     streaming ? stream(to + c, v) : store(to + c, v);
+  }
+};
+
+// The same of a sink of pairs, whose channels are the numbers in them; c counts pairs.
+template <class T>
+struct PairRow {
+  T* to;
+  bool streaming;
+
+  PairRow(const Sink& s, int64_t b, int64_t t, int64_t c0)
+      : to(static_cast<T*>(s.data) + (b * s.n_size + t) * s.channels + 2 * c0) {
+    constexpr uintptr_t bytes = 2 * sizeof(T) * Simd<Computed<T>>::lanes;
+    streaming = s.streaming && reinterpret_cast<uintptr_t>(to) % bytes == 0;
+  }
+
+  template <class V>
+  FASTMIX_INLINE void put(int64_t c, Complex<V> v) const {
+    if constexpr (!kVector<V>) {
+      store(to + 2 * c, v.re);
+      store(to + 2 * c + 1, v.im);
+    } else if constexpr (kBf16<T>) {
+      const Words pairs = (T::rounded(v.re) >> 16) | (T::rounded(v.im) & 0xffff0000);
+      streaming ? stream(&to[2 * c].bits, pairs) : store(&to[2 * c].bits, pairs);
+    } else {
+      constexpr int lanes = Simd<NumberOf<V>>::lanes;
+      const Complex<V> pairs = together(v.re, v.im, Indices<lanes>());
+      T* const p = to + 2 * c;
+      streaming ? stream(p, pairs.re) : store(p, pairs.re);
+      streaming ? stream(p + lanes, pairs.im) : store(p + lanes, pairs.im);
+    }
   }
 };
 

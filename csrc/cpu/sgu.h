@@ -21,17 +21,45 @@ constexpr const char* kActivationNames[] = {"outside", "identity", "tanh",
 namespace fastmix::FASTMIX_CPU {
 namespace {
 
+struct Moments {
+  double sum, squares;
+};
+
+// Σ (x - origin) and Σ (x - origin)²
+template <class C>
+Moments moments(const C* x, int64_t count, C origin) {
+  using V = typename Simd<C>::Vector;
+  constexpr int64_t lanes = Simd<C>::lanes;
+  V part[2] = {}, square[2] = {};
+  double rest = 0, rest_square = 0;
+  int64_t c = 0;
+  for (; c + 2 * lanes <= count; c += 2 * lanes)
+    for (int j = 0; j < 2; ++j) {
+      const V distance = load<V>(x + c + j * lanes) - origin;
+      part[j] += distance;
+      square[j] += distance * distance;
+    }
+  for (; c < count; ++c) {
+    const C distance = x[c] - origin;
+    rest += distance;
+    rest_square += distance * distance;
+  }
+  return {total(part[0]) + total(part[1]) + rest,
+          total(square[0]) + total(square[1]) + rest_square};
+}
+
 // Mean and inverse deviation of a row. The mean's rounding is multiplied by as much as 1 / √eps:
-// what is left of it is added. Squares of floats that overflow are summed as doubles.
+// what is left of it is added, and taken out of the squares unless it makes up much of them.
+// Squares of floats that overflow are summed as doubles.
 template <class C>
 void row_statistics(const C* x, int64_t count, double eps, C* mean, C* inverse) {
-  const auto mean_from = [&](C origin) {
-    const auto distance = [&](int64_t c) FASTMIX_LAMBDA { return x[c] - origin; };
-    return static_cast<C>(origin + sum_over<C>(count, distance) / count);
-  };
-  C middle = mean_from(mean_from(0));
-  double squares = sum_over<C>(
-      count, [&](int64_t c) FASTMIX_LAMBDA { return (x[c] - middle) * (x[c] - middle); });
+  const C first =
+      static_cast<C>(sum_over<C>(count, [&](int64_t c) FASTMIX_LAMBDA { return x[c]; }) / count);
+  const Moments around = moments(x, count, first);
+  const double left = around.sum * around.sum / count;
+  C middle = static_cast<C>(first + around.sum / count);
+  double squares =
+      left <= around.squares / 64 ? around.squares - left : moments(x, count, middle).squares;
   if (!(squares < HUGE_VAL)) {
     double sum = 0;
     for (int64_t c = 0; c < count; ++c) sum += x[c];
@@ -50,9 +78,17 @@ void row_statistics(const C* x, int64_t count, double eps, C* mean, C* inverse) 
 template <class C>
 void norm_backward_of_few(const C* x, const C* grad_normed, double eps, const C* scale, C* by_scale,
                           C* by_shift, C* grad, int64_t count) {
+  if (count == 0) return;
+  // From the first of them on: the mean of equal doubles is one of them, too.
+  const double first = x[0];
   double sum = 0, squares = 0, total = 0, along = 0;
-  for (int64_t c = 0; c < count; ++c) sum += x[c];
-  const double mean = sum / count;
+  for (int64_t c = 0; c < count; ++c) sum += x[c] - first;
+  double mean = first + sum / count;
+  if (!(mean - mean == 0)) {  // distances of doubles may overflow where their sum does not
+    sum = 0;
+    for (int64_t c = 0; c < count; ++c) sum += x[c];
+    mean = sum / count;
+  }
   for (int64_t c = 0; c < count; ++c) squares += (x[c] - mean) * (x[c] - mean);
   const double inverse = 1 / sqrt(squares / count + eps);
   for (int64_t c = 0; c < count; ++c) {
@@ -71,8 +107,10 @@ void norm_backward_of_few(const C* x, const C* grad_normed, double eps, const C*
 
 // The gradient of x from that of the row it is normalised to; adds to those of scale and shift.
 template <class C>
-void norm_backward(const C* x, const C* grad_normed, C mean, C inverse, double eps, const C* scale,
-                   C* by_scale, C* by_shift, C* normal, C* grad, int64_t count) {
+void norm_backward(const C* __restrict x, const C* __restrict grad_normed, C mean, C inverse,
+                   double eps, const C* __restrict scale, C* __restrict by_scale,
+                   C* __restrict by_shift, C* __restrict normal, C* __restrict grad,
+                   int64_t count) {
   if (count < 16)
     return norm_backward_of_few(x, grad_normed, eps, scale, by_scale, by_shift, grad, count);
   for (int64_t c = 0; c < count; ++c) {
@@ -103,29 +141,32 @@ FASTMIX_INLINE C hyperbolic_tangent(C x) {
   return x < 0 ? -t : t;
 }
 
-// In double for floats: with 1 - erf(x) = e^{-x²} P(1 / (1 + x/2)) for x in [0, 6], P a least
-// squares fit of degree 9 whose error, 9e-11, is below float's rounding.
-FASTMIX_INLINE float error_function(float x) {
-  double size = x < 0 ? -static_cast<double>(x) : static_cast<double>(x);
-  size = size > 6 ? 6 : size;
-  const double t = 1 / (1 + 0.5 * size);
-  double p = 0.0036616052;
-  p = p * t - 0.0807554102486;
-  p = p * t + 0.444352678407;
-  p = p * t - 1.08649029159;
-  p = p * t + 1.23832176417;
-  p = p * t - 0.566489611628;
-  p = p * t + 0.549662614631;
-  p = p * t + 0.205253623037;
-  p = p * t + 0.293174672709;
-  p = p * t - 0.000691644770831;
-  const double e = 1 - p * exp_below_zero(-size * size);
-  return static_cast<float>(x < 0 ? -e : e);
+constexpr double kRootHalf = 0.70710678118654752440, kGauss = 0.39894228040143267794;
+
+// The normal distribution's share below x, ½ erfc(-x / √2): ½ (1 + erf(x / √2)) has no digits of
+// float below -5. In double for floats: erfc(s) = e^{-s²} P(1 / (1 + s/2)), P a fit of degree 10
+// whose relative error for s in [0, 9.5], 5e-9, is below float's rounding; beyond, erfc(s) is below
+// its range.
+FASTMIX_INLINE float normal_share(float x) {
+  double s = (x < 0 ? -static_cast<double>(x) : static_cast<double>(x)) * kRootHalf;
+  s = s > 11 ? 11 : s;
+  const double t = 1 / (1 + 0.5 * s);
+  double p = 0.0292141342334;
+  p = p * t - 0.218252705874;
+  p = p * t + 0.661492910419;
+  p = p * t - 0.996312903965;
+  p = p * t + 0.711066222693;
+  p = p * t - 0.268119720706;
+  p = p * t + 0.291856396888;
+  p = p * t + 0.221636378663;
+  p = p * t + 0.285594430157;
+  p = p * t + 0.281815083376;
+  p = p * t + 9.76927041203e-06;
+  const double beyond = 0.5 * p * exp_below_zero(-s * s);
+  return static_cast<float>(x < 0 ? beyond : 1 - beyond);
 }
 
-FASTMIX_INLINE double error_function(double x) { return erf(x); }
-
-constexpr double kRootHalf = 0.70710678118654752440, kGauss = 0.39894228040143267794;
+FASTMIX_INLINE double normal_share(double x) { return 0.5 * erfc(-x * kRootHalf); }
 
 template <class C>
 struct Point {
@@ -135,16 +176,18 @@ struct Point {
 template <class C>
 FASTMIX_INLINE Point<C> point(Activation activation, C x) {
   switch (activation) {
+    // 1 - tanh² and 1 - σ are formed of e^{-2|x|} and e^{-|x|}: near 1 a difference has no digits.
     case Activation::tanh: {
       const C value = hyperbolic_tangent(x);
-      return {value, C(1) - value * value};
+      const C e = exp_below_zero(x < 0 ? C(2) * x : C(-2) * x), share = C(1) / (C(1) + e);
+      return {value, C(4) * e * share * share};
     }
     case Activation::sigmoid: {
-      const C value = sigmoid(x);
-      return {value, value * (C(1) - value)};
+      const C e = exp_below_zero(x < 0 ? x : -x), share = C(1) / (C(1) + e);
+      return {x < 0 ? e * share : share, e * share * share};
     }
     case Activation::gelu: {
-      const C part = C(0.5) * (C(1) + error_function(x * C(kRootHalf)));
+      const C part = normal_share(x);
       return {x * part, part + x * C(kGauss) * exp_below_zero(C(-0.5) * x * x)};
     }
     case Activation::silu: {

@@ -37,6 +37,28 @@ struct torch::stable::detail::ToImpl<fastmix::Activation> {
 
 namespace fastmix {
 
+// A causal unit's weight has a row for each step, and may have a window's columns.
+inline void check(const Checks& checks, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                  const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                  const OptionalTensor& residual, bool causal) {
+  checks.tensor("x", x, {kAny, kAny, kAny}, kReal);
+  const int64_t b = x.size(0), n = x.size(1), c = x.size(2) / 2;
+  checks.tensor("x", x, {b, n, 2 * c}, kReal);
+  checks.require(n > 0, "n", "at least 1", n);
+  checks.tensor("weight", weight, {kAny, kAny, kAny}, kReal);
+  const int64_t h = weight.size(0), rows = weight.size(1);
+  const bool square = causal && weight.size(2) != 2 * rows;
+  checks.tensor("weight", weight, {h, rows, square ? rows : 2 * rows}, kReal);
+  checks.require(rows > 0 && (!causal || rows >= n), "the number of the weight's rows",
+                 causal ? "at least n" : "at least 1", rows);
+  checks.require(h > 0 && c % h == 0, "the number of heads", "a divisor of half of x's last axis",
+                 h);
+  checks.tensor("bias", bias, {h, rows}, kReal);
+  checks.tensor("norm_weight", norm_weight, {c}, kReal);
+  checks.tensor("norm_bias", norm_bias, {c}, kReal);
+  checks.tensor("gate_residual", residual, {b, n, c}, only(x.scalar_type()));
+}
+
 // Parameters as the kernels take them; it must outlive their calls.
 struct Parameters {
   std::vector<double> bias, norm_weight, norm_bias;

@@ -96,6 +96,31 @@ void assign(const Tensor& x, const std::vector<double>& results, int64_t first =
 // A parameter's gradient: the sums of `parts`, (…, elements of the parameter, d).
 Tensor totals(const std::vector<double>& parts, const Tensor& parameter, int64_t d = 1);
 
+// What kernels take on trust: they go by the sizes and the type of one tensor. fastmix.ops gives
+// them none that do not fit; programs that call torch.ops.fastmix themselves get an error from
+// here.
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+constexpr int64_t kAny = -1;  // size
+
+using Types = uint64_t;  // a bit for each
+constexpr Types only(ScalarType type) { return Types(1) << static_cast<int>(type); }
+constexpr Types kReal = only(ScalarType::Double) | only(ScalarType::Float) |
+                        only(ScalarType::BFloat16) | only(ScalarType::Half);
+constexpr Types kComplex = only(ScalarType::ComplexFloat) | only(ScalarType::ComplexDouble);
+
+struct Checks {
+  const char* name;  // the operator's
+
+  void require(bool fits, const char* argument, const char* expected, int64_t got) const;
+  void tensor(const char* argument, const Tensor& x, Shape shape, Types types) const;
+  void tensor(const char* argument, const OptionalTensor& x, Shape shape, Types types) const {
+    if (x) tensor(argument, *x, shape, types);
+  }
+  // carry_every: a kernel's chunks are some of 64 steps, and carries stand between chunks; `most`
+  // bounds what backward keeps.
+  void carries(int64_t carry_every, bool backward, int64_t most = 64) const;
+};
+
 // How many carries forward keeps: the state before every carry_every-th step, and the last one.
 inline int64_t carry_count(int64_t n, int64_t carry_every) {
   return carry_every ? (n + carry_every - 1) / carry_every + 1 : 0;
@@ -133,6 +158,8 @@ void spread(std::initializer_list<Kernel<Arguments>> kernels, const Arguments& a
 #define FASTMIX_KERNELS(name) {FASTMIX_ONLY::name}
 #elif defined(__x86_64__)
 #define FASTMIX_KERNELS(name) {portable::name, avx2::name, avx512::name}
+#elif defined(__aarch64__)
+#define FASTMIX_KERNELS(name) {neon::name}
 #else
 #define FASTMIX_KERNELS(name) {portable::name}
 #endif

@@ -357,6 +357,8 @@ void windowed_sgu_backward(const WindowedSgu& args, int64_t begin, int64_t end) 
 namespace fastmix {
 namespace {
 
+constexpr Checks kWindowedChecks{"windowed_sgu"};
+
 WindowedSgu arguments(const Tensor& x, const Parameters& p, double eps,
                       const OptionalTensor& residual, Activation activation) {
   WindowedSgu args{};
@@ -396,6 +398,7 @@ Tensor computed(const Tensor& weight, const Tensor& x) { return dense(converted(
 Tensor windowed_sgu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
                     const OptionalTensor& residual, Activation activation) {
+  check(kWindowedChecks, x, weight, bias, norm_weight, norm_bias, residual, false);
   if (causal(x, weight))
     return causal_sgu(x, weight, bias, norm_weight, norm_bias, eps, residual, activation);
   const Parameters p(x, computed(weight, x), weight.scalar_type() == ScalarType::BFloat16, bias,
@@ -412,6 +415,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> windowed_sgu_backward
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
     const OptionalTensor& residual, Activation activation) {
+  check(kWindowedChecks, x, weight, bias, norm_weight, norm_bias, residual, false);
+  kWindowedChecks.tensor("grad_out", grad, {x.size(0), x.size(1), x.size(2) / 2}, kReal);
   if (causal(x, weight))
     return causal_sgu_backward(grad, x, weight, bias, norm_weight, norm_bias, eps, residual,
                                activation);

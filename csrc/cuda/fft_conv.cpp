@@ -246,8 +246,8 @@ struct ProductCall : Launcher {
   }
 
   // x, or a copy of it whose rows tensor cores' tiles can be copied from.
-  static Tensor with_whole_chunks(const Tensor& x) {
-    if (has_whole_chunks(view(x))) return x;
+  static Tensor with_whole_octets(const Tensor& x) {
+    if (has_whole_octets(view(x))) return x;
     const int64_t channels = x.size(3), padded = (channels + 7) / 8 * 8;
     Tensor copy =
         torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), padded}, x.scalar_type());
@@ -261,13 +261,13 @@ struct ProductCall : Launcher {
   }
 
   void forward(const Tensor& x, const Tensor& out) {
-    const Tensor rows = with_whole_chunks(x);
+    const Tensor rows = with_whole_octets(x);
     multiply(view(rows), view(out));
   }
 
   void backward(const Tensor& grad, const Tensor& x, const Tensor& grad_x,
                 const Tensor& grad_kernel) {
-    const Tensor rows_of_grad = with_whole_chunks(grad), rows_of_x = with_whole_chunks(x);
+    const Tensor rows_of_grad = with_whole_octets(grad), rows_of_x = with_whole_octets(x);
     conv.grad = view(rows_of_grad);
     multiply(backward_in_time(conv.grad), backward_in_time(view(grad_x)));
     conv.x = view(rows_of_x), conv.grad_kernel = kernel_view(grad_kernel);

@@ -193,108 +193,151 @@ struct Backward {
   FASTMIX_HD static int units(const FftConv& conv) { return conv.batch * conv.heads * conv.parts; }
 
   template <class Block>
+  FASTMIX_HD static int unit(Block& block, const FftConv& conv, int thread) {
+    return unit_of<S>(units(conv), block.index(), thread);
+  }
+
+  // A thread's channels, from the `first` of its share on.
+  template <class Block>
+  FASTMIX_HD static Channels at(Block& block, const FftConv& conv, int thread, int first) {
+    const int own = unit(block, conv, thread);
+    return channels_of<S>(conv, own / conv.parts,
+                          own < 0 ? -1 : own % conv.parts * conv.share + first);
+  }
+
+  template <class Block>
+  FASTMIX_HD static const Complex* spectrum(Block& block, const FftConv& conv, int thread) {
+    const int head = (unit(block, conv, thread) < 0 ? 0 : unit(block, conv, thread)) / conv.parts;
+    return spectrum_of<S, false>(conv, kernel_of(conv, head));
+  }
+
+  template <class Block>
+  FASTMIX_HD static Complex* sums(Block& block, const FftConv& conv, int thread) {
+    return conv.sums + int64_t{unit(block, conv, thread)} * S::length;
+  }
+
+  // Where the e-th value of x at a place waits for the gradient's, if not in shared memory.
+  template <class Block>
+  FASTMIX_HD static Complex* kept_at(Block& block, const FftConv& conv, int place, int e) {
+    return conv.kept + (int64_t{block.index()} * S::r + e) * S::M + place;
+  }
+
+  // The last stage of x, whose values wait in shared memory if that has room for them.
+  template <class Block>
+  FASTMIX_HD static void keep(Work<S, Block>& work, const FftConv& conv) {
+    if constexpr (S::keeps_shared) {
+      work.last(work.kept);
+    } else {
+      work.last(work.points);
+      work.each_leaf([&](int place) {
+        unrolled<S::r>([&](auto e) {
+          work.block.store_complex(kept_at(work.block, conv, place, e),
+                                   work.points.get(Work<S, Block>::leaf(place, e)));
+        });
+      });
+    }
+  }
+
+  // The gradient's products with x, added to the sums, and with the kernel, of the c-th channel.
+  // Where r = 1: within the last stage.
+  template <class Block>
+  FASTMIX_HD static void multiply(Work<S, Block>& work, const FftConv& conv, int c) {
+    using W = Work<S, Block>;
+    Block& block = work.block;
+    block.phase([&](int thread) {
+      typename W::Shared kept = W::of(work.kept, thread, 0);
+      const Complex* kernel = spectrum(block, conv, thread);
+      const float skip = skip_of(block, conv, at(block, conv, thread, c), 0);
+      Complex* to = unit(block, conv, thread) < 0 ? nullptr : sums(block, conv, thread);
+      work.third(thread, [&](auto i, Complex* v) {
+        Complex k[2], sum[2] = {};
+        if (to != nullptr && c > 0) block.load_pair(to + W::pair(thread, i / 2), sum);
+        unrolled<2>([&](auto j) {
+          sum[j] = sum[j] + conj(kept.get(17 * (thread % S::slot) + i + j)) * v[j];
+        });
+        if (to != nullptr) block.store_pair(to + W::pair(thread, i / 2), sum);
+        if (S::bytes == 2) block.in_order();  // else 4096 points spill a register
+        block.load_pair(kernel + W::pair(thread, i / 2), k);
+        unrolled<2>([&](auto j) { v[j] = v[j] * (conj(k[j]) + skip); });
+        block.in_order();
+      });
+    });
+  }
+
+  // Where r > 1: at each point, between the last stage and the way back.
+  template <class Block>
+  FASTMIX_HD static void multiply_leaves(Work<S, Block>& work, const FftConv& conv, int c) {
+    using W = Work<S, Block>;
+    Block& block = work.block;
+    const Complex* kernel = spectrum(block, conv, 0);
+    const float skip = skip_of(block, conv, at(block, conv, 0, c), 0);
+    Complex* to = sums(block, conv, 0);
+    work.each_leaf([&](int place) {
+      Complex w[S::r], a[S::r];
+      unrolled<S::r>([&](auto e) {
+        w[e] = work.points.get(W::leaf(place, e));
+        a[e] = S::keeps_shared ? work.kept.get(W::leaf(place, e))
+                               : block.load_complex(kept_at(block, conv, place, e));
+      });
+      // The kernel's e-th value met a_j in w_{j+e}, times u where that passes the end.
+      const Complex u = S::Stages::point(place);
+      unrolled<S::r>([&](auto e) {
+        Complex sum = conj(a[0]) * w[e], wrapped{0, 0};
+        unrolled<S::r - 1>([&](auto j) {
+          const Complex product = conj(a[j + 1]) * w[(e + j + 1) % S::r];
+          if (e + j + 1 < S::r) sum = sum + product;
+          else wrapped = wrapped + product;
+        });
+        sum = sum + conj(u) * wrapped;
+        if (c > 0) sum = sum + block.load_complex(to + e * S::M + place);
+        block.store_complex(to + e * S::M + place, sum);
+      });
+      Complex k[2 * S::r - 1];
+      unrolled<S::r>([&](auto e) {
+        k[S::r - 1 + e] = conj(block.load_complex(kernel + e * S::M + place));
+        if constexpr (e > 0) k[e - 1] = conj(u) * k[S::r - 1 + e];
+      });
+      k[S::r - 1] = k[S::r - 1] + skip;
+      unrolled<S::r>([&](auto j) {
+        Complex sum = w[0] * k[S::r - 1 - j];
+        unrolled<S::r - 1>([&](auto i) { sum = sum + w[i + 1] * k[i + 1 - j + S::r - 1]; });
+        work.points.put(W::leaf(place, j), sum);
+      });
+    });
+  }
+
+  template <class Block>
   FASTMIX_HD static void run(Block& block, const FftConv& conv) {
     using W = Work<S, Block>;
     W work(block);
     const Type type = conv.x.type;
-    auto unit = [&](int thread) { return unit_of<S>(units(conv), block.index(), thread); };
-    auto at = [&](int thread, int first) {
-      const int own = unit(thread);
-      return channels_of<S>(conv, own / conv.parts,
-                            own < 0 ? -1 : own % conv.parts * conv.share + first);
-    };
-    auto spectrum = [&](int thread) {
-      return spectrum_of<S, false>(
-          conv, kernel_of(conv, (unit(thread) < 0 ? 0 : unit(thread)) / conv.parts));
-    };
-    auto sums = [&](int thread) { return conv.sums + int64_t{unit(thread)} * S::length; };
     typename W::template Own<Queue<S>> x(block), grad(block);
     block.phase([&](int thread) { work.tabulate(thread); });
     FASTMIX_ROLLED for (int c = 0; c < conv.share; ++c) {
       if (c % S::at_once == 0)
         block.own([&](int thread) {
-          read<Block, S>(block, conv.x, conv.channels, conv.steps, at(thread, c), thread,
-                         x.of(thread));
-          read<Block, S>(block, conv.grad, conv.channels, conv.steps, at(thread, c), thread,
-                         grad.of(thread));
+          read<Block, S>(block, conv.x, conv.channels, conv.steps, at(block, conv, thread, c),
+                         thread, x.of(thread));
+          read<Block, S>(block, conv.grad, conv.channels, conv.steps, at(block, conv, thread, c),
+                         thread, grad.of(thread));
         });
       work.forward(x, type);
       work.drop(x, type);
-      if constexpr (S::keeps_shared) {
-        work.last(work.kept);
-      } else {
-        work.last(work.points);
-        work.each_leaf([&](int place) {
-          unrolled<S::r>([&](auto e) {
-            block.store_complex(conv.kept + (int64_t{block.index()} * S::r + e) * S::M + place,
-                                work.points.get(W::leaf(place, e)));
-          });
-        });
-      }
+      keep(work, conv);
       work.forward(grad, type);
       if constexpr (S::r == 1) {
-        block.phase([&](int thread) {
-          typename W::Shared kept = W::of(work.kept, thread, 0);
-          const Complex* kernel = spectrum(thread);
-          const float skip = skip_of(block, conv, at(thread, c), 0);
-          Complex* to = unit(thread) < 0 ? nullptr : sums(thread);
-          work.third(thread, [&](auto i, Complex* v) {
-            Complex k[2], sum[2] = {};
-            if (to != nullptr && c > 0) block.load_pair(to + W::pair(thread, i / 2), sum);
-            unrolled<2>([&](auto j) {
-              sum[j] = sum[j] + conj(kept.get(17 * (thread % S::slot) + i + j)) * v[j];
-            });
-            if (to != nullptr) block.store_pair(to + W::pair(thread, i / 2), sum);
-            if (S::bytes == 2) block.in_order();  // else 4096 points spill a register
-            block.load_pair(kernel + W::pair(thread, i / 2), k);
-            unrolled<2>([&](auto j) { v[j] = v[j] * (conj(k[j]) + skip); });
-            block.in_order();
-          });
-        });
+        multiply(work, conv, c);
       } else {
         work.last(work.points);
-        const Complex* kernel = spectrum(0);
-        const float skip = skip_of(block, conv, at(0, c), 0);
-        Complex* to = sums(0);
-        work.each_leaf([&](int place) {
-          Complex w[S::r], a[S::r];
-          unrolled<S::r>([&](auto e) {
-            w[e] = work.points.get(W::leaf(place, e));
-            const Complex* far = conv.kept + (int64_t{block.index()} * S::r + e) * S::M + place;
-            a[e] = S::keeps_shared ? work.kept.get(W::leaf(place, e)) : block.load_complex(far);
-          });
-          // The kernel's e-th value met a_j in w_{j+e}, times u where that passes the end.
-          const Complex u = S::Stages::point(place);
-          unrolled<S::r>([&](auto e) {
-            Complex sum = conj(a[0]) * w[e], wrapped{0, 0};
-            unrolled<S::r - 1>([&](auto j) {
-              const Complex product = conj(a[j + 1]) * w[(e + j + 1) % S::r];
-              if (e + j + 1 < S::r) sum = sum + product;
-              else wrapped = wrapped + product;
-            });
-            sum = sum + conj(u) * wrapped;
-            if (c > 0) sum = sum + block.load_complex(to + e * S::M + place);
-            block.store_complex(to + e * S::M + place, sum);
-          });
-          Complex k[2 * S::r - 1];
-          unrolled<S::r>([&](auto e) {
-            k[S::r - 1 + e] = conj(block.load_complex(kernel + e * S::M + place));
-            if constexpr (e > 0) k[e - 1] = conj(u) * k[S::r - 1 + e];
-          });
-          k[S::r - 1] = k[S::r - 1] + skip;
-          unrolled<S::r>([&](auto j) {
-            Complex sum = w[0] * k[S::r - 1 - j];
-            unrolled<S::r - 1>([&](auto i) { sum = sum + w[i + 1] * k[i + 1 - j + S::r - 1]; });
-            work.points.put(W::leaf(place, j), sum);
-          });
-        });
+        multiply_leaves(work, conv, c);
         work.last_back();
       }
       work.back(grad, type);
       if (c % S::at_once == S::at_once - 1 || c == conv.share - 1)
         block.own([&](int thread) {
           write<Block, S>(block, conv.out, conv.channels, conv.steps,
-                          at(thread, c / S::at_once * S::at_once), thread, grad.of(thread));
+                          at(block, conv, thread, c / S::at_once * S::at_once), thread,
+                          grad.of(thread));
         });
     }
   }
@@ -423,19 +466,25 @@ inline int length_for(int64_t n, int64_t shared) {
   return length < n || (length == kLongest && shared < kRoomy) ? 0 : length;
 }
 
-// Calls f with the Shape for sequences of `length`. Kernels and their gradients are few, so a block
-// has one at a time, as float32; in backward it has two sequences. Four words of the shortest
-// sequences of 16 bits, most of which are multiplied anyway, would be one register too many.
+// Calls f with the Shape for sequences of `length`, of this table: the points of a transform, how
+// many transforms a sequence takes, groups of 256 threads, words of a row that are read at once,
+// and whether spectra of x wait in shared memory.
+//
+// Words: forward reads 16 bytes of a row. Backward holds rows of two tensors. Kernels and their
+// gradients are few, so a block has one number of them at a time, as float32.
 template <Kernel kernel, int bytes, class F>
 auto with_shape(int length, int64_t shared, F f) {
   constexpr bool two = kernel == Kernel::backward, wide = kernel == Kernel::forward;
   constexpr int words = wide ? 4 : two ? 2 : 1;
   switch (length) {
+    // Of 16 bits, most of which are multiplied anyway, four words would be a register too many.
     case 256: return f(Shape < bytes, 256, 1, 1, wide && bytes == 2 ? 2 : words > {});
     case 512: return f(Shape<bytes, 512, 1, 1, words>{});
     case 1024: return f(Shape<bytes, 1024, 1, 1, words>{});
     case 2048: return f(Shape<bytes, 2048, 1, 1, words>{});
     case 4096: return f(Shape<bytes, 4096, 1, 1, words>{});
+    // Twice as many steps to a thread, so half as many words, here and below. Backward has a group
+    // to a transform, and spectra of x in shared memory, where a block may have enough of it.
     case 8192:
       if constexpr (two) {
         if (shared >= kRoomy) return f(Shape<bytes, 4096, 2, 2, 2>{});
@@ -443,6 +492,7 @@ auto with_shape(int length, int64_t shared, F f) {
       } else {
         return f(Shape<bytes, 4096, 2, 1, wide ? 2 : 1>{});
       }
+    // Spectra of x would take as much shared memory again as the four transforms, 136 KB.
     default: return f(Shape<bytes, 4096, 4, 2, wide ? 2 : 1, !two>{});
   }
 }

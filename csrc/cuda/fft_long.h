@@ -227,7 +227,7 @@ struct ColumnsOut {
   }
 };
 
-// ---- rows: a block has `chunk` numbers of a channel, one row or more
+// ---- rows: a block has `per_block` numbers of a channel, one row or more
 
 template <class S>
 FASTMIX_HD int blocks_of(const LongConv& conv, int channels) {
@@ -238,7 +238,7 @@ template <class S, class Block>
 struct Rows {
   using Stages = typename S::Stages;
   using W = Work<S, Block>;
-  static constexpr int chunk = S::teams * S::M;
+  static constexpr int per_block = S::teams * S::M;
 
   const LongConv& conv;
   Block& block;
@@ -246,8 +246,9 @@ struct Rows {
   const int from, item;  // the first of the numbers; the channel, or whatever has N of them
 
   FASTMIX_HD Rows(Block& block, const LongConv& conv)
-      : conv(conv), block(block), work(block), from(block.index() % (conv.length / chunk) * chunk),
-        item(block.index() / (conv.length / chunk)) {
+      : conv(conv), block(block), work(block),
+        from(block.index() % (conv.length / per_block) * per_block),
+        item(block.index() / (conv.length / per_block)) {
     block.phase([&](int thread) { work.tabulate(thread); });
   }
 
@@ -443,10 +444,11 @@ inline int long_length_for(int64_t n) {
   return length < n ? 0 : length;
 }
 
-// f(the Columns for sequences of `length`)
+// f(the Columns for sequences of `length`): words of a row that are read at once, four wherever
+// slabs of that many channels fit into the scratch, which a few of the longest sequences fill.
 template <int bytes, class F>
 auto with_columns(int length, F f) {
-  constexpr int few = bytes == 2 ? 2 : 4;  // words: a few of the longest fill all scratch
+  constexpr int few = bytes == 2 ? 2 : 4;
   switch (length) {
     case 1 << 14: return f(Columns<bytes, 1 << 14, 4>{});
     case 1 << 15: return f(Columns<bytes, 1 << 15, 4>{});
@@ -463,6 +465,8 @@ auto with_columns(Type type, int length, F f) {
   return type == Type::f32 ? with_columns<4>(length, f) : with_columns<2>(length, f);
 }
 
+// f(the Shape of the rows of sequences of `length`): a transform to a row. Rows are complex numbers
+// in scratch, so no words of a tensor are read.
 template <class F>
 auto with_rows(int length, F f) {
   switch (length) {

@@ -31,7 +31,7 @@ struct Toeplitz {
   int lags;           // of the kernel that matter: at most `steps`
   int kernels;        // batch, or 1: one kernel for all
   View x, grad, out;  // (b, n, h, d) of one type, which the kernel is of as well; channels lie
-                      // side by side, those of x and grad in whole chunks
+                      // side by side, those of x and grad in whole octets
   View kernel, grad_kernel;  // (b or 1, m, 1, h): its heads are channels
   const float* skip;         // (h, channels), or null
   float* sums;  // (b, h, tiles of channels, parts, groups, 320): of the kernels' gradients
@@ -50,12 +50,12 @@ FASTMIX_HD int tiles_of_channels(const Toeplitz& conv) { return cut(conv.channel
 // Tiles of T below the diagonal that have any lags.
 FASTMIX_HD int band(const Toeplitz& conv) { return cut(conv.lags + kTile - 1, kTile) - 1; }
 
-// Where a row of a tile, 128 bytes, has its chunk of 8 channels: eight rows of one chunk lie in
+// Where a row of a tile, 128 bytes, has an octet, 8 channels: eight rows of one octet lie in
 // different banks.
-FASTMIX_HD int place(int row, int chunk) { return row * 2 * kTile + ((chunk ^ (row & 7)) << 4); }
+FASTMIX_HD int place(int row, int octet) { return row * 2 * kTile + ((octet ^ (row & 7)) << 4); }
 
-// Whether chunks of 8 channels can be read and written whole.
-FASTMIX_HD bool has_whole_chunks(const View& view) {
+// Whether octets can be read and written whole.
+FASTMIX_HD bool has_whole_octets(const View& view) {
   return view.d == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.b % 8 == 0 &&
          view.n % 8 == 0 && view.h % 8 == 0;
 }
@@ -78,9 +78,9 @@ struct Rows16 {
     return conv.batch * conv.heads * tiles_of_channels(conv);
   }
 
-  // Channels of a chunk that there are.
-  FASTMIX_HD int count(int t, int chunk) const {
-    const int left = channels - 8 * chunk;
+  // Channels of an octet that there are.
+  FASTMIX_HD int count(int t, int octet) const {
+    const int left = channels - 8 * octet;
     return t >= steps || left < 0 ? 0 : left < 8 ? left : 8;
   }
 };
@@ -88,11 +88,11 @@ struct Rows16 {
 // Has a tile copied into shared memory, with zeros where there is nothing. A thread's part.
 template <class Block>
 FASTMIX_HD void copy_tile(Block& block, const Rows16& rows, int tile, int to, int thread) {
-  const int chunk = thread % 8, first = thread / 8;
-  const char* from = rows.data + (tile * kTile + first) * rows.step + 16 * chunk;
+  const int octet = thread % 8, first = thread / 8;
+  const char* from = rows.data + (tile * kTile + first) * rows.step + 16 * octet;
   FASTMIX_UNROLLED for (int k = 0; k < kTile * 8 / kThreads; ++k) {
     const int row = first + kThreads / 8 * k;
-    block.copy(to + place(row, chunk), from, 2 * rows.count(tile * kTile + row, chunk));
+    block.copy(to + place(row, octet), from, 2 * rows.count(tile * kTile + row, octet));
     from += kThreads / 8 * rows.step;
   }
 }
@@ -178,7 +178,7 @@ struct Product {
     block.template wait<0>();
     block.warps([&](int warp) { put_sums(block, sums.of(warp), warp); });
     block.barrier();
-    write_rows(block, Rows16(conv.out, conv, unit), has_whole_chunks(conv.out), above * kTile);
+    write_rows(block, Rows16(conv.out, conv, unit), has_whole_octets(conv.out), above * kTile);
   }
 
  private:
@@ -277,15 +277,15 @@ struct Product {
     }
   }
 
-  // Writes the tiles of all warps out as the rows from `first` on, by chunks where those are whole.
+  // Writes the tiles of all warps out as the rows from `first` on, by octets where those are whole.
   template <class Block>
   FASTMIX_HD static void write_rows(Block& block, const Rows16& out, bool whole, int first) {
     block.own([&](int thread) {
       FASTMIX_ROLLED for (int i = thread; i < kWarps * kTile * 8; i += kThreads) {
-        const int row = i / 8, chunk = i % 8, t = first + row, count = out.count(t, chunk);
-        char* to = out.data + t * out.step + 16 * chunk;
+        const int row = i / 8, octet = i % 8, t = first + row, count = out.count(t, octet);
+        char* to = out.data + t * out.step + 16 * octet;
         uint32_t words[4];
-        block.template get<4>(place(row, chunk), words);
+        block.template get<4>(place(row, octet), words);
         if (whole && count == 8) block.template store<4>(to, words);
         else FASTMIX_UNROLLED for (int e = 0; e < 8; ++e) {
             if (e < count) block.template store_one<2>(to + 2 * e, words[e / 2] >> 16 * (e % 2));

@@ -12,19 +12,28 @@ from fastmix.fallback._values import all_finite, is_anything, is_readable
 BLOCK = 64  # the fewest rows of a block of the triangle
 
 
-def row_blocks(n: int, factor: Tensor) -> list[tuple[int, int]]:
+def row_blocks(n: int, factor: Tensor, *others: Tensor | None) -> list[tuple[int, int]]:
     """(first row, end) of the blocks in which a lower triangle of n rows is multiplied by `factor`.
 
     Up to eight, of at least BLOCK rows: what they save must outweigh the extra calls. A block
     multiplies steps that come after its rows by zeros: NaN and infinity go row by row. So does what
-    vmap hides, because the gradients that come back to it are not seen.
+    vmap hides, because the gradients that come back to it are not seen; and where a product is
+    differentiated again, what makes them NaN or infinite if one of the `others` is.
     """
-    step = max(BLOCK, -(-n // 8)) if all_finite(factor) and not is_anything(factor) else 1
+    factors: list[Tensor | None] = [factor]
+    if not torch.compiler.is_compiling() and _torch_private.is_wrapped(factor):
+        factors += others
+    step = max(BLOCK, -(-n // 8)) if all_finite(*factors) and not is_anything(factor) else 1
     return [(i, min(i + step, n)) for i in range(0, n, step)]
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+    return None if tensor is None else cast_tensor(tensor, dtype)
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), at less cost where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def cast_like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -61,7 +70,10 @@ def _normalize(gate: Tensor, eps: float, factor: Any) -> tuple[Tensor, Tensor, T
     """→ normed, mean, inverse deviation of rows that were multiplied by `factor`."""
     mean = gate.mean(dim=-1, keepdim=True)
     centred = gate - mean
-    inverse_deviation = (centred.square().mean(dim=-1, keepdim=True) + eps * factor**2).rsqrt()
+    squared = centred.square().mean(dim=-1, keepdim=True) + eps * factor**2
+    if isinstance(factor, Tensor) and eps > 0:  # which may be 0 by then, beside equal numbers
+        squared = squared.clamp(min=torch.finfo(squared.dtype).tiny)
+    inverse_deviation = squared.rsqrt()
     return centred * inverse_deviation, mean, inverse_deviation
 
 
@@ -69,7 +81,9 @@ def _overflowed(inverse_deviation: Tensor) -> bool:
     """Whether squares of a row's numbers did, or may have, or one of them is not finite."""
     if not is_readable(inverse_deviation):
         return is_anything(inverse_deviation)
-    return inverse_deviation.numel() > 0 and not inverse_deviation.detach().amin().item() > 0
+    if inverse_deviation.numel() > 1:
+        inverse_deviation = inverse_deviation.detach().amin()
+    return inverse_deviation.numel() > 0 and not inverse_deviation.item() > 0
 
 
 def _factor(gate: Tensor) -> Tensor:
@@ -89,25 +103,27 @@ def normalize_backward(grad: Tensor, gate: Tensor, mean: Tensor, weight: Tensor 
     centred = gate - mean
     centred -= centred.mean(dim=-1, keepdim=True)
     deviation = centred.square().mean(dim=-1, keepdim=True).add_(eps).sqrt_()
-    factor = None
     if is_readable(deviation) and not bool((deviation < torch.inf).all()):
         factor = _factor(gate)
         centred = gate * factor - mean * factor
         centred -= centred.mean(dim=-1, keepdim=True)
-        deviation = (centred.square().mean(dim=-1, keepdim=True) + eps * factor**2).sqrt()
+        spread = centred.square().mean(dim=-1, keepdim=True).sqrt_().div_(factor)
+        deviation = torch.hypot(spread, spread.new_tensor(eps).sqrt())
+        normed = centred.div_(deviation * factor)
+    else:
+        normed = centred.div_(deviation)
     over_steps = tuple(range(grad.ndim - 1))
     grad_bias = None if bias is None else grad.sum(over_steps)
-    product = grad * centred
+    product = grad * normed
     grad_weight = None
     if weight is not None:
-        grad_weight = product.div_(deviation).sum(over_steps)
-        product.mul_(deviation).mul_(weight.to(gate.dtype))
+        grad_weight = product.sum(over_steps)
+        product.mul_(weight.to(gate.dtype))
         grad *= weight.to(gate.dtype)
-    along = product.mean(dim=-1, keepdim=True).div_(deviation.square())
+    along = product.mean(dim=-1, keepdim=True)
     del product
     grad -= grad.mean(dim=-1, keepdim=True)
-    grad.sub_(centred.mul_(along)).div_(deviation)
-    return grad if factor is None else grad.mul_(factor), grad_weight, grad_bias
+    return grad.sub_(normed.mul_(along)).div_(deviation), grad_weight, grad_bias
 
 
 def finish(mixed: Tensor, res: Tensor, activation: str) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastmix.fallback._segments import output_buffer
-from fastmix.fallback._values import all_finite
+from fastmix.fallback._values import all_finite, first_false
 
 # Sequences this short are scanned step by step.
 DIRECT = 16
+WALKED = 4
 
 
 def adjoint(gates: Tensor, grad_states: Tensor, g_next: Tensor, reverse: bool = False) -> Tensor:
@@ -38,12 +39,13 @@ def scan(gates: Tensor, inputs: Tensor, initial: Tensor, reverse: bool = False,
     (b, 1, …) holds for all. Three sweeps of √n vectorised steps: reduce every chunk to
     its end, scan the ends, run every chunk from its entry. Only products of gates are
     formed, never quotients, so gates of 0 are exact. Products may be beyond the range of numbers
-    where no state is, because a state is 0: on CPUs an end that is not finite has every step taken
-    one by one. `out` is where the states go, if given.
+    where no state is, because a state is 0: on CPUs the steps of a chunk whose end is not finite
+    are taken one by one. `out` is where the states go, if given.
     """
     n = inputs.shape[1]
     out = output_buffer(inputs, gates, initial) if out is None else out
-    if n <= DIRECT:
+    # Of no numbers, because the gradient of a power of a gate that is NaN would be 0 · NaN.
+    if n <= DIRECT or not torch.compiler.is_compiling() and inputs.numel() == 0:
         return _scan_steps(gates, inputs, 1, initial, reverse, out)
     constant = gates.shape[1] == 1
     # The error of one gate's power is the same in every chunk and adds up: few chunks then.
@@ -69,22 +71,60 @@ def scan(gates: Tensor, inputs: Tensor, initial: Tensor, reverse: bool = False,
         product = chunk_gates[:, :, 0] ** length
     ends = scan(product, end, initial, reverse)
     if not all_finite(ends):
-        return _scan_steps(gates, inputs, 1, initial, reverse, out)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (gates, inputs, initial)):
+            # The gradient of what is left out here is 0, which no infinite product may meet.
+            return _scan_steps(gates, inputs, 1, initial, reverse, out)
+        ends = _ends(chunk_gates, chunk_inputs, product, end, initial, ends, reverse)
     first = initial.unsqueeze(1)
     entries = (torch.cat([ends[:, 1:], first], dim=1) if reverse
                else torch.cat([first, ends[:, :-1]], dim=1))
     states = _scan_steps(chunk_gates, chunk_inputs, 2, entries, reverse,
-                    None if out is None else out[:, whole].unflatten(1, (chunks, length)))
+                         None if out is None else out[:, whole].unflatten(1, (chunks, length)))
     if rest:
         last = ends[:, 0] if reverse else ends[:, -1]
         tail_states = _scan_steps(gates if constant else gates[:, tail], inputs[:, tail], 1, last,
-                             reverse, None if out is None else out[:, tail])
+                                  reverse, None if out is None else out[:, tail])
     if out is not None:
         return out
     states = states.flatten(1, 2)
     if rest == 0:
         return states
     return torch.cat([tail_states, states] if reverse else [states, tail_states], dim=1)
+
+
+def _ends(gates: Tensor, inputs: Tensor, products: Tensor, from_zero: Tensor, state: Tensor,
+          ends: Tensor, reverse: bool) -> Tensor:
+    """`ends`, the states after chunks (b, chunks, length, …), where not all are finite, mended.
+
+    `products` of gates and the ends `from_zero` (b, chunks, …) give the next state, and that of
+    one that is not finite too, which no later step makes finite. Where they make something else of
+    a state its chunk is walked step by step; after WALKED such chunks all are.
+    """
+    chunks = [*zip(*(_steps_in_order(t, 1, reverse, inputs.shape[1]) for t in (gates, inputs)))]
+    if reverse:
+        products, from_zero, ends = (t.flip(1) for t in (products, from_zero, ends))
+    done, walked = [], 0
+    while chunks:
+        first = 0
+        if walked < WALKED:
+            if walked:
+                ends = scan(products, from_zero, state)
+            entries = torch.cat([state.unsqueeze(1), ends[:, :-1]], 1)
+            stays = entries.isnan() | (entries.isinf() & products.isfinite() & (products != 0)
+                                       & from_zero.isfinite())
+            first = first_false(ends.isfinite() | stays, 1)
+            done.append(ends[:, :first])
+            if first == len(chunks):
+                break
+            state = entries[:, first]
+        a, x = chunks[first]
+        state = _scan_steps(a, x, 1, state, reverse, None)[:, 0 if reverse else -1]
+        done.append(state.unsqueeze(1))
+        walked += 1
+        chunks, from_zero = chunks[first + 1 :], from_zero[:, first + 1 :]
+        products = products if products.shape[1] == 1 else products[:, first + 1 :]
+    ends = torch.cat(done, 1)
+    return ends.flip(1) if reverse else ends
 
 
 def _steps_in_order(tensor: Tensor, axis: int, reverse: bool, count: int) -> Sequence[Tensor]:

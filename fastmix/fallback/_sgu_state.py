@@ -23,7 +23,7 @@ def normed_gate(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
 
 def _normed(gate: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
             eps: float) -> Tensor:
-    gate = gate.to(wide(gate.dtype))
+    gate = _gating.cast_tensor(gate, wide(gate.dtype))
     if not torch.is_grad_enabled():
         return _gating.normalize(gate, norm_weight, norm_bias, eps)[0]
     return _gating.normalize_plain(gate, norm_weight, norm_bias, eps)[0]
@@ -63,37 +63,47 @@ def finished(mixed: Tensor, bias: Tensor, x: Tensor, gate_residual: Tensor | Non
 
 
 def _gated(mixed: Tensor, res: Tensor, gate_residual: Tensor | None, activation: str) -> Tensor:
-    """From the mixture with its bias, in the wide dtype, and res, in that of x."""
+    """Finishes the output, in the dtype of x: `mixed` is wide and has its bias, `res` is of x."""
     if gate_residual is not None:
         mixed = mixed + gate_residual.to(mixed.dtype)
-    return _gating.finish(mixed, res.to(mixed.dtype), activation).to(res.dtype)
+    out = _gating.finish(mixed, _gating.cast_tensor(res, mixed.dtype), activation)
+    return _gating.cast_tensor(out, res.dtype)
 
 
-def _step(x: Tensor, weight: Tensor, parts: list[tuple[int, int, int]], bias: Tensor, row: int,
-          at: int, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
-          gate_residual: Tensor | None, activation: str, rows: Tensor,
-          in_place: bool) -> tuple[Tensor, Tensor]:
-    """One step, whose row goes to `at`, and which a row of weight and bias mixes.
+def _places(weight: Tensor, t: int) -> tuple[list[tuple[int, int, int]], int, int]:
+    """Of step t: what is multiplied, piece by piece (first column of the weight, first row that it
+    weighs, how many); the weight's and bias's row; where in the ring its own gate goes."""
+    w = weight.shape[1]
+    if weight.shape[2] == w:  # causal_sgu's: one window
+        return [(0, 0, t + 1)], t, t
+    window, row = divmod(t, w)
+    own = window % 2 * w  # where this window begins in the ring
+    if own:  # behind the one before, as weight has them
+        return [(0, 0, w + row + 1)], row, own + row
+    return [(w, 0, row + 1), (0, w, w)][: 2 if window else 1], row, row
 
-    parts: (first of the columns, first of the rows (b, size, c) that they weigh, how many)
-    """
+
+def step(rows: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
+         norm_bias: Tensor | None, eps: float, gate_residual: Tensor | None, activation: str,
+         t: int) -> Tensor:
+    """Step t, x (b, 1, 2c), of either unit. Its own gate goes into `rows` (b, size, c)."""
+    parts, row, at = _places(weight, t)
     res, gate = x.chunk(2, dim=-1)
-    rows = rows if in_place else rows.clone()
-    rows[:, at : at + 1] = _normed(gate, norm_weight, norm_bias, eps)
+    rows.narrow(1, at, 1).copy_(_normed(gate, norm_weight, norm_bias, eps))
     (b, size, c), h = rows.shape, weight.shape[0]
-    cuts = [(weight[:, row : row + 1, column : column + count].to(rows.dtype),
-             slice(first, first + count)) for column, first, count in parts]
+    weights, bias = (_gating.cast_tensor(t.narrow(1, row, 1), rows.dtype) for t in (weight, bias))
+    cuts = [(weights.narrow(2, column, count), first, count) for column, first, count in parts]
     if b == 1:
-        mixed = bias[:, row].view(h, 1, 1).to(rows.dtype)
-        heads = rows[0].view(size, h, c // h).transpose(0, 1)
-        for weights, of in cuts:
-            mixed = torch.baddbmm(mixed, weights, heads[:, of])
+        mixed, heads = bias.unsqueeze(2), rows.view(size, h, c // h).transpose(0, 1)
+        for cut, first, count in cuts:
+            mixed = torch.baddbmm(mixed, cut, heads.narrow(1, first, count))
         mixed = mixed.view(1, 1, c)
     else:
-        mixed = bias[:, row].to(rows.dtype).repeat_interleave(c // h)
-        for weights, of in cuts:
-            mixed = mixed + weighed(weights.unsqueeze(1).expand(h, b, 1, -1), rows[:, of])
-    return _gated(mixed, res, gate_residual, activation), rows
+        mixed = bias.view(h).repeat_interleave(c // h)
+        for cut, first, count in cuts:
+            mixed = mixed + weighed(cut.unsqueeze(1).expand(h, b, 1, -1),
+                                    rows.narrow(1, first, count))
+    return _gated(mixed, res, gate_residual, activation)
 
 
 def causal(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
@@ -102,20 +112,21 @@ def causal(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
     """x (b, n, 2c), the state's rows (b, s, c) and count (b,) → (b, n, c) and the rows after."""
     host = steps_on_host(count) if x.shape[1] == 1 else None
     if host and min(host) == max(host):
-        t = host[0]
-        return _step(x, weight, [(0, 0, t + 1)], bias, t, t, norm_weight, norm_bias, eps,
-                     gate_residual, activation, rows, in_place)
+        rows = rows if in_place else rows.clone()
+        return step(rows, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation,
+                    host[0]), rows
     n, dtype, steps = x.shape[1], rows.dtype, torch.arange(rows.shape[1], device=x.device)
     at = count[:, None] + steps[:n]
     rows = put(rows, at, normed_gate(x, norm_weight, norm_bias, eps), in_place)
-    weights, known = weight[:, at].to(dtype), steps <= at[..., None]
-    if all_finite(rows) and not is_anything(rows):
-        mixed = weighed(torch.where(known, weights, 0), rows)
-    else:  # later rows times zeros would be NaN
+    known, own_bias = steps <= at[..., None], bias[:, at].to(dtype)
+    weights = torch.where(known, weight[:, at].to(dtype), 0)
+    if all_finite(rows, weights, own_bias, x, gate_residual) and not is_anything(rows):
+        mixed = weighed(weights, rows)
+    else:  # later rows times zeros would be NaN, and so would zeros times a step's gradient
         mixed = concatenated([weighed(weights[:, :, i : i + 1],
                                       torch.where(known[:, i, :, None], rows, 0))
                               for i in range(n)])
-    return finished(mixed, bias[:, at].to(dtype), x, gate_residual, activation), rows
+    return finished(mixed, own_bias, x, gate_residual, activation), rows
 
 
 def windowed(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
@@ -125,14 +136,18 @@ def windowed(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None
     n, w, dtype = x.shape[1], weight.shape[1], rows.dtype
     host = steps_on_host(count) if n == 1 else None
     if host and min(host) == max(host):
-        window, row = divmod(host[0], w)
-        own = window % 2 * w  # where this window begins in the ring
-        if own:  # behind the one before, as weight has them
-            parts = [(0, 0, w + row + 1)]
-        else:
-            parts = [(w, 0, row + 1), (0, w, w)][: 2 if window else 1]
-        return _step(x, weight, parts, bias, row, own + row, norm_weight, norm_bias, eps,
-                     gate_residual, activation, rows, in_place)
+        rows = rows if in_place else rows.clone()
+        return step(rows, x, weight, bias, norm_weight, norm_bias, eps, gate_residual, activation,
+                    host[0]), rows
+    # Whole windows have zeros in place of steps and of rows that are beyond.
+    if n > 1 and not all_finite(rows, weight, bias, x, gate_residual, norm_weight, norm_bias):
+        outs = []
+        for i in range(n):
+            residual = None if gate_residual is None else gate_residual[:, i : i + 1]
+            out, rows = windowed(x[:, i : i + 1], weight, bias, norm_weight, norm_bias, eps,
+                                 residual, activation, rows, count + i, in_place)
+            outs.append(out)
+        return torch.cat(outs, dim=1), rows
     normed = normed_gate(x, norm_weight, norm_bias, eps)
     steps = torch.arange(n, device=x.device)
     place = count % w

@@ -30,10 +30,30 @@ def is_anything(x: Tensor) -> bool:
             and not _torch_private.legacy_vmap_active() and is_on_host(x))
 
 
-def all_finite(*tensors: Tensor) -> bool:
-    """False for a NaN or an infinity, of any slice that vmap hides."""
-    return all(not (is_readable(x) or is_anything(x)) or _everywhere(x.detach().sum().isfinite())
-               or _everywhere(x.detach().isfinite().all()) for x in tensors)
+def _is_visible(x: Tensor) -> bool:
+    """Whether x can be looked at, for all slices at once where vmap hides them."""
+    return is_readable(x) or is_anything(x)
+
+
+def all_finite(*tensors: Tensor | None) -> bool:
+    """False for a NaN or an infinity, of any slice that vmap hides; None has none."""
+    return all(not _is_visible(x) or _everywhere(x.detach().sum().isfinite())
+               or _everywhere(x.detach().isfinite().all()) for x in tensors if x is not None)
+
+
+def first_false(condition: Tensor, axis: int) -> int:
+    """The first index on an axis where it does not hold, in any slice that vmap hides; else the
+    axis's length."""
+    first, end = 0, condition.shape[axis]
+    if _everywhere(condition):
+        return end
+    while end - first > 1:
+        middle = (first + end) // 2
+        if _everywhere(condition.narrow(axis, first, middle - first)):
+            first = middle
+        else:
+            end = middle
+    return first
 
 
 def _everywhere(condition: Tensor) -> bool:
@@ -43,7 +63,7 @@ def _everywhere(condition: Tensor) -> bool:
 def products_fit(x: Tensor, y: Tensor) -> bool:
     """Whether products of x (…, steps, d) and y, likewise, are finite and keep their digits,
     judged by the largest magnitudes of each (steps, d)."""
-    if not all(is_readable(t) or is_anything(t) for t in (x, y)):
+    if not (_is_visible(x) and _is_visible(y)):
         return True
     of_x, of_y = (t.detach().abs().amax((-2, -1)).log2() for t in (x, y))
     exponent = of_x + of_y  # -∞ where one is 0

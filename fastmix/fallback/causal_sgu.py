@@ -22,7 +22,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
     dtype = wide(x.dtype)
     gate = _gating.normalize(x[..., c:].to(dtype), norm_weight, norm_bias, eps)[0]
     columns = _columns(gate, weight.shape[0])
-    mixed = _mix(columns.flatten(2), weight, bias).unflatten(2, columns.shape[2:])
+    mixed = _mix(columns.flatten(2), weight, bias, x, gate_residual)
+    mixed = mixed.unflatten(2, columns.shape[2:])
     mixed = mixed.permute(2, 1, 0, 3).flatten(2).contiguous()
     if gate_residual is not None:
         mixed = mixed + gate_residual.to(dtype)
@@ -106,11 +107,11 @@ def _triangle(weight: Tensor, i: int, j: int, dtype: torch.dtype) -> Tensor:
     return weight[:, i:j, i:j].to(dtype).tril()
 
 
-def _mix(columns: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """columns (h, n, b · d) → (h, n, b · d)."""
+def _mix(columns: Tensor, weight: Tensor, bias: Tensor, *others: Tensor | None) -> Tensor:
+    """columns (h, n, b · d) → (h, n, b · d), which the `others` are added to or multiplied by."""
     dtype = columns.dtype
     blocks = []
-    for i, j in _gating.row_blocks(columns.shape[1], columns):
+    for i, j in _gating.row_blocks(columns.shape[1], columns, weight, bias, *others):
         mixed = torch.baddbmm(bias[:, i:j, None].to(dtype), _triangle(weight, i, j, dtype),
                               columns[:, i:j])
         if i > 0:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmix._complex import times
 from fastmix.dtypes import wide
 from fastmix.fallback._carries import all_carries, segment_carries
 from fastmix.fallback._scan import adjoint, scan
@@ -45,7 +46,7 @@ def _polar(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return parts / size[..., None], larger, length, size
 
 
-def _activated(logits: Tensor) -> tuple[Tensor, Tensor]:
+def activated(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of σ(|z|) · z / |z|, ½ at z = 0."""
     direction, larger, length, _ = _polar(logits)
     re, im = (direction * length.sigmoid()[..., None]).unbind(-1)
@@ -62,7 +63,7 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor) -> Tensor:
-        return torch.complex(*_activated(logits))
+        return torch.complex(*activated(logits))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -88,11 +89,17 @@ def _activate_backward(grad: Tensor, logits: Tensor) -> Tensor:
     re, im = direction.unbind(-1)
     sigmoid = length.sigmoid()
     along = (re * grad.real + im * grad.imag) * (sigmoid * (1 - sigmoid))
-    turn, info = re * grad.imag - im * grad.real, torch.finfo(larger.dtype)
-    # It ends at the largest power of two where it would leave the range of numbers.
-    least = (turn.abs() * (info.tiny / 4)).clamp(min=info.tiny * info.eps)
-    across = turn * (sigmoid / size) / torch.maximum(larger, least)
-    return torch.stack([re * along - im * across, im * along + re * across], dim=-1)
+    turn = (re * grad.imag - im * grad.real) * (sigmoid / size)
+    return torch.stack([re * along - _over(im * turn, larger),
+                        im * along + _over(re * turn, larger)], dim=-1)
+
+
+def _over(x: Tensor, larger: Tensor) -> Tensor:
+    """x / larger, 0 where that is 0. It ends at a power of two where it would leave the range of
+    numbers."""
+    quotient = x / torch.where(larger == 0, 1, larger)
+    limit = 2 / torch.finfo(larger.dtype).tiny
+    return torch.where(quotient.isinf() & x.isfinite(), quotient.sign() * limit, quotient)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: Tensor | None,
@@ -246,7 +253,9 @@ def _chunk_states(k: Tensor, v: Tensor, weights: Tensor, state: Tensor) -> tuple
 
 def _stepwise(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor, carry_every: int,
               length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As _chunked, of the state of every step; `length` steps at once bound the memory."""
+    """Computes what _chunked does from the states of all steps, `length` of them at once to bound
+    the memory.
+    """
     outs, carries = [], []
     for queries, keys, values, gates in zip(*(t.split(length, 1) for t in (q, k, v, a))):
         states = _states(keys, values, gates, state)
@@ -260,11 +269,13 @@ def _stepwise(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor, carry_e
 
 def _stepwise_backward(grad: Tensor, g_next: Tensor, entry: Tensor, q: Tensor, k: Tensor, v: Tensor,
                        a: Tensor, length: int) -> tuple[Tensor, ...]:
-    """As _chunked_backward, of the state of every step."""
-    entries = _stepwise(q, k, v, a, entry, length, length)[2].unbind(1)
-    chunks = [*zip(*(t.split(length, 1) for t in (grad, q, k, v, a)), entries)]
+    """Computes what _chunked_backward does from the states of all steps."""
+    chunks = [*zip(*(t.split(length, 1) for t in (grad, q, k, v, a)))]
+    entries = [entry]
+    for _, _, keys, values, gates in chunks[:-1]:
+        entries.append(_states(keys, values, gates, entries[-1])[:, -1])
     grads, g_entry = [], g_next
-    for grad, q, k, v, a, entry in reversed(chunks):
+    for (grad, q, k, v, a), entry in zip(reversed(chunks), reversed(entries)):
         states, a = _states(k, v, a, entry), a[..., None, None]
         g = adjoint(a, (q[..., None] * grad[..., None, :]).to(a.dtype), g_entry)
         before = torch.cat([entry[:, None], states[:, :-1]], 1)
@@ -362,7 +373,7 @@ def decomposed(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logit
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     dtype = wide(q.dtype)
     given: Any = gate_logits if gates is None else torch.view_as_real(gates)
-    re, im = _activated(given.to(dtype)) if gates is None else given.to(dtype).unbind(-1)
+    re, im = activated(given.to(dtype)) if gates is None else given.to(dtype).unbind(-1)
     if initial_state is None:
         state = q.new_zeros(2, b, h, dk, dv, dtype=dtype)
         # No state is there that the first gate could multiply, and products with it may overflow.
@@ -377,7 +388,7 @@ def decomposed(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logit
     units = torch.stack([unit, torch.zeros_like(unit)])[:, :, None, None, None]
     row, rows = units[:, 0], []
     for s in range(length):
-        row = units[:, s + 1] + _times(a[..., s, None], row)
+        row = units[:, s + 1] + times(a[..., s, None], row)
         rows.append(row)
     weights = torch.stack(rows, dim=-2)
 
@@ -386,12 +397,8 @@ def decomposed(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logit
     entries = []
     for i in range(updates.shape[2]):
         entries.append(state)
-        state = _times(to_end[:, :, i, :, :1], state) + updates[:, :, i]
+        state = times(to_end[:, :, i, :, :1], state) + updates[:, :, i]
     out = ((q_ @ k_.mT) * weights[0, ..., 1:]) @ v_
     re, im = weights[..., :1] * (q_ @ torch.stack(entries, dim=2))
     out = _merge(out + re - im, n).to(q.dtype)
     return out, torch.complex(*state), state[0, :, None][:, :0]
-
-
-def _times(x: Tensor, y: Tensor) -> Tensor:
-    return torch.stack([x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]])

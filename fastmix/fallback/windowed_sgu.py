@@ -29,7 +29,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
     dtype = wide(x.dtype)
     parameters = _parameters(weight, bias, dtype)
     out = output_buffer(x[..., :c], weight, bias, norm_weight, norm_bias, gate_residual)
-    pieces = []
+    narrow, pieces = x.dtype, []
+    if out is None:  # what slabs share is converted once: its gradient is summed before rounding
+        x = x.to(dtype)
+        norm_weight, norm_bias = (_gating.cast(t, dtype) for t in (norm_weight, norm_bias))
     sequences, slabs = _slabs(x, h, w)
     for batch in sequences:
         for start, stop, r in slabs:
@@ -40,7 +43,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
             residual = None if gate_residual is None else _windows(
                 gate_residual[batch, start:stop].to(dtype), h, r)
             blocks = []
-            for i, j in _gating.row_blocks(r, own):
+            for i, j in _gating.row_blocks(r, own, res, residual, weight, bias):
                 mixed = _mix(parameters, previous, own, residual, i, j, res.shape[2:])
                 block = _gating.finish(mixed, res[:, i:j], activation)
                 if out is None:
@@ -48,7 +51,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
                 else:
                     _windows(out[batch, start:stop], h, r)[:, i:j] = block
             if out is None:
-                pieces.append(_rows(concatenated(blocks)).to(x.dtype))
+                pieces.append(_rows(concatenated(blocks)).to(narrow))
     if out is not None:
         return out
     return torch.cat([concatenated(pieces[i : i + len(slabs)])
@@ -101,6 +104,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
             if later is not None:
                 dmixed[:, : later.shape[1], count] = later
                 dmixed[:, later.shape[1] :, count] = 0
+            rows = r if later is None else later.shape[1]
             later = dmixed[:, :, 0].clone()
             following, dmixed = dmixed[:, :, 1:].flatten(2), dmixed[:, :, :count].flatten(2)
             dbias[:, :r] += dmixed.sum(dim=-1)
@@ -110,8 +114,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
                 dwithin[:, i:j, :j].baddbmm_(dmixed[:, i:j], own[:, :j].mT)
             del previous, own
             dnormed = torch.zeros_like(dmixed)
-            if following.shape[2]:
-                dnormed[..., : following.shape[2]].baddbmm_(before.mT, following)
+            _add_following(dnormed, before, following, rows, columns.numel())
             for i, j in _gating.row_blocks(r, dmixed):
                 dnormed[:, i:j].baddbmm_(within[:, i:r, i:j].mT, dmixed[:, i:])
             del dmixed, following
@@ -127,6 +130,19 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
     return (dx, dweight.to(weight.dtype), dbias.to(bias.dtype),
             _gating.cast_like(dnorm[0], norm_weight), _gating.cast_like(dnorm[1], norm_bias),
             dresidual)
+
+
+def _add_following(dnormed: Tensor, before: Tensor, following: Tensor, rows: int,
+                   per_window: int) -> None:
+    """Adds to the gradient of windows that of those after them, of which the last has `rows` rows:
+    behind them are zeros, which NaN and infinity in the weight must not meet."""
+    end = following.shape[2]
+    if rows < following.shape[1]:
+        end -= per_window
+        dnormed[..., end : end + per_window].baddbmm_(
+            before[:, :rows].mT, following[:, :rows, end:])
+    if end:
+        dnormed[..., :end].baddbmm_(before.mT, following[..., :end])
 
 
 def _parameters(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,8 +19,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
-         "-fno-trapping-math"]
+# As g++ and clang++ take them; clang++ refuses -fPIC for Windows, where all code is like that.
+FLAGS = ["-std=c++17", "-O3", *([] if sys.platform == "win32" else ["-fPIC"]),
+         "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+# Only linkers for ELF files leave libraries out that nothing seems to need.
+LINK = [] if sys.platform in ("darwin", "win32") else ["-Wl,--no-as-needed"]
 # LibTorch's stable ABI as of 2.10: the library runs on every later torch.
 REGISTRATION = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 KERNELS = ["-fno-exceptions"]
@@ -31,19 +34,29 @@ CUDA_TARGETS = ("80", "86", "89", "90", "100")
 # One build of the kernels for each. A library has all of them, and the best one that the machine
 # has is chosen at run time; or, compiled on first use, that one alone.
 INSTRUCTION_SETS: dict[str, list[str]] = {"portable": []}
-if platform.machine() in ("x86_64", "AMD64"):
+if platform.machine() in ("aarch64", "arm64", "ARM64"):  # Linux, macOS, Windows: all have NEON
+    # Scheduling before registers are given out makes g++ spill more than it hides. clang does not
+    # know that flag; g++ passes over the other one.
+    INSTRUCTION_SETS = {"neon": ["-fno-schedule-insns", "-Wno-ignored-optimization-argument"]}
+elif platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
         "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c",
                    "-mprefer-vector-width=512"]}
 # Names avx512's kernels where they use the processor's matrix unit, which is found at run time.
 MATRIX_UNIT = "amx"
+CHOICES = (*INSTRUCTION_SETS, *([MATRIX_UNIT] if "avx512" in INSTRUCTION_SETS else []))
+# What compiles the kernels, and what to install where it is missing.
+COMPILERS = ("clang++",) if sys.platform == "win32" else ("c++", "g++", "clang++")
+INSTALL = {"darwin": "xcode-select --install brings Apple's",
+           "win32": "LLVM's clang++ on PATH, beside Visual Studio's build tools, whose headers and "
+                    "libraries it uses"}.get(sys.platform, "c++, g++ or clang++ on PATH")
 SILENCE = 10  # seconds after which show_progress says again, off a terminal, how far it is
 
 
 def compiler() -> list[str] | None:
     """The C++ compiler's command, with arguments if $CXX has some, or None."""
-    return _command("CXX", "c++", "g++")
+    return _command("CXX", *COMPILERS)
 
 
 def cuda_compiler() -> list[str] | None:
@@ -68,8 +81,15 @@ def why_not_compiled(cuda: bool = False) -> str | None:
     """Why nothing can be compiled here, in words, or None."""
     if cuda and cuda_compiler() is None:
         return _not_found("nvcc", "CUDACXX", "nvcc on PATH or in /usr/local/cuda")
-    if compiler() is None:
-        return _not_found("C++ compiler", "CXX", "c++ or g++ on PATH")
+    command = compiler()
+    if command is None:
+        return _not_found("C++ compiler", "CXX", INSTALL)
+    # A launcher, as ccache is, may come first.
+    refused = [word for word in command if Path(word).stem.lower() in ("cl", "clang-cl")]
+    if refused:
+        return (f"{refused[0]} takes other options than clang++, and Microsoft's has no vector "
+                "types, which the kernels are made of: set CXX to LLVM's clang++, which uses the "
+                "headers and libraries of Visual Studio")
     return None
 
 
@@ -170,8 +190,8 @@ def own_instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ..
         return tuple(INSTRUCTION_SETS)
     has = set(listed[1].split()) if listed else None
     # "-mavx2" is the flag of "avx2"; what has a value is a preference.
-    able = [name for name, flags in INSTRUCTION_SETS.items()
-            if has is None or {flag[2:] for flag in flags if "=" not in flag} <= has]
+    able = [name for name, flags in INSTRUCTION_SETS.items() if has is None or
+            {flag[2:] for flag in flags if flag.startswith("-m") and "=" not in flag} <= has]
     if "avx512" in able and (has is None or {"amx_tile", "amx_bf16"} <= has):
         able.append(MATRIX_UNIT)
     if named and named not in able:
@@ -182,13 +202,11 @@ def own_instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ..
 
 
 def named_instruction_set() -> str | None:
-    """What $FASTMIX_INSTRUCTION_SETS names, so that nothing else runs: one of INSTRUCTION_SETS, or
-    MATRIX_UNIT."""
+    """What $FASTMIX_INSTRUCTION_SETS names, one of CHOICES, so that nothing else runs."""
     named = os.environ.get("FASTMIX_INSTRUCTION_SETS") or "all"
-    names = [*INSTRUCTION_SETS, *([MATRIX_UNIT] if "avx512" in INSTRUCTION_SETS else [])]
-    if named not in ("all", *names):
+    if named not in ("all", *CHOICES):
         raise RuntimeError("FASTMIX_INSTRUCTION_SETS must be 'all', one of "
-                           f"{', '.join(names)}, or not set, got {named!r}")
+                           f"{', '.join(CHOICES)}, or not set, got {named!r}")
     return None if named == "all" else named
 
 
@@ -215,7 +233,7 @@ def compiled_name(device_type: str = "cpu", cuda: Sequence[str] = (),
     """A library's file name in a cache: of these sources, of `cuda` and `sets` (see build), and
     of the compilers and flags in the environment; without compilers, a pattern for any of them."""
     kind = re.findall(r"sm_(\d+)", " ".join(cuda)) if device_type == "cuda" else [
-        "all" if len(sets) == len(INSTRUCTION_SETS) else "-".join(sets)]
+        "all" if len(sets) > 1 else sets[0]]
     name = "-".join([device_type, *kind, fingerprint()])
     commands = [compiler(), cuda_compiler()] if cuda else [compiler()]
     variables = ["CXXFLAGS", *(["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"] if cuda else [])]
@@ -223,7 +241,7 @@ def compiled_name(device_type: str = "cpu", cuda: Sequence[str] = (),
     for command in commands:
         if command is None:
             return f"{name}-*.so"
-        for word in command:
+        for word in [*command, "as"]:  # the assembler says what is compiled: see _matrix_unit
             file = shutil.which(word)
             if file is None:
                 identity.append(word)
@@ -285,6 +303,7 @@ def _commands(torch_folder: Path, flags: Sequence[str], cpu: bool, cuda: Sequenc
         f"-DFASTMIX_ONLY={sets[0]}", f"-DFASTMIX_ONLY_INDEX={[*INSTRUCTION_SETS].index(sets[0])}"]
     if cpu:
         folder = sources() / "cpu"
+        flags = [*_matrix_unit([*command, *flags], sets), *flags]
         jobs["registration.o"] = [*command, *FLAGS, *registration, *only, *flags, "-c",
                                   str(folder / "registration.cpp")]
         # The longest first, so that none is left for the end; a file without FASTMIX_CPU has
@@ -295,7 +314,17 @@ def _commands(torch_folder: Path, flags: Sequence[str], cpu: bool, cuda: Sequenc
                     *command, *FLAGS, *KERNELS, *INSTRUCTION_SETS[name], f"-DFASTMIX_CPU={name}",
                     *flags, "-c", str(file)]
     return jobs, ([*nvcc, "-cudart=static", "-Xlinker=--no-as-needed"] if cuda
-                  else [*command, *flags, "-Wl,--no-as-needed"])
+                  else [*command, *flags, *LINK])
+
+
+def _matrix_unit(command: list[str], sets: Sequence[str]) -> list[str]:
+    """A flag that leaves the matrix unit out, where the assembler does not know it though the
+    compiler does: g++ 11 may stand beside binutils that are older."""
+    if "avx512" not in sets:
+        return []
+    tried = subprocess.run([*command, "-x", "c++", "-c", "-o", os.devnull, "-"],
+                           capture_output=True, input=b'void f() { asm volatile("tilerelease"); }')
+    return ["-DFASTMIX_NO_MATRIX_UNIT"] if tried.returncode else []
 
 
 def _cuda_parts(file: Path) -> list[str]:

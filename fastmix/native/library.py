@@ -22,8 +22,7 @@ import torch
 
 from fastmix.native import build
 
-# What can run, in this order; the last is avx512 with the matrix unit.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", build.MATRIX_UNIT)
+INSTRUCTION_SETS = build.CHOICES  # what can run, in this order
 
 _lock = threading.Lock()
 _loaded: dict[str, Path] = {}   # by device type
@@ -85,6 +84,8 @@ def _names_in_cache(device_type: str) -> list[str]:
 
 def why_not_trusted(path: Path) -> str | None:
     """Why nothing may be loaded from `path`, or None: others must not be able to write to it."""
+    if os.name == "nt":  # there os.stat knows no other users: a home has its own access list
+        return None
     status = os.stat(path)
     if hasattr(os, "getuid") and status.st_uid not in (os.getuid(), 0):
         return f"{path} belongs to another user: set FASTMIX_CACHE to a directory of your own"
@@ -267,15 +268,18 @@ def choose_instruction_set(name: str | None = None) -> None:
 def _choose(library: Path, name: str | None) -> None:
     global _chosen
     kernels = ctypes.CDLL(str(library))
-    index = -1 if name is None else INSTRUCTION_SETS.index(name)
-    best = kernels.fastmix_best_instruction_set()
-    if index > best:
-        raise RuntimeError(f"this machine has no {name}: choose one of "
-                           f"{', '.join(INSTRUCTION_SETS[: best + 1])}")
+    index = -1
+    if name is not None:
+        has = INSTRUCTION_SETS[: kernels.fastmix_best_instruction_set() + 1]
+        if name not in has:
+            raise RuntimeError(f"this machine has no {name}: choose one of {', '.join(has)}")
+        index = has.index(name)
     if name is not None and index < kernels.fastmix_least_instruction_set():
         raise RuntimeError(f"the kernels for {name} have not been compiled: set "
                            "FASTMIX_INSTRUCTION_SETS=all before the first call")
-    kernels.fastmix_choose_instruction_set(index)
+    if not kernels.fastmix_choose_instruction_set(index):
+        raise RuntimeError(f"Linux lets this process use no {name}: a signal stack of its threads "
+                           "is too small for the unit's registers")
     _chosen = name
 
 

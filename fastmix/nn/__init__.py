@@ -1,8 +1,8 @@
-"""Drop-in twins of five published model families, one file per published module,
-and at the addresses of four published packages.
+"""Drop-in twins of six published model families, one file per published module, under the names
+of four published packages.
 
-Names that more than one family uses for different things (conv1d_fft, FeedForward,
-PreNorm) are found in the files themselves.
+Names that more than one family uses for different things (conv1d_fft, FeedForward, PreNorm) are
+in the families' own modules only.
 """
 
 from fastmix.nn import (

@@ -32,7 +32,8 @@ torch.serialization.add_safe_globals([ModelCache])  # as the states in fastmix.s
 def call(
     mixer: Callable, x: Tensor, cache: Cache, return_cache: bool, **kwargs: Any
 ) -> tuple[Tensor, Cache]:
-    """mixer(x) and its cache. What need not keep a cache is called as ever: it may not know."""
+    """mixer(x) and its cache. Without a cache the mixer is called with x alone, because a module
+    that was put in its place may know no caches."""
     if cache is None and not return_cache:
         return mixer(x, **kwargs), None
     return mixer(x, cache=cache, return_cache=True, **kwargs)
@@ -61,7 +62,8 @@ def split_model_cache(
 ) -> tuple[Tensor, Sequence[Cache]]:
     """The numbers of tokens (b,) that the rows of x (b, n) have had, and `count` mixers' caches.
 
-    ValueError on CPUs where these and x are more than max_length, or the cache has been used up.
+    ValueError, on CPUs, if these and x together are more than max_length, or if the cache has been
+    used up.
     """
     b, n = x.shape[:2]
     if cache is None:
@@ -81,20 +83,17 @@ def split_model_cache(
     return cache.steps, cache.layers
 
 
-def with_cache(
-    out: Tensor, seen: Tensor, n: int, layers: tuple[Cache, ...], return_cache: bool
-) -> Tensor | tuple[Tensor, ModelCache]:
-    """What a model returns: `out`, with return_cache beside its cache after n tokens more than
-    `seen`.
+def use_up(seen: Tensor, n: int) -> Tensor:
+    """Returns the numbers of tokens (b,) after n more than `seen`, those of the cache that was
+    handed in.
 
-    Where caches are written in place the one that was handed in, whose steps are `seen`, is used
-    up: on CPUs, where that can be looked at, it counts -1 tokens from there on.
+    Where caches are written in place, the call has used up that cache from here on, whether or not
+    it comes to its end: on CPUs, where a later call can look at it, it counts -1 tokens.
     """
-    cache = ModelCache(seen + n, layers) if return_cache else None
-    if may_write() and steps_on_host(seen) and (
-            torch.is_inference_mode_enabled() or not seen.is_inference()):
+    steps = seen + n
+    if may_write(seen) and steps_on_host(seen):
         seen.fill_(-1)
-    return out if cache is None else (out, cache)
+    return steps
 
 
 def check_steps(where: str, steps: Any, x: Tensor) -> None:
@@ -116,7 +115,7 @@ def _check_longest(where: str, longest: int, max_length: int) -> None:
 
 
 def describe(cache: Cache) -> str:
-    """What an error says of a cache."""
+    """Describes a cache in an error."""
     if isinstance(cache, ModelCache):
         return f"one of {len(cache.layers)} mixers"
     if isinstance(cache, tuple):
@@ -133,10 +132,10 @@ def refuse_reversed(where: str, cache: Cache, return_cache: bool) -> None:
 
 
 def append(where: str, cache: Cache, *new: Tensor, kept: int | None = None) -> Rows:
-    """`cache` with `new`, rows (b, n, …) each, behind its rows.
+    """Appends the rows `new`, (b, n, …) each, to those of `cache`.
 
-    Of a cache that keeps no more than the newest `kept` rows there are as many from the start,
-    then zeros: no size depends on time.
+    A cache that keeps only the newest `kept` rows has that many from the start, at first zeros: so
+    no size depends on time.
     """
     b, n = new[0].shape[:2]
     if cache is None:
@@ -159,7 +158,7 @@ def append(where: str, cache: Cache, *new: Tensor, kept: int | None = None) -> R
 
 
 def last_rows(rows: Rows, count: int) -> Rows:
-    """The newest `count`."""
+    """Returns the newest `count` rows, in memory of their own."""
     return Rows(rows.steps, tuple(t[:, -count:].clone() for t in rows.tensors))
 
 

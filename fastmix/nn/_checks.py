@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmix import _torch_private
-from fastmix.checks import INTEGER, check_length, check_shape, check_tensor
+from fastmix.checks import INTEGER, check_length, check_shape, check_tensor, is_plain_real
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
@@ -40,6 +40,10 @@ def check_sizes(where: str, **sizes: int | None) -> None:
 
 def check_sequence(where: str, x: Tensor, dim: int) -> int:
     """x (b, n, dim), real, with n ≥ 1. Returns n."""
+    if is_plain_real(x):  # each step of a text comes here several times
+        shape = x.shape
+        if len(shape) == 3 and shape[2] == dim and shape[1] > 0 < dim:
+            return shape[1]
     check_tensor(where, "x", x)
     n = check_shape(where, "x", x, "b n dim", {"dim": dim})["n"]
     check_length(where, "x", n)
@@ -48,6 +52,8 @@ def check_sequence(where: str, x: Tensor, dim: int) -> int:
 
 def check_features(where: str, x: Tensor, dim: int) -> None:
     """x (…, dim), real."""
+    if is_plain_real(x) and x.shape[-1:] == (dim,):
+        return
     check_tensor(where, "x", x)
     if x.shape[-1:] != (dim,):
         raise ValueError(
@@ -62,7 +68,7 @@ def check_feed_forward(net: nn.Sequential, input: tuple[Tensor]) -> None:
 
 
 def feed_forward(dim: int, *layers: nn.Module) -> nn.Sequential:
-    """`layers`, which refuse x of another width than `dim` in words.
+    """A Sequential of `layers` that raises a clear error for x of another width than `dim`.
 
     The check is a hook, so that the whole stays the plain Sequential that was published.
     """
@@ -85,9 +91,9 @@ def embed_tokens(
     """embedding(x), where x holds token ids (b, n), integers, with 1 ≤ n ≤ max_length. `advice`
     ends the error of a token that is out of range.
 
-    Whatever was put in the embedding's place takes what it likes, (b, n, …): soft tokens for a
-    Linear. A token that is out of range is an IndexError in words on CPUs; elsewhere to look
-    for one would mean to wait for the device.
+    A module that was put in the embedding's place may take any (b, n, …), such as soft tokens for a
+    Linear. On CPUs a token that is out of range raises a clear IndexError; elsewhere, looking for
+    one would mean waiting for the device.
     """
     if type(embedding) is nn.Embedding:
         check_tensor(where, "x", x, INTEGER)

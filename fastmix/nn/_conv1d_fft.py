@@ -41,9 +41,9 @@ def fast_length(n: int) -> int:
 def conv1d_fft(x: Tensor, weights: Tensor, dim: int = -2, weight_dim: int = -1) -> Tensor:
     """out_i = Σ_j weights_{n-1-i+j} · x_j, a convolution that ends with the last weight.
 
-    With m = n weights it is causal; weights beyond n look ahead. With m < n the original's
-    FFT comes full circle, after fast_length(n + m - 1) points: some of the first n - m
-    outputs then hold what belongs behind the end of the sequence, and so they do here.
+    With m = n weights it is causal; weights beyond n look ahead. With m < n the original's FFT
+    wraps around after fast_length(n + m - 1) points, so that some of the first n - m outputs hold
+    what belongs after the end of the sequence. This function reproduces that.
 
     x           (…, n, …), n at dim
     weights     (…, m, …), m at weight_dim ≥ dim. Gets weight_dim - dim trailing axes of

@@ -1,8 +1,8 @@
 """Functions that `fastmix.accelerate` runs in the place of published classes' forward.
 
-Each function takes a published module in the place of `self`, calls the children that the
-published forward calls, and gives its numbers. Where a child only moves axes about (a Rearrange),
-it is called if something was done to it.
+Each function takes a published module as `self`, calls the children that the published forward
+calls, and returns the same numbers. A child that only moves axes (a Rearrange) is called only if it
+was changed.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from fastmix import ops
-from fastmix.checks import wide
+from fastmix.dtypes import wide
 from fastmix.nn import gss
 from fastmix.nn._checks import is_plain
 from fastmix.nn.g_mlp_gpt import g_mlp_gpt
@@ -68,28 +68,24 @@ def causal_sgu(self: Any, x: Tensor, gate_res: Tensor | None = None) -> Tensor:
     n, channels = x.shape[1], x.shape[-1] // 2
     x, gate_res = g_mlp_gpt._match_gate_res("CausalSGU", x, gate_res)
     if g_mlp_gpt._is_known_norm(self.norm, channels):
-        return ops.causal_sgu(
-            x, self.weight, self.bias, norm_weight=self.norm.weight, norm_bias=self.norm.bias,
-            eps=self.norm.eps, gate_residual=gate_res,
-            activation=g_mlp_gpt._activation(self.act))
+        return ops.causal_sgu(x, self.weight, self.bias, gate_residual=gate_res,
+                              **g_mlp_gpt._norm_and_activation(self))
     res, gate = x.chunk(2, dim=-1)
     mixed = g_mlp_gpt._mix(
         self.norm(gate)[:, None], self.weight[:, :n, :n], self.bias[:, :n])[:, 0]
-    return self.act(mixed if gate_res is None else mixed + gate_res) * res
+    return g_mlp_gpt._gate(self, mixed, gate_res, res)
 
 
 def causal_local_sgu(self: Any, x: Tensor, gate_res: Tensor | None = None) -> Tensor:
     n, channels = x.shape[1], x.shape[-1] // 2
     x, gate_res = g_mlp_gpt._match_gate_res("CausalLocalSGU", x, gate_res)
     if g_mlp_gpt._is_known_norm(self.norm, channels):
-        return ops.windowed_sgu(
-            x, self.weight, self.bias, norm_weight=self.norm.weight, norm_bias=self.norm.bias,
-            eps=self.norm.eps, gate_residual=gate_res,
-            activation=g_mlp_gpt._activation(self.act))
+        return ops.windowed_sgu(x, self.weight, self.bias, gate_residual=gate_res,
+                                **g_mlp_gpt._norm_and_activation(self))
     res, gate = x.chunk(2, dim=-1)
     gate = g_mlp_gpt.pad_to_multiple(gate, self.window, dim=1).unflatten(1, (-1, self.window))
     mixed = g_mlp_gpt._mix(self.norm(gate), self.weight, self.bias).flatten(1, 2)[:, :n]
-    return self.act(mixed if gate_res is None else mixed + gate_res) * res
+    return g_mlp_gpt._gate(self, mixed, gate_res, res)
 
 
 def causal_full_attention(

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from fastmix import ops
 from fastmix.checks import check_divides
-from fastmix.nn._cache import Cache, call, call_operator, refuse_reversed
+from fastmix.nn._cache import Cache, call_operator
 from fastmix.nn._checks import check_sequence, check_sizes
 from fastmix.nn._conv1d_fft import conv1d_fft
+from fastmix.nn._gated import run_gated
 from fastmix.nn._language_model import run
 
 __all__ = ["conv1d_fft", "EfficientDsConv", "GatedDsConv", "GatedDsConvLM"]
@@ -74,16 +75,7 @@ class GatedDsConv(nn.Module):
     def forward(
         self, x: Tensor, *, cache: Cache = None, return_cache: bool = False
     ) -> Tensor | tuple[Tensor, Cache]:
-        check_sequence("GatedDsConv", x, self.dim)
-        if self.reverse_seq:
-            refuse_reversed("GatedDsConv", cache, return_cache)
-            x = x.flip(1)
-        normed = self.norm(x)
-        mixed, cache = call(self.dsconv, self.to_v(normed), cache, return_cache)
-        out = self.to_out(self.to_gate(mixed) * self.to_u(normed)) + x
-        if self.reverse_seq:
-            out = out.flip(1)
-        return (out, cache) if return_cache else out
+        return run_gated("GatedDsConv", self, self.dsconv, x, cache, return_cache, self.reverse_seq)
 
 
 class GatedDsConvLM(nn.Module):

@@ -1,17 +1,23 @@
 """Twin of gated_state_spaces_pytorch.gss: diagonal state spaces in a gated block."""
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmix import _torch_private, ops
-from fastmix.checks import check_shape, check_tensor, wide
-from fastmix.dtypes import wide_complex
-from fastmix.nn._cache import Cache, call, refuse_reversed
+from fastmix._complex import times
+from fastmix.checks import check_shape, check_tensor
+from fastmix.dtypes import wide, wide_complex
+from fastmix.nn._cache import Cache
 from fastmix.nn._checks import check_sequence, check_sizes
+from fastmix.nn._gated import run_gated
 from fastmix.nn._language_model import run
+from fastmix.ops._dss_step import dss_step
 from fastmix.ops._register import no_autocast
+from fastmix.states import may_write
 
 __all__ = ["DSS", "GSS", "GatedStateSpacesLM"]
 
@@ -19,28 +25,28 @@ BLOCK = 512  # steps that share their powers
 
 
 def _exponential(re: Tensor, im: Tensor) -> Tensor:
-    """exp(re + i · im): its real and imaginary part, stacked in front."""
-    size = re.exp()
+    """exp(re + i · im): its real and imaginary part, stacked in front.
+
+    0 where it is so small that products with it would be subnormal, which take a processor some
+    hundred times as long.
+    """
+    limits = torch.finfo(re.dtype)
+    size = F.threshold(re, math.log(limits.tiny / limits.eps), -math.inf).exp()
     return torch.stack((size * im.cos(), size * im.sin()))
 
 
-def _times(x: Tensor, y: Tensor) -> Tensor:
-    """The product of two complex numbers in real and imaginary part."""
-    return torch.stack((x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]))
-
-
-def _is_readable(x: Tensor) -> bool:
-    """Whether to look at values is possible, and costs no wait."""
-    return type(x) is Tensor and x.device.type == "cpu" and not (
+def _is_plain(x: Tensor) -> bool:
+    """Whether operations on x are run one by one, and seen by autograd alone."""
+    return type(x) is Tensor and not (
         torch.compiler.is_compiling() or torch.jit.is_tracing()
-        or _torch_private.transforms_active())
+        or _torch_private.transforms_active() or _torch_private.forward_mode_active())
 
 
 def _gains(re: Tensor, im: Tensor, c: Tensor) -> Tensor:
     """c_hk (exp(λ_k) - 1) / λ_k of λ = re + i · im (N,) and c (2, h, N): (2, N, h)."""
     e = _exponential(re, im)
     e = torch.stack((e[0] - 1, e[1]))
-    return _times(c, _times(e, torch.stack((re, -im))) / (re.square() + im.square())).mT
+    return times(c, times(e, torch.stack((re, -im))) / (re.square() + im.square())).mT
 
 
 def _kernel(re: Tensor, im: Tensor, c: Tensor, n: int) -> Tensor:
@@ -56,26 +62,76 @@ def _kernel(re: Tensor, im: Tensor, c: Tensor, n: int) -> Tensor:
     else:
         blocks = -(-n // BLOCK)
         block = -(-n // blocks)
-    powers = _exponential(*(t[:, None] * torch.arange(block, device=t.device) for t in (re, im)))
-    starts = _exponential(
-        *(t[:, None] * (block * torch.arange(blocks, device=t.device)) for t in (re, im)))
+    c = c.transpose(0, 1)
+    in_turns = blocks > 1 and _is_plain(re)
+    if in_turns and re.device.type == "cpu":  # elsewhere to look would be to wait
+        slowest_first = re.argsort(descending=True)
+        re, im, c = (t.index_select(0, slowest_first) for t in (re, im, c))
+    steps = torch.arange(block, device=re.device)
+    powers = _exponential(re[:, None] * steps, im[:, None] * steps).transpose(0, 1)
+    steps = block * torch.arange(blocks, device=re.device)
+    starts = _exponential(re[:, None] * steps, im[:, None] * steps).transpose(0, 1)
 
-    if _is_readable(re):
-        rows = []
-        for i in range(blocks):
-            left = starts[:, :, i].any(dim=0)
-            if not left.all():  # powers that are 0 stay so
-                left = left.nonzero().flatten()
-                c, powers, starts = c[:, left], powers[:, left], starts[:, left]
-            in_block = _times(c, starts[:, :, i, None])
-            rows.append(torch.cat((powers[0], powers[1])).T
-                        @ torch.cat((in_block[0], -in_block[1])))
-        return torch.cat(rows)
-    in_blocks = _times(c[:, :, None], starts[..., None])  # (2, N, blocks, h)
-    in_blocks = torch.cat((in_blocks[0], -in_blocks[1])).transpose(1, 2)
+    if in_turns:
+        left = [len(re)] * blocks
+        if re.device.type == "cpu":  # powers that are 0 stay so
+            left = starts.any(dim=1).sum(dim=0).tolist()
+        return _InTurns.apply(powers.contiguous(), starts, c, left)
+    in_blocks = _from(c[..., None], starts[:, :, None])  # (N, 2, h, blocks)
     # A dynamic number of blocks can be split off at the end only.
-    kernel = torch.cat((powers[0], powers[1])).T @ in_blocks.flatten(1)
+    kernel = powers.flatten(0, 1).T @ in_blocks.flatten(0, 1).flatten(1)
     return kernel.unflatten(1, (c.shape[2], -1)).permute(2, 0, 1).flatten(0, 1)
+
+
+def _from(c: Tensor, start: Tensor) -> Tensor:
+    """c (N, 2, …) · start (N, 2, …), complex, as its real and minus its imaginary part: whose
+    product with the powers' parts has the real part of the sum over N."""
+    real = torch.addcmul(c[:, 0] * start[:, 0], c[:, 1], start[:, 1], value=-1)
+    return torch.stack((real, torch.addcmul(c[:, 0] * -start[:, 1], c[:, 1], -start[:, 0])), 1)
+
+
+class _InTurns(torch.autograd.Function):
+    """One block after the other, of the first left[i] of N numbers, to (blocks · block, h).
+
+    powers (N, 2, block), starts (N, 2, blocks), c (N, 2, h). Autograd would keep what each block
+    is made from, as much as the powers of all steps; backward makes it again instead.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, powers: Tensor, starts: Tensor, c: Tensor, left: list[int]
+    ) -> Tensor:
+        ctx.save_for_backward(powers, starts, c)
+        ctx.left = left
+        kernel = c.new_empty(len(left), powers.shape[2], c.shape[2])
+        for i, (k, out) in enumerate(zip(left, kernel)):
+            torch.mm(powers[:k].flatten(0, 1).T,
+                     _from(c[:k], starts[:k, :, i, None]).flatten(0, 1), out=out)
+        return kernel.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        powers, starts, c = ctx.saved_tensors
+        of_starts, of_powers, of_c = [], powers[:0], c[:0]
+        blocks = grad.unflatten(0, (len(ctx.left), -1))
+        with no_autocast([c]):
+            for i, k in reversed(list(enumerate(ctx.left))):
+                start = starts[:k, :, i, None]
+                mixed = _from(c[:k], start).flatten(0, 1)
+                new = (mixed @ blocks[i].T).unflatten(0, (k, 2))
+                of_powers = _with_zeros(of_powers, k) + new
+                new = (powers[:k].flatten(0, 1) @ blocks[i]).unflatten(0, (k, 2))
+                # _from is linear in both, and its own transpose.
+                of_c = _with_zeros(of_c, k) + _from(new, start)
+                new = _from(new, c[:k]).sum(dim=2, keepdim=True)
+                of_starts.append(_with_zeros(new, len(c)))
+        of_powers, of_c = (_with_zeros(t, len(c)) for t in (of_powers, of_c))
+        return of_powers, torch.cat(of_starts[::-1], dim=2), of_c, None
+
+
+def _with_zeros(x: Tensor, length: int) -> Tensor:
+    """x (k, …) and zeros, (length, …)."""
+    return x if len(x) == length else torch.cat((x, x.new_zeros(length - len(x), *x.shape[1:])))
 
 
 def _rates(dss: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,10 +139,14 @@ def _rates(dss: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     In float32 at least: rounded rates of decay forget at other times.
     """
+    re, im = _rate(dss)
+    return re, im, _gains(re, im, torch.stack((dss.C_real, dss.C_imag)).to(re.dtype))
+
+
+def _rate(dss: Any) -> tuple[Tensor, Tensor]:
     dtype = wide(dss.C_real.dtype)
     re, im = -dss.Lambda_real.to(dtype).exp(), dss.Lambda_imag.to(dtype)
-    im = im.exp() if dss.dss_kernel_lambda_imag_exp else im
-    return re, im, _gains(re, im, torch.stack((dss.C_real, dss.C_imag)).to(dtype))
+    return re, im.exp() if dss.dss_kernel_lambda_imag_exp else im
 
 
 def convolve(dss: Any, x: Tensor, n: int) -> Tensor:
@@ -108,13 +168,12 @@ def _go_on(dss: "DSS", u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]
     add to the output t steps after the last of them is Re Σ_k c_kh exp(λ_k t) z_hk.
     """
     with no_autocast([u]):
+        if state is not None and u.shape[1] == 1:
+            return _step(dss, u, state)
         re, im, c = _rates(dss)
         gains = torch.complex(*c).mT
         inputs = u.to(re.dtype)
         after = _state_after(re, im, inputs, state)
-        if u.shape[1] == 1:
-            out = (gains * after).real.sum(-1).unsqueeze(1) + dss.param_D * inputs
-            return out.to(u.dtype), after
         kernel = _kernel(re, im, c, u.shape[1])
     out = _convolve(dss, u, kernel)
     if state is not None:
@@ -123,12 +182,24 @@ def _go_on(dss: "DSS", u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]
     return out, after
 
 
+def _step(dss: "DSS", u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`_go_on` by one step: what the parameters alone say is made anew for each, but only what is
+    as small as λ, (N,). The gains are c_hk (exp(λ_k) - 1) / λ_k; the state takes the factors.
+    """
+    re, im = _rate(dss)
+    power = torch.complex(*_exponential(re, im))
+    factor = (power - 1) / torch.complex(re, im)
+    return dss_step(state, u, power, factor, dss.C_real, dss.C_imag, dss.param_D,
+                    may_write(state))
+
+
 def _state_after(re: Tensor, im: Tensor, u: Tensor, state: Tensor | None) -> Tensor:
+    longest = min(BLOCK, u.shape[1])
+    ages = torch.arange(longest - 1, -1, -1, device=u.device)[:, None]
+    powers = _exponential(re * ages, im * ages)  # (2, longest, N)
     for block in u.split(BLOCK, dim=1):
         m = block.shape[1]
-        ages = torch.arange(m - 1, -1, -1, device=u.device)[:, None]
-        powers = _exponential(re * ages, im * ages)  # (2, m, N)
-        new = torch.complex(*(block.mT @ part for part in powers))
+        new = torch.complex(*(block.mT @ part[longest - m :] for part in powers))
         state = new if state is None else new + torch.complex(*_exponential(m * re, m * im)) * state
     assert state is not None  # there is a block
     return state
@@ -210,16 +281,7 @@ class GSS(nn.Module):
     def forward(
         self, x: Tensor, *, cache: Cache = None, return_cache: bool = False
     ) -> Tensor | tuple[Tensor, Cache]:
-        check_sequence("GSS", x, self.dim)
-        if self.reverse_seq:
-            refuse_reversed("GSS", cache, return_cache)
-            x = x.flip(1)
-        normed = self.norm(x)
-        mixed, cache = call(self.dss, self.to_v(normed), cache, return_cache)
-        out = self.to_out(self.to_gate(mixed) * self.to_u(normed)) + x
-        if self.reverse_seq:
-            out = out.flip(1)
-        return (out, cache) if return_cache else out
+        return run_gated("GSS", self, self.dss, x, cache, return_cache, self.reverse_seq)
 
 
 class GatedStateSpacesLM(nn.Module):

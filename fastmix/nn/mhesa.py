@@ -4,10 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmix import ops
-from fastmix.checks import check_divides, wide
-from fastmix.nn._cache import Cache, call, call_operator, refuse_reversed
+from fastmix.checks import check_divides
+from fastmix.dtypes import wide
+from fastmix.nn._cache import Cache, call_operator, refuse_reversed
 from fastmix.nn._checks import check_sequence, check_sizes
 from fastmix.nn._conv1d_fft import conv1d_fft
+from fastmix.nn._gated import run_gated
 from fastmix.nn._language_model import run
 
 __all__ = ["conv1d_fft", "MHESA", "GatedMHESA", "GatedExponentialSmoothingLM"]
@@ -80,11 +82,7 @@ class GatedMHESA(nn.Module):
     def forward(
         self, x: Tensor, *, cache: Cache = None, return_cache: bool = False
     ) -> Tensor | tuple[Tensor, Cache]:
-        check_sequence("GatedMHESA", x, self.dim)
-        normed = self.norm(x)
-        mixed, cache = call(self.mhesa, self.to_v(normed), cache, return_cache)
-        out = self.to_out(self.to_gate(mixed) * self.to_u(normed)) + x
-        return (out, cache) if return_cache else out
+        return run_gated("GatedMHESA", self, self.mhesa, x, cache, return_cache)
 
 
 class GatedExponentialSmoothingLM(nn.Module):

@@ -8,7 +8,7 @@ from fastmix.ops.gate_loop import gate_loop
 from fastmix.ops.linear_scan import linear_scan
 from fastmix.ops.windowed_sgu import windowed_sgu
 
-from fastmix.ops import _flops, _sharding  # noqa: F401, isort: skip  (once all are registered)
+from fastmix.ops import _dss_step, _flops, _sharding  # noqa: F401, isort: skip  (once all are registered)
 
 __all__ = ["causal_sgu", "cumulative_mean", "decay_conv", "fft_conv", "gate_loop", "linear_scan",
            "windowed_sgu"]

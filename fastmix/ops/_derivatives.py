@@ -68,9 +68,13 @@ def jvp(operator: Operator, ctx: Any, *tangents: Tensor | None) -> Any:
     args = _arguments(operator, ctx, primals)
     present = [i for i in operator.tensors if args[i] is not None]
     outputs, gradients = _pullback(operator, args)
+
+    def of_present(*grads: Tensor) -> tuple:
+        pulled = gradients(grads)
+        return tuple(pulled[i] for i in present)
+
     _, push = torch.func.vjp(  # type: ignore[misc]
-        lambda *grads: tuple(gradients(grads)[i] for i in present),
-        *(torch.zeros_like(o) for o in outputs))
+        of_present, *(torch.zeros_like(o) for o in outputs))
     moved = push(tuple(
         torch.zeros_like(args[i]) if tangents[i] is None else tangents[i] for i in present))
     moved = moved + (None,) * (len(operator.outputs) - len(moved))
@@ -86,7 +90,9 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Operator, *args: Any) -> Any:
-        return operator.forward(*args)
+        out = operator.forward(*args)
+        # Torch wants the tangent of a view laid out as the view is, and lays out others itself.
+        return tuple(map(_owned, out)) if isinstance(out, tuple) else _owned(out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -105,6 +111,10 @@ class Transformed(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, operator: Operator, *args: Any) -> Any:
         return _vmap.vmap(operator, operator, info, in_dims[1:], *args)
+
+
+def _owned(out: Tensor) -> Tensor:
+    return out.clone() if out._is_view() else out
 
 
 # Function.apply binds its arguments to this signature on every call; looking it up anew each time

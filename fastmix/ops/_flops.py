@@ -20,6 +20,10 @@ and what backward computes anew.
                       and 4 per output; two transforms per kernel
     windowed_sgu,     2 per channel and weight under the causal mask, for the steps that there are;
     causal_sgu        backward twice that: x and the weights
+    sgu_step          2 per channel and weight of the step
+    fft_conv_step     2 per channel and product of a lag and a step, and for the skip
+    dss_step          11 per number of the state, 6 to turn it, 1 to add the input and 4 for Re c z;
+                      2 per output for the skip
 """
 
 from __future__ import annotations
@@ -125,6 +129,22 @@ def causal_sgu_backward(grad: Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * causal_sgu(*args, **kwargs)
 
 
+def sgu_step(rows: Tensor, x: Tensor, weight: Tensor, *args: Any, **_: Any) -> int:
+    t, w = args[-1], weight.shape[1]
+    return x.numel() * (t % w + 1 + (w if t >= w else 0))
+
+
+def fft_conv_step(x: Tensor, kernel: Tensor, skip: Tensor | None, steps: Tensor, ahead: Tensor,
+                  lags: Tensor | None, *_: Any, **__: Any) -> int:
+    r = steps.shape[1] + 1
+    products = min(r, kernel.shape[-2]) if lags is None else 2 * r
+    return 2 * x.numel() * (products + (skip is not None))
+
+
+def dss_step(state: Tensor, u: Tensor, *_: Any, **__: Any) -> int:
+    return 11 * state.numel() + 2 * u.numel()
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "linear_scan": linear_scan, "linear_scan_backward": linear_scan_backward,
     "gate_loop": gate_loop, "gate_loop_backward": gate_loop_backward,
@@ -133,6 +153,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "fft_conv": fft_conv, "fft_conv_backward": fft_conv_backward,
     "windowed_sgu": windowed_sgu, "windowed_sgu_backward": windowed_sgu_backward,
     "causal_sgu": causal_sgu, "causal_sgu_backward": causal_sgu_backward,
+    "sgu_step": sgu_step, "fft_conv_step": fft_conv_step, "dss_step": dss_step,
 }
 
 

@@ -2,7 +2,7 @@
 
 Over the batch, and over heads and channels where an operator keeps them apart, forward and
 backward communicate nothing; gradients of what all ranks share are partial sums. Any other shard is
-refused: to gather it is a choice, and an expensive one.
+refused, because gathering it is expensive and so the caller's choice.
 """
 
 import functools

@@ -10,7 +10,8 @@ from fastmix.checks import check_shape, check_tensor
 
 def check_state(where: str, state: Any, kind: type, x: Tensor, layouts: dict[str, str],
                 dtype: torch.dtype, sizes: dict[str, int]) -> None:
-    """A `kind` whose fields have these layouts and `dtype`; `steps` (b,) is int64."""
+    """Checks that `state` is a `kind` whose fields have these layouts and `dtype`, and whose
+    `steps` (b,) is int64."""
     if not isinstance(state, kind):
         raise TypeError(f"{where}: initial_state must be a {kind.__name__}, as {where} returns it "
                         f"with return_state=True, got {type(state).__name__}")

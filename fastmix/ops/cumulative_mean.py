@@ -1,13 +1,14 @@
 """The running mean, the pooling mixer of causal PoolFormers."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastmix.checks import check_flag, check_length, check_tensor
+from fastmix.checks import Passed, check_flag, check_length, check_tensor
 from fastmix.dtypes import wide
 from fastmix.fallback import cumulative_mean as fallback
+from fastmix.ops._carries import needs_gradient
 from fastmix.ops._register import Operator
 from fastmix.ops._states import check_state
 from fastmix.ops.linear_scan import linear_scan
@@ -16,6 +17,7 @@ from fastmix.states import CumulativeMeanState
 _operator = Operator(
     "cumulative_mean", "Tensor x", outputs="out", fallback=fallback,
     fake=lambda x: x.new_empty(x.shape), batched={"x": None})
+_passed = Passed()
 
 
 @overload
@@ -67,18 +69,21 @@ def cumulative_mean(
     tensor([[4.]])
     """
     where = "cumulative_mean"
-    check_tensor(where, "x", x)
-    if x.ndim < 2:
-        raise ValueError(f"{where}: x must have shape (b, n, …), got {tuple(x.shape)}")
-    check_length(where, "x", x.shape[1])
+    key = None
+    if initial_state is None or type(initial_state) is CumulativeMeanState:
+        key = _passed.key(x, *(initial_state or ()))
+    if not _passed.has(key):
+        _check(where, x, initial_state)
+        _passed.add(key)
     check_flag(where, "return_state", return_state)
     if initial_state is None:
-        out = _operator(x)
-        return (out, _state_after(x, out)) if return_state else out
+        if not return_state:
+            return _operator(x)
+        # Converted once: autograd would add up the gradients of outputs and state in 16 bits.
+        inputs = x.to(wide(x.dtype)) if needs_gradient(x) else x
+        means = _operator(inputs)
+        return means.to(x.dtype), _state_after(inputs, means)
     b, n, *rest = x.shape
-    sizes = {"b": b, **{f"c{i}": size for i, size in enumerate(rest)}}
-    check_state(where, initial_state, CumulativeMeanState, x, {"sum": " ".join(sizes)},
-                wide(x.dtype), sizes)
     total, steps = initial_state
     inputs = x.to(wide(x.dtype))
     after = steps + n
@@ -91,6 +96,18 @@ def cumulative_mean(
     if not return_state:
         return out
     return out, CumulativeMeanState(sums[:, -1].clone() if n > 1 else sums.squeeze(1), after)
+
+
+def _check(where: str, x: Any, initial_state: Any) -> None:
+    check_tensor(where, "x", x)
+    if x.ndim < 2:
+        raise ValueError(f"{where}: x must have shape (b, n, …), got {tuple(x.shape)}: "
+                         "x[None] has a batch")
+    check_length(where, "x", x.shape[1])
+    if initial_state is not None:
+        sizes = {"b": x.shape[0], **{f"c{i}": size for i, size in enumerate(x.shape[2:])}}
+        check_state(where, initial_state, CumulativeMeanState, x, {"sum": " ".join(sizes)},
+                    wide(x.dtype), sizes)
 
 
 def _state_after(x: Tensor, means: Tensor) -> CumulativeMeanState:

@@ -1,10 +1,11 @@
 """Exponential-decay convolution, the mixer of MetaformerGPT and of multi-head EMA layers."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from fastmix.checks import (
+    Passed,
     check_flag,
     check_length,
     check_shape,
@@ -32,6 +33,7 @@ _operator = Operator(
     "Tensor x, Tensor decay, Tensor? gain, Tensor? initial_state, int carry_every",
     outputs="out state carries",
     fallback=fallback, fake=_fake, batched={"x": 4, "initial_state": 3})
+_passed = Passed()
 
 
 @overload
@@ -90,6 +92,18 @@ def decay_conv(x: Tensor, decay: Tensor, gain: Tensor | None = None, *,
     >>> decay_conv(x[:, 2:], decay, initial_state=state).flatten()
     tensor([6., 3.])
     """
+    key = _passed.key(x, decay, gain, initial_state)
+    if not _passed.has(key):
+        decay, gain = _check(x, decay, gain, initial_state)
+        _passed.add(key)
+    check_flag("decay_conv", "return_state", return_state)
+    carry_every = CARRY_EVERY if needs_gradient(x, decay, gain, initial_state) else 0
+    out, state, _ = _operator(x, decay, gain, initial_state, carry_every)
+    return (out, state) if return_state else out
+
+
+def _check(x: Any, decay: Any, gain: Any, initial_state: Any) -> tuple[Tensor, Tensor | None]:
+    """Checks the arguments and returns decay and gain, in the dtypes in which they are taken."""
     where = "decay_conv"
     check_tensor(where, "x", x)
     sizes = check_shape(where, "x", x, "b n h d")
@@ -101,10 +115,7 @@ def decay_conv(x: Tensor, decay: Tensor, gain: Tensor | None = None, *,
         check_tensor(where, "gain", gain, like=("x", x))
         check_shape(where, "gain", gain, "h", sizes)
         gain = match_parameter(where, "gain", gain, ("x", x))
-    check_flag(where, "return_state", return_state)
     if initial_state is not None:
         check_tensor(where, "initial_state", initial_state, (wide(x.dtype),), like=("x", x))
         check_shape(where, "initial_state", initial_state, "b h d", sizes)
-    carry_every = CARRY_EVERY if needs_gradient(x, decay, gain, initial_state) else 0
-    out, state, _ = _operator(x, decay, gain, initial_state, carry_every)
-    return (out, state) if return_state else out
+    return decay, gain

@@ -1,8 +1,8 @@
 """The gate loop: linear attention whose state decays, and turns, by a gate of the data.
 
-To implementations gates are (b, n, h), complex or real. What else the function takes becomes that
-here: decays (h,) are expanded, with strides of 0, and logits of real gates are put through torch's
-sigmoid. So kernels know one kind of logits, those of complex gates.
+Implementations take gates (b, n, h), complex or real, or the logits of complex gates. The function
+takes more, and converts it here: it expands decays (h,), with strides of 0, and computes real gates
+from their logits. So kernels know one kind of logits.
 """
 
 from typing import Any, Literal, overload
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmix.checks import (
     REAL,
+    Passed,
     check_flag,
     check_length,
     check_shape,
@@ -33,7 +34,7 @@ from fastmix.ops._register import Operator
 
 
 def _state_dtype(q: Tensor, gates: Tensor | None) -> torch.dtype:
-    """Real where gates are; logits that come this far are those of complex gates."""
+    """The state is real where the gates are. Logits are those of complex gates by now."""
     real = gates is not None and not gates.is_complex()
     return wide(q.dtype) if real else wide_complex(q.dtype)
 
@@ -54,6 +55,7 @@ _operator = Operator(
     outputs="out state carries",
     fallback=fallback, fake=_fake,
     batched={"q": 4, "k": 4, "v": 4, "gates": 3, "gate_logits": 4, "initial_state": 4})
+_passed = Passed()
 
 
 @overload
@@ -132,6 +134,22 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
                       "give gates * gate_logits.sigmoid() as gates")
         raise ValueError(
             f"{where}: exactly one of gates and gate_logits must be given, got {given}")
+    key = _passed.key(q, k, v, gates, gate_logits, initial_state)
+    if not _passed.has(key):
+        q, k, v, gates, gate_logits = _check(where, q, k, v, gates, gate_logits, initial_state)
+        _passed.add(key)
+    check_flag(where, "return_state", return_state)
+    gates, gate_logits = _as_kernels_take(q, gates, gate_logits)
+    wanted = needs_gradient(q, k, v, gates, gate_logits, initial_state)
+    diagonal = q.shape[-1] == v.shape[-1] == 1
+    every = CARRY_EVERY if diagonal else HEADS_CARRY_EVERY.get(q.device.type, CARRY_EVERY)
+    out, state, _ = _operator(q, k, v, gates, gate_logits, initial_state, every if wanted else 0)
+    return (out, state) if return_state else out
+
+
+def _check(where: str, q: Any, k: Any, v: Any, gates: Any, gate_logits: Any,
+           initial_state: Any) -> tuple[Any, ...]:
+    """Checks the tensors and returns all but the state, in the dtypes in which they are taken."""
     check_tensor(where, "q", q)
     sizes = check_shape(where, "q", q, "b n h dk")
     check_length(where, "q", sizes["n"])
@@ -145,21 +163,29 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, *,
         q, k, v = match_dtypes(where, q=q, k=k, v=v)
     given = "gates" if gate_logits is None else "gate_logits.sigmoid()"
     if gates is None:
-        gates, gate_logits = _check_logits(where, gate_logits, q, sizes)
+        gate_logits = _check_logits(where, gate_logits, q, sizes)
     else:
         gates = _check_gates(where, gates, q, sizes)
-    check_flag(where, "return_state", return_state)
     if initial_state is not None:
-        _check_state(where, initial_state, _state_dtype(q, gates), given, q, sizes)
-    wanted = needs_gradient(q, k, v, gates, gate_logits, initial_state)
-    diagonal = sizes["dk"] == sizes["dv"] == 1
-    every = CARRY_EVERY if diagonal else HEADS_CARRY_EVERY.get(q.device.type, CARRY_EVERY)
-    out, state, _ = _operator(q, k, v, gates, gate_logits, initial_state, every if wanted else 0)
-    return (out, state) if return_state else out
+        real = gate_logits.ndim == 3 if gates is None else not gates.is_complex()
+        _check_state(where, initial_state, wide(q.dtype) if real else wide_complex(q.dtype), given,
+                     q, sizes)
+    return q, k, v, gates, gate_logits
+
+
+def _as_kernels_take(q: Tensor, gates: Tensor | None,
+                     gate_logits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """gates (b, n, h), or the logits of complex ones, and None in place of the other."""
+    if gates is None and gate_logits is not None and gate_logits.ndim == 3:
+        return gate_logits.to(wide(q.dtype)).sigmoid(), None
+    if gates is not None and gates.ndim == 1:
+        # Wide, so that the gradient is rounded once, after its sum over steps.
+        gates = gates if gates.is_complex() else gates.to(wide(q.dtype))
+        gates = gates.expand(q.shape[:3])
+    return gates, gate_logits
 
 
 def _check_gates(where: str, gates: Any, q: Tensor, sizes: dict[str, int]) -> Tensor:
-    """As (b, n, h)."""
     real = isinstance(gates, Tensor) and gates.dtype in REAL
     check_tensor(where, "gates", gates, REAL if real else (
         wide_complex(q.dtype), *dict.fromkeys((q.dtype, wide(q.dtype)))), like=("q", q))
@@ -173,28 +199,24 @@ def _check_gates(where: str, gates: Any, q: Tensor, sizes: dict[str, int]) -> Te
         raise ValueError(
             f"{where}: gates must have shape (b, n, h) = {(b, n, h)}, or (h,) = ({h},) if they are "
             f"the same at all steps, got {tuple(gates.shape)}: give one number per head")
-    # Wide, so that the gradient is rounded once, after its sum over steps.
-    return (gates.to(wide(q.dtype)) if real else gates).expand(b, n, h)
+    return gates
 
 
-def _check_logits(where: str, gate_logits: Any, q: Tensor,
-                  sizes: dict[str, int]) -> tuple[Tensor | None, Tensor | None]:
-    """Real gates or the logits of complex ones, and None in place of the other."""
+def _check_logits(where: str, gate_logits: Any, q: Tensor, sizes: dict[str, int]) -> Tensor:
     if isinstance(gate_logits, Tensor) and gate_logits.is_complex():
         raise TypeError(
             f"{where}: gate_logits must be {' or '.join(map(dtype_name, REAL))}, got "
-            f"{dtype_name(gate_logits.dtype)}: give it as gates, or its torch.view_as_real as "
-            "gate_logits, which is")
+            f"{dtype_name(gate_logits.dtype)}: give complex gates as gates, and "
+            "complex logits as torch.view_as_real(gate_logits)")
     check_tensor(where, "gate_logits", gate_logits, like=("q", q))
     real = gate_logits.ndim == 3
     _check_steps(where, "gate_logits", gate_logits, "b n h" if real else "b n h 2", q, sizes)
-    gate_logits = match_parameter(where, "gate_logits", gate_logits, ("q", q))
-    return (gate_logits.to(wide(q.dtype)).sigmoid(), None) if real else (None, gate_logits)
+    return match_parameter(where, "gate_logits", gate_logits, ("q", q))
 
 
 def _check_steps(where: str, name: str, given: Tensor, layout: str, q: Tensor,
                  sizes: dict[str, int]) -> None:
-    """The shape of gates or logits, which the callers know to be of each step."""
+    """Checks the shape of gates or logits that differ from step to step."""
     b, n, h = sizes["b"], sizes["n"], sizes["h"]
     # What fits is asked first: a traced program may hold for n = h, too.
     if given.shape[:3] != (b, n, h) and given.shape[:3] == (b, h, n):
@@ -211,8 +233,8 @@ def _check_steps(where: str, name: str, given: Tensor, layout: str, q: Tensor,
 
 def _check_state(where: str, state: Any, dtype: torch.dtype, given: str, q: Tensor,
                  sizes: dict[str, int]) -> None:
-    """An initial state of the dtype that the gates ask for; `given` is how to write those that
-    were given, if they are real."""
+    """Checks an initial state, whose `dtype` follows from the gates. `given` is how the caller
+    wrote the gates, for the advice in an error."""
     if isinstance(state, Tensor) and state.is_complex() != dtype.is_complex:
         kind, advice = ("complex", f"give initial_state.to({dtype})") if dtype.is_complex else (
             "real", "a complex state goes on with complex gates, give "

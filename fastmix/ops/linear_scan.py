@@ -1,22 +1,35 @@
 """The first-order linear recurrence, all states returned."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastmix.checks import COMPLEX, REAL, check_flag, check_length, check_tensor, match_dtypes
+from fastmix.checks import (
+    COMPLEX,
+    REAL,
+    Passed,
+    check_flag,
+    check_length,
+    check_tensor,
+    match_dtypes,
+)
 from fastmix.dtypes import autocast_enabled, wide, wide_complex
 from fastmix.fallback import linear_scan as fallback
 from fastmix.ops._carries import CARRY_EVERY, carry_count, needs_gradient
 from fastmix.ops._register import Operator
 
 
+def _states_dtype(gates: Tensor, inputs: Tensor) -> torch.dtype:
+    return inputs.dtype if gates.dtype == inputs.dtype else torch.promote_types(
+        gates.dtype, inputs.dtype)
+
+
 def _fake(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse: bool,
           carry_every: int) -> tuple[Tensor, Tensor]:
     b, n, *rest = inputs.shape
     carries = carry_count(n, carry_every)
-    dtype = torch.promote_types(gates.dtype, inputs.dtype)
+    dtype = _states_dtype(gates, inputs)
     return (inputs.new_empty(b, n, *rest, dtype=dtype),
             inputs.new_empty(b, carries, *rest, dtype=wide(dtype)))
 
@@ -27,6 +40,7 @@ _operator = Operator(
     outputs="states carries",
     fallback=fallback, fake=_fake,
     batched={"gates": None, "inputs": None, "initial_state": None})
+_passed = Passed()
 
 
 @overload
@@ -90,21 +104,53 @@ def linear_scan(gates: Tensor, inputs: Tensor, initial_state: Tensor | None = No
     tensor([[4., 2.]])
     """
     where = "linear_scan"
+    key = _passed.key(gates, inputs, initial_state)
+    if not _passed.has(key):
+        gates, inputs, initial_state = _check(where, gates, inputs, initial_state)
+        _passed.add(key)
+    check_flag(where, "reverse", reverse)
+    check_flag(where, "return_state", return_state)
+    shape = inputs.shape
+    dtype = _states_dtype(gates, inputs)
+    wanted = needs_gradient(gates, inputs, initial_state)
+    expanded = False
+    if gates.shape != shape:
+        gates = gates.reshape(*gates.shape, *(1,) * (inputs.ndim - gates.ndim))
+        broadcast = [axis for axis, (g, i) in enumerate(zip(gates.shape, shape)) if g != i]
+        expanded = bool(broadcast) and any(size != 1 for size in gates.shape[broadcast[0]:])
+    rounded = dtype != wide(dtype)
+    if wanted and (rounded and return_state or expanded and gates.dtype != wide(gates.dtype)):
+        # The operator returns rounded states, and the last is not to be; its carries, which are
+        # not rounded, have no gradient. Nor is the gradient of expanded gates, before it is summed.
+        gates, inputs = gates.to(wide(gates.dtype)), inputs.to(wide(inputs.dtype))
+    if expanded:
+        gates = gates.expand(shape)  # kernels know gates that hold for whole heads only
+    states, carries = _operator(gates, inputs, initial_state, reverse,
+                                CARRY_EVERY if wanted or rounded and return_state else 0)
+    if not return_state:
+        return states if states.dtype == dtype else states.to(dtype)
+    # Copied: a view would hold the memory of all.
+    if rounded and not wanted:
+        return states, carries[:, -1].clone()
+    return states.to(dtype), states[:, 0 if reverse else -1].clone()
+
+
+def _check(where: str, gates: Any, inputs: Any,
+           initial_state: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks the tensors and returns them in the dtypes in which they are taken."""
     check_tensor(where, "gates", gates, REAL + COMPLEX)
     check_tensor(where, "inputs", inputs, REAL + COMPLEX, like=("gates", gates))
     if inputs.ndim < 2:
-        raise ValueError(f"{where}: inputs must have shape (b, n, …), got {tuple(inputs.shape)}")
+        raise ValueError(f"{where}: inputs must have shape (b, n, …), got {tuple(inputs.shape)}: "
+                         "inputs[None] has a batch")
     shape = inputs.shape
     if gates.shape != shape:
         _check_broadcast(where, gates, inputs)
     check_length(where, "inputs", shape[1])
-    check_flag(where, "reverse", reverse)
-    check_flag(where, "return_state", return_state)
     if gates.dtype != inputs.dtype:
         gates, inputs = _match(where, gates, inputs)
-    dtype = inputs.dtype if gates.dtype == inputs.dtype else torch.promote_types(
-        gates.dtype, inputs.dtype)
     if initial_state is not None:
+        dtype = _states_dtype(gates, inputs)
         check_tensor(where, "initial_state", initial_state, REAL + COMPLEX, like=("gates", gates))
         if initial_state.dtype == wide(dtype) and not autocast_enabled(gates.device.type):
             pass  # a state that was returned
@@ -116,27 +162,9 @@ def linear_scan(gates: Tensor, inputs: Tensor, initial_state: Tensor | None = No
         expected = (shape[0], *shape[2:])
         if initial_state.shape != expected:
             raise ValueError(f"{where}: initial_state must have shape {tuple(expected)}, "
-                             f"got {tuple(initial_state.shape)}: states[:, -1] has it, of those "
-                             "that the piece before returned")
-    if gates.shape != shape:
-        gates = gates.reshape(*gates.shape, *(1,) * (inputs.ndim - gates.ndim))
-        broadcast = [axis for axis, (g, i) in enumerate(zip(gates.shape, shape)) if g != i]
-        if broadcast and any(size != 1 for size in gates.shape[broadcast[0]:]):
-            gates = gates.expand(shape)  # kernels know gates that hold for whole heads only
-    wanted = needs_gradient(gates, inputs, initial_state)
-    rounded = return_state and dtype != wide(dtype)
-    if rounded and wanted:
-        # The operator returns rounded states, and the last is not to be; its carries, which are
-        # not rounded, have no gradient.
-        gates, inputs = gates.to(wide(dtype)), inputs.to(wide(dtype))
-    states, carries = _operator(gates, inputs, initial_state, reverse,
-                                CARRY_EVERY if wanted or rounded else 0)
-    if not return_state:
-        return states
-    # Copied: a view would hold the memory of all.
-    if rounded and not wanted:
-        return states, carries[:, -1].clone()
-    return states.to(dtype), states[:, 0 if reverse else -1].clone()
+                             f"got {tuple(initial_state.shape)}: take states[:, -1] of the piece "
+                             "before")
+    return gates, inputs, initial_state
 
 
 def _check_broadcast(where: str, gates: Tensor, inputs: Tensor) -> None:

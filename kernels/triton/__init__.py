@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastmix._triton import trial
+from fastmix._triton import plans, trial
 from fastmix.ops._register import LIBRARY, OPERATORS
 
 KERNELS = tuple(sorted(
@@ -73,6 +73,12 @@ def forced(operator: str, device_type: str) -> tuple[Callable[..., Any], ...]:
 
 
 def _run(operator: str, direction: str, forced: bool, *args: Any) -> Any:
+    kind_of_call = plans.kind_of(operator, direction, args)
+    plan = plans.plans.get(kind_of_call)
+    if plan is not None and (operator, args[0].device.type) not in trial.failures:
+        results = plan.run(args)
+        if results is not None:
+            return results
     kernels = importlib.import_module(f"{__name__}.{operator}")
     forward_args = args[len(args) - len(OPERATORS[operator].forward._schema.arguments):]
     kind = args[0].device.type
@@ -86,7 +92,12 @@ def _run(operator: str, direction: str, forced: bool, *args: Any) -> Any:
             return OPERATORS[operator].run_instead("triton", reason, forced,
                                                    direction == "backward", args)
         with trial.no_compilation_in_capture(operator, args[0].device):
-            out = getattr(kernels, direction)(*args)
+            return plans.noted(kind_of_call, args, functools.partial(
+                _launched, getattr(kernels, direction)))
+
+
+def _launched(launcher: Callable[..., Any], *args: Any) -> Any:
+    out = launcher(*args)
     if not isinstance(out, tuple):
         return out
     # A schema returns tensors only: nothing stands for no gradient.

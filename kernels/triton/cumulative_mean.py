@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmix._triton.layout import ceil_div, even, evens, flat, offset
+from fastmix._triton.plans import launch
 from fastmix._triton.scan import entering, load_rows, segment_place, segments, tile
 from fastmix._triton.target import ANY, Row, Table
 from fastmix.dtypes import wide
@@ -121,16 +122,16 @@ def _run(x: Tensor, dtype: torch.dtype, backward: bool) -> Tensor:
     b, n = x.shape[:2]
     x = x.reshape(b, n, -1, x.shape[-1] if x.ndim > 2 else 1)
     channels, d = x[0, 0].numel(), x.shape[-1]
-    sizes = tile(channels, b, x.element_size(), **LAUNCH.choose("_sums", x.dtype))
+    sizes = tile(channels, b, x.dtype, **LAUNCH.choose("_sums", x.dtype))
     blocks = ceil_div(channels, sizes["COLS"])
-    count, length = segments(n, b * blocks, sizes["RUNS"] * sizes["ROWS"])
+    count, length = segments(n, b * blocks, sizes["RUNS"] * sizes["ROWS"], x.dtype)
     sizes |= dict(EVEN=evens(x), D=0 if flat(x) else d, BACKWARD=backward)
     grid, common = (b * blocks * count,), (n, blocks, count, length, channels, *x.stride())
     ends = None
     if count > 1:
         ends = x.new_empty(b, count, channels, dtype=wide(dtype))
-        _ends[grid](x, ends, *common, **sizes)
-    _sums[grid](x, ends, out, *common, **sizes)
+        launch(_ends, grid, x, ends, *common, **sizes)
+    launch(_sums, grid, x, ends, out, *common, **sizes)
     return out
 
 

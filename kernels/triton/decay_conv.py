@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmix._triton.layout import ceil_div, even, evens, flat, offset, power_of_two, strides
+from fastmix._triton.plans import launch
 from fastmix._triton.scan import entering, load_rows, power, segment_place, segments, tile
 from fastmix._triton.target import ANY, CUDA, Row, Table
 from fastmix.dtypes import wide
@@ -351,7 +352,7 @@ LAUNCH = Table(
     Row("_ends", CUDA, ANY, "backward", dict(maxnreg=64),
         "counted: ptxas aims at fewer and spills"),
     Row("_ends", CUDA, "float64", "backward", dict(maxnreg=96), "counted: spills in 64"),
-    Row("_parameter_gradients", ANY, ANY, ANY, dict(numbers=1024, num_warps=4),
+    Row("_parameter_gradients", ANY, ANY, ANY, dict(numbers=1024, COLS=64, num_warps=4),
         "8 numbers to a thread, of at most 64 channels"),
     Row("_parameter_gradients", CUDA, ANY, ANY, dict(maxnreg=64),
         "counted: ptxas aims at 32 and spills 2 words"),
@@ -367,9 +368,9 @@ def _plan(kernel: str, x: Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str
     """
     b, n, h, d = x.shape
     tile_bytes = LAUNCH.choose(kernel, x.dtype)["tile_bytes"]
-    sizes = tile(h * d, b, x.element_size(), tile_bytes)
+    sizes = tile(h * d, b, x.dtype, tile_bytes)
     blocks = ceil_div(h * d, sizes["COLS"])
-    count, length = segments(n, b * blocks, sizes["RUNS"] * sizes["ROWS"])
+    count, length = segments(n, b * blocks, sizes["RUNS"] * sizes["ROWS"], x.dtype)
     limit = LAUNCH.choose(kernel, x.dtype, *(("four-warps",) if sizes["num_warps"] == 4 else ()))
     del limit["tile_bytes"]
     return (b * blocks * count,), (n, blocks, count, length, d, h * d), sizes, limit
@@ -394,11 +395,11 @@ def forward(x: Tensor, decay: Tensor, gain: Tensor | None, initial_state: Tensor
     count = common[2]
     if count > 1:
         ends = x.new_empty(b, count, 1, h * d, dtype=dtype)
-        _ends[grid](x, decay, ends, *common, *strides(x), BACKWARD=False, **sizes)
-    _forward[grid](x, decay, None if gain is None else gain.contiguous(),
-                   None if initial_state is None else initial_state.contiguous(), ends, out,
-                   state, carries if carry_every else None, *common, *strides(x),
-                   EVERY=carry_every, **sizes, **limit)
+        launch(_ends, grid, x, decay, ends, *common, *strides(x), BACKWARD=False, **sizes)
+    launch(_forward, grid, x, decay, None if gain is None else gain.contiguous(),
+           None if initial_state is None else initial_state.contiguous(), ends, out, state,
+           carries if carry_every else None, *common, *strides(x), EVERY=carry_every, **sizes,
+           **limit)
     return out, state, carries
 
 
@@ -415,7 +416,7 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, x: Tensor, decay
         2, b, h, d, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return (grad_x, torch.zeros_like(decay), None if gain is None else torch.zeros_like(gain),
-                None if initial_state is None else grad_initial[0])
+                None if grad_initial is None else grad_initial[0])
     grid, common, sizes, limit = _plan("_backward", x)
     sizes |= dict(EVEN=evens(grad, x), D=0 if flat(grad, x) else d)
     decays = decay.contiguous()
@@ -423,18 +424,19 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, x: Tensor, decay
     count = common[2]
     if count > 1:
         ends = x.new_empty(b, count, 2, h * d, dtype=dtype)
-        _ends[grid](grad, decays, ends, *common, *strides(grad), BACKWARD=True,
-                    **sizes | dict(EVEN=evens(grad)), **LAUNCH.choose("_ends", x.dtype, "backward"))
+        launch(_ends, grid, grad, decays, ends, *common, *strides(grad), BACKWARD=True,
+               **sizes | dict(EVEN=evens(grad)), **LAUNCH.choose("_ends", x.dtype, "backward"))
     sums = x.new_empty(1 if gain is None else 2, b * count, h, d, dtype=dtype)
-    _backward[grid](grad, x, decays, None if gain is None else gain.contiguous(),
-                    grad_state.contiguous(), ends, (grad_x, sums, grad_initial), *common,
-                    *strides(grad, x), **sizes, **limit)
+    launch(_backward, grid, grad, x, decays, None if gain is None else gain.contiguous(),
+           grad_state.contiguous(), ends, (grad_x, sums, grad_initial), *common, *strides(grad, x),
+           **sizes, **limit)
     grad_decay = decay.new_empty(h)
     grad_gain = None if gain is None else gain.new_empty(h)
-    options, cols = LAUNCH.choose("_parameter_gradients", dtype), min(64, power_of_two(d))
-    _parameter_gradients[(h,)](
-        sums, grad_initial, None if initial_state is None else initial_state.contiguous(),
-        grad_decay, grad_gain, b * count, b, d, h * d, COLS=cols,
-        ROWS=options.pop("numbers") // cols, **options)
+    options = LAUNCH.choose("_parameter_gradients", dtype)
+    cols = min(options.pop("COLS"), power_of_two(d))
+    launch(
+        _parameter_gradients, (h,), sums, grad_initial,
+        None if initial_state is None else initial_state.contiguous(), grad_decay, grad_gain,
+        b * count, b, d, h * d, COLS=cols, ROWS=options.pop("numbers") // cols, **options)
     return (grad_x, grad_decay, grad_gain,
-            None if initial_state is None else grad_initial[0])
+            None if grad_initial is None else grad_initial[0])

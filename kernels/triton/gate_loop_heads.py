@@ -48,6 +48,7 @@ from fastmix._triton.matrices import (
     sums_dot,
 )
 from fastmix._triton.number import filled, plus, select, times
+from fastmix._triton.plans import launch
 from fastmix._triton.target import ANY, CUDA, Row, Table, arch, float32_precision
 from fastmix.dtypes import wide, wide_complex
 
@@ -553,7 +554,8 @@ def _states(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, logits: bool,
     last = q.new_empty(b, h, dk, dv, dtype=dtype)
     if b:
         options = _options("_walk_states", q, v, logits, real)
-        _walk_states[_walk_grid(b, h, options)](
+        launch(
+            _walk_states, _walk_grid(b, h, options),
             *strided(k, v), gates, *gates.stride(), *_state_parts(initial_state), as_parts(states),
             as_parts(last), n, h, chunks, EVEN=evens(k, v), **options)
     return states, last
@@ -566,14 +568,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, gate_logits: 
     """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     logits = gates is None
-    gates = _gate_parts(gate_logits if logits else gates)
+    given: Any = gate_logits if logits else gates
+    gates = _gate_parts(given)
     states, last = _states(q, k, v, gates, logits, initial_state)
     chunks = states.shape[1] - 1
     out = q.new_empty(b, n, h, dv)
     if b:
         options = _options("_outputs", q, v, logits, gates.shape[-1] == 1)
         grid = (b * h * chunks * ceil_div(dv, options["BV"]),)
-        _outputs[grid](
+        launch(
+            _outputs, grid,
             *strided(q, k, v), gates, *gates.stride(), as_parts(states), out, n, h, chunks,
             EVEN=evens(q, k, v), **options)
     apart = carry_every // _chunk(q, v)
@@ -592,7 +596,7 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, q: Tensor, k: Te
     """
     (b, n, h, dk), dv = q.shape, v.shape[-1]
     logits = gates is None
-    gate_tensor = gate_logits if logits else gates
+    gate_tensor: Any = gate_logits if logits else gates
     grad_q, grad_k, grad_v = (q.new_empty(t.shape) for t in (q, k, v))
     grad_gates = gate_tensor.new_empty(gate_tensor.shape)
     grad_initial = None if initial_state is None else carries.new_empty(b, h, dk, dv)
@@ -606,18 +610,21 @@ def backward(grad: Tensor, grad_state: Tensor, carries: Tensor, q: Tensor, k: Te
         chunks = states.shape[1] - 1
         adjoints = states.new_empty(b, chunks, h, dk, dv)
         options = _options("_walk_adjoints", q, v, logits, real)
-        _walk_adjoints[_walk_grid(b, h, options)](
+        launch(
+            _walk_adjoints, _walk_grid(b, h, options),
             *strided(q, grad), x, *x.stride(), *_state_parts(grad_state), as_parts(adjoints),
             None if grad_initial is None else as_parts(grad_initial), n, h, chunks,
             EVEN=evens(q, grad), **options)
         # The gradients of P and of W's last row, as far as they come from states.
         tree_grads = as_parts(states).new_empty(b, chunks, h, 2 * x.shape[-1], options["C"])
         grid, rows, evenness = (b * h * chunks,), strided(q, k, v, grad), evens(q, k, v, grad)
-        _gradients[grid](
+        launch(
+            _gradients, grid,
             *rows, x, *x.stride(), as_parts(states), as_parts(adjoints), grad_q, grad_k, grad_v,
             tree_grads, n, h, chunks, EVEN=evenness, ROUNDED=gate_tensor.dtype == torch.bfloat16,
             **_options("_gradients", q, v, logits, real))
-        _gate_gradients[grid](
+        launch(
+            _gate_gradients, grid,
             *rows, x, *x.stride(), tree_grads, _gate_parts(grad_gates), n, h, chunks,
             EVEN=evenness, **_options("_gate_gradients", q, v, logits, real))
     return (grad_q, grad_k, grad_v, None if logits else grad_gates,

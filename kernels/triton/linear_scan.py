@@ -26,10 +26,11 @@ from torch import Tensor
 
 from fastmix._triton.layout import ceil_div, evens, flat, in_pairs, offset, power_of_two, two_axes
 from fastmix._triton.number import conj, filled, plus, times
+from fastmix._triton.plans import launch
 from fastmix._triton.scan import ends_of, entering, segment_place, segments
 from fastmix._triton.target import ANY, CUDA, Row, Table
 from fastmix.dtypes import wide
-from fastmix.ops._carries import carry_count
+from fastmix.ops._carries import CARRY_EVERY, carry_count
 
 RUNTIME = ["n", "blocks", "count", "length", "carried", "g_b", "x_b", "grad_b"]
 
@@ -348,7 +349,7 @@ def _summed(a):
 
 LAUNCH = Table(
     # warp_channels: channels to a warp, each of which a thread has RUNS · warp_channels / 32 of.
-    Row(ANY, ANY, ANY, ANY, dict(RUNS=32, ROWS=8, warp_channels=4),
+    Row(ANY, ANY, ANY, ANY, dict(RUNS=32, ROWS=8, COLS=32, warp_channels=4),
         "4 numbers a step to a thread: tiles of gates and inputs, and of the next, in registers"),
     Row(ANY, ANY, "complex64 complex128", ANY, dict(RUNS=16), "a number takes two registers"),
     Row("_backward", ANY, "complex64", ANY, dict(ROWS=4), "counted: 8 rows of states spill"),
@@ -369,6 +370,11 @@ def why_not(gates: Tensor, inputs: Tensor, *others: Any) -> str | None:
     return None
 
 
+def _heads_end(gates: Tensor) -> int:
+    """Returns the first axis along which gates are shared."""
+    return 2 + max((axis for axis, size in enumerate(gates.shape[2:], 1) if size > 1), default=0)
+
+
 def _heads_and_channels(gates: Tensor, inputs: Tensor, grad: Tensor | None = None) -> tuple:
     """Views gates, inputs and grad as (b, n, heads, d), and tells whether all channels of a head
     share one gate. Inputs come as they are, or `why_not` refuses them; grad is copied where it
@@ -377,9 +383,7 @@ def _heads_and_channels(gates: Tensor, inputs: Tensor, grad: Tensor | None = Non
     grads = () if grad is None else (grad,)
     whole = gates.reshape(*gates.shape, *(1,) * (inputs.ndim - gates.ndim)).expand(inputs.shape)
     one_gate = gates.shape[2:].numel() != inputs.shape[2:].numel()
-    heads_end = 2 + max((axis for axis, size in enumerate(gates.shape[2:], 1) if size > 1),
-                        default=0)
-    apart = heads_end if one_gate else 0
+    apart = _heads_end(gates) if one_gate else 0
     views = two_axes([whole, inputs, *grads], apart)
     if views is None:
         grads = [g.contiguous() for g in grads]
@@ -389,6 +393,30 @@ def _heads_and_channels(gates: Tensor, inputs: Tensor, grad: Tensor | None = Non
     return *views, one_gate
 
 
+def _cut(kernel: str, b: int, n: int, channels: int,
+         dtype: torch.dtype) -> tuple[dict[str, Any], int, int, int]:
+    """Returns LAUNCH's choices, with no more columns than channels need, the blocks of channels,
+    and the segments of time and their length.
+    """
+    sizes = LAUNCH.choose(kernel, dtype)
+    sizes["COLS"] = min(sizes["COLS"], power_of_two(channels))
+    blocks = ceil_div(channels, sizes["COLS"])
+    steps = max(sizes["RUNS"] * sizes["ROWS"], CARRY_EVERY)
+    return sizes, blocks, *segments(n, b * blocks, steps, dtype)
+
+
+def cut(direction: str, b: int, n: int, channels: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """Returns how many channels a program has, and whether it has only a segment of time."""
+    sizes, _, count, _ = _cut(f"_{direction}", b, n, channels, dtype)
+    return sizes["COLS"], count > 1
+
+
+def shares(gates: Tensor, inputs: Tensor) -> int:
+    """Returns how many channels share a gate."""
+    return (1 if gates.shape[2:].numel() == inputs.shape[2:].numel()
+            else inputs.shape[_heads_end(gates):].numel())
+
+
 def _plan(kernel: str, gates: Tensor, inputs: Tensor, one_gate: bool) -> tuple[
         tuple[int], tuple[int, int, int, int], dict[str, Any], dict[str, Any]]:
     """Returns how gates and inputs (b, n, heads, d) are cut: the grid, arguments of every kernel,
@@ -396,16 +424,13 @@ def _plan(kernel: str, gates: Tensor, inputs: Tensor, one_gate: bool) -> tuple[
     """
     b, n, heads, d = inputs.shape
     complexes = gates.is_complex(), inputs.is_complex()
-    sizes = LAUNCH.choose(kernel, torch.promote_types(gates.dtype, inputs.dtype))
+    sizes, blocks, count, length = _cut(kernel, b, n, heads * d,
+                                        torch.promote_types(gates.dtype, inputs.dtype))
     limit = {name: sizes.pop(name) for name in ("maxnreg",) if name in sizes}
-    cols = min(32, power_of_two(heads * d))
-    warps = max(cols // sizes.pop("warp_channels"), 1)
-    shared = one_gate and d % cols == 0
-    blocks = ceil_div(heads * d, cols)
-    count, length = segments(n, b * blocks, max(sizes["RUNS"] * sizes["ROWS"], 64))
+    warps = max(sizes["COLS"] // sizes.pop("warp_channels"), 1)
     return (b * blocks * count,), (n, blocks, count, length), sizes | dict(
-        SHARED=shared, GATES=complexes[0], INPUTS=complexes[1], STATES=any(complexes),
-        COLS=cols, num_warps=warps), limit
+        SHARED=one_gate and d % sizes["COLS"] == 0, GATES=complexes[0], INPUTS=complexes[1],
+        STATES=any(complexes), num_warps=warps), limit
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -432,12 +457,11 @@ def forward(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse
     ends = None
     if cut[2] > 1:
         ends = in_pairs(_empty((b, cut[2], 2, channels), wide(dtype), inputs))
-        _ends[grid](in_pairs(gates), in_pairs(inputs), ends, *cut, channels, *strides,
-                    BACKWARD=False, **sizes)
+        launch(_ends, grid, in_pairs(gates), in_pairs(inputs), ends, *cut, channels, *strides,
+               BACKWARD=False, **sizes)
     initial_state = None if initial_state is None else in_pairs(initial_state.contiguous())
-    _forward[grid](in_pairs(gates), in_pairs(inputs), initial_state, ends, in_pairs(out),
-                   in_pairs(carries), *cut, count, channels, *strides, EVERY=carry_every,
-                   **sizes, **limit)
+    launch(_forward, grid, in_pairs(gates), in_pairs(inputs), initial_state, ends, in_pairs(out),
+           in_pairs(carries), *cut, count, channels, *strides, EVERY=carry_every, **sizes, **limit)
     return out, carries
 
 
@@ -449,9 +473,10 @@ def backward(grad: Tensor, carries: Tensor, gates: Tensor, inputs: Tensor,
     b, n, *rest = inputs.shape
     grad_inputs = _empty(inputs.shape, inputs.dtype, inputs)
     grad_initial = None if initial_state is None else _empty((b, *rest), carries.dtype, inputs)
+    state_dtype = carries.dtype if initial_state is None else initial_state.dtype
     if inputs.numel() == 0:
         return (torch.zeros_like(gates, memory_format=torch.contiguous_format), grad_inputs,
-                None if initial_state is None else grad_initial.to(initial_state.dtype))
+                None if grad_initial is None else grad_initial.to(state_dtype))
     gates, inputs, grad, one_gate = _heads_and_channels(gates, inputs, grad)
     grid, cut, sizes, limit = _plan("_backward", gates, inputs, one_gate)
     channels, d = inputs[0, 0].numel(), inputs.shape[-1]
@@ -459,20 +484,19 @@ def backward(grad: Tensor, carries: Tensor, gates: Tensor, inputs: Tensor,
     ends = None
     if cut[2] > 1:
         ends = in_pairs(_empty((b, cut[2], 2, channels), carries.dtype, inputs))
-        _ends[grid](in_pairs(gates), in_pairs(grad), ends, *cut, channels, *gates.stride(),
-                    *grad.stride(), EVEN=evens(gates, grad), BACKWARD=True,
-                    **sizes | dict(INPUTS=sizes["STATES"]))
+        launch(_ends, grid, in_pairs(gates), in_pairs(grad), ends, *cut, channels, *gates.stride(),
+               *grad.stride(), EVEN=evens(gates, grad), BACKWARD=True,
+               **sizes | dict(INPUTS=sizes["STATES"]))
     parts = cut[1] if sizes["SHARED"] else channels
     direct = parts == shapes[0][2:].numel()
     number = carries.dtype if sizes["GATES"] else carries.real.dtype
     grad_gates = _empty((b, n, parts), dtypes[0] if direct else number, inputs)
-    _backward[grid](in_pairs(grad), in_pairs(carries), in_pairs(gates), in_pairs(inputs), ends,
-                    in_pairs(grad_gates), in_pairs(grad_inputs),
-                    None if grad_initial is None else in_pairs(grad_initial), *cut,
-                    carries.shape[1], channels, *grad.stride(), *gates.stride(),
-                    *inputs.stride(), EVEN=evens(gates, inputs, grad), EVERY=carry_every,
-                    **sizes, **limit)
+    launch(_backward, grid, in_pairs(grad), in_pairs(carries), in_pairs(gates), in_pairs(inputs),
+           ends, in_pairs(grad_gates), in_pairs(grad_inputs),
+           None if grad_initial is None else in_pairs(grad_initial), *cut, carries.shape[1],
+           channels, *grad.stride(), *gates.stride(), *inputs.stride(),
+           EVEN=evens(gates, inputs, grad), EVERY=carry_every, **sizes, **limit)
     if not direct:
         grad_gates = grad_gates.view(b, n, shapes[0][2:].numel(), -1).sum(-1).to(dtypes[0])
     return (grad_gates.view(shapes[0]), grad_inputs,
-            None if grad_initial is None else grad_initial.to(initial_state.dtype))
+            None if grad_initial is None else grad_initial.to(state_dtype))

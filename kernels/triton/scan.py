@@ -7,34 +7,49 @@ h → a·h + x, and `entering` finds the states from those maps.
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 from fastmix._triton.layout import ceil_div, power_of_two
+from fastmix._triton.target import ANY, Row, Table
 
-FILLED = 128  # programs that keep a GPU busy: about one on every multiprocessor
+LAUNCH = Table(
+    # A tile is for decay_conv and cumulative_mean: `numbers` of a step to a thread, which holds as
+    # many rows of them as their own tables say. `enough` channels of all sequences fill the GPU.
+    Row("tile", ANY, ANY, ANY, dict(RUNS=32, COLS=32, numbers=4, enough=32768),
+        "threads lie along time too: the fewer channels to a program, the more programs. Channels "
+        "are enough for two programs of 128 on every multiprocessor"),
+    Row("tile", ANY, ANY, "many-channels", dict(RUNS=4, COLS=128),
+        "a warp reads whole rows of 128 channels, and warps lie along time"),
+    Row("segments", ANY, ANY, ANY, dict(enough=96, wanted=256, most=64),
+        "with a program on three multiprocessors of four, cutting would cost more than it gains: "
+        "each segment is read once more. Else two on each; segments are entered one by one"),
+)
 
 
-def tile(channels: int, batch: int, itemsize: int, tile_bytes: int) -> dict[str, Any]:
-    """Returns block sizes: 4 channels to a thread, which holds `tile_bytes` of a tensor's tile.
+def tile(channels: int, batch: int, dtype: torch.dtype, tile_bytes: int) -> dict[str, Any]:
+    """Returns block sizes, of threads that hold `tile_bytes` of a tensor's tile each."""
+    sizes = LAUNCH.choose("tile", dtype)
+    if batch * channels >= sizes["enough"]:
+        sizes = LAUNCH.choose("tile", dtype, "many-channels")
+    else:
+        sizes["COLS"] = min(sizes["COLS"], power_of_two(channels))
+    numbers = sizes.pop("numbers")
+    del sizes["enough"]
+    return sizes | dict(ROWS=tile_bytes // (numbers * dtype.itemsize),
+                        num_warps=max(sizes["RUNS"] * sizes["COLS"] // (32 * numbers), 1))
 
-    Where channels alone fill the GPU the threads of a warp lie along them, and warps along
-    time; else threads do too.
-    """
-    rows = tile_bytes // (4 * itemsize)
-    if batch * channels >= 2 * FILLED * 128:
-        return dict(RUNS=4, COLS=128, ROWS=rows, num_warps=4)
-    cols = min(32, power_of_two(channels))
-    return dict(RUNS=32, COLS=cols, ROWS=rows, num_warps=max(cols // 4, 1))
 
+def segments(n: int, programs: int, steps: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Returns how many segments time is cut into, and how long they are: a multiple of `steps`.
 
-def segments(n: int, programs: int, steps: int) -> tuple[int, int]:
-    """Returns how many pieces time is cut into, and how long they are: a multiple of `steps`.
-
-    One where the programs fill the GPU. Else every piece is read once more, for what it
+    One where the programs fill the GPU. Else every segment is read once more, for what it
     does to the state it is entered with.
     """
-    wanted = 1 if programs >= 3 * FILLED // 4 else min(64, 2 * FILLED // programs)
+    cut = LAUNCH.choose("segments", dtype)
+    wanted = 1 if programs >= cut["enough"] else min(cut["most"],
+                                                      cut["wanted"] // max(programs, 1))
     length = steps * ceil_div(n, steps * wanted)
     return ceil_div(n, length), length
 

@@ -50,6 +50,10 @@ def is_amd() -> bool:
     return _target(_device())[0] == "hip"
 
 
+def is_cuda() -> bool:
+    return _target(_device())[0] == "cuda"
+
+
 def family() -> str:
     """Returns which of FAMILIES kernels are launched for."""
     return _family(_device())

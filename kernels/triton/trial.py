@@ -38,7 +38,7 @@ def why_not(operator: str, direction: str, kernels: ModuleType, *args: Any) -> s
     device = args[0].device
     key = operator, device.type
     if key not in failures and operator in CONFIGURATIONS and _possible(device):
-        configuration = CONFIGURATIONS[operator](*args)
+        configuration = CONFIGURATIONS[operator](direction, *args)
         reason = configuration and _why_not_trusted(
             operator, direction, kernels, device, *configuration)
         if reason:
@@ -86,7 +86,7 @@ def no_compilation_in_capture(operator: str, device: torch.device) -> Iterator[N
 # ---- what kernels are compiled for: a description, how to draw such arguments, and with what
 
 
-def _of_gate_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None,
+def _of_gate_loop(_: str, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None,
                   gate_logits: Tensor | None, initial_state: Tensor | None,
                   carry_every: int) -> Configuration | None:
     """None for a scan per channel, which multiplies no matrices."""
@@ -104,15 +104,17 @@ def _draw_gate_loop(draw: Draw, dtype: torch.dtype, dk: int, dv: int, logits: to
     """logits and real: the dtype of logits and of real gates, or None."""
     b, n, h = 1, 130, 8  # three chunks; strides of 16, which Triton compiles for apart
     z = draw(b, n, h, 2, dtype=logits or wide(dtype))
-    gates = None if logits else torch.view_as_complex(z / (1 + z.norm(dim=-1, keepdim=True)))
-    state = torch.view_as_complex(draw(b, h, dk, dv, 2, dtype=wide(dtype))) if initial else None
+    gates: Any = None if logits else torch.view_as_complex(z / (1 + z.norm(dim=-1, keepdim=True)))
+    state: Any = None
+    if initial:
+        state = torch.view_as_complex(draw(b, h, dk, dv, 2, dtype=wide(dtype)))
     if real:
         gates, state = gates.real.to(real), state.real if initial else None
     return (draw(b, n, h, dk, dtype=dtype), draw(b, n, h, dk, dtype=dtype),
             draw(b, n, h, dv, dtype=dtype), gates, z if logits else None, state, CARRY_EVERY)
 
 
-def _of_windowed_sgu(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
+def _of_windowed_sgu(_: str, x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None,
                      norm_bias: Tensor | None, eps: float, gate_residual: Tensor | None,
                      activation: str) -> Configuration | None:
     """None for few channels: the norm of one is 0 and that of two ±1, with gradients of nothing but
@@ -138,31 +140,43 @@ def _draw_windowed_sgu(draw: Draw, dtype: torch.dtype, c: int, h: int, w: int,
             residual, activation)
 
 
-def _of_linear_scan(gates: Tensor, inputs: Tensor, initial_state: Tensor | None, reverse: bool,
-                    carry_every: int) -> Configuration:
-    c = inputs.shape[2:].numel()
-    shared = gates.shape[2:].numel() < c
-    width = min(32, 1 << (c - 1).bit_length())  # of the kernels' blocks, which decides their warps
-    cut = inputs.shape[0] * c < ENOUGH_CHANNELS
-    return (f"{'one gate' if shared else 'gates'} in {str(gates.dtype)[6:]} and inputs in "
+def _of_linear_scan(direction: str, gates: Tensor, inputs: Tensor, initial_state: Tensor | None,
+                    reverse: bool, carry_every: int) -> Configuration | None:
+    from fastmix._triton import linear_scan  # with Triton
+
+    if inputs.numel() == 0:  # nothing is launched
+        return None
+    dtype = torch.promote_types(gates.dtype, inputs.dtype)
+    b, n = inputs.shape[:2]
+    width, cut = linear_scan.cut(direction, b, n, inputs.shape[2:].numel(), dtype)
+    sharing = linear_scan.shares(gates, inputs)
+    if sharing > 1:  # whole blocks of channels share a gate, or parts of them do
+        sharing = width if sharing % width == 0 else width // 2
+    return (f"{'one gate' if sharing > 1 else 'gates'} in {str(gates.dtype)[6:]} and inputs in "
             f"{str(inputs.dtype)[6:]}{', reversed' if reverse else ''}", _draw_linear_scan,
-            gates.dtype, inputs.dtype, shared, width, cut, initial_state is not None, reverse,
-            carry_every)
+            direction, gates.dtype, inputs.dtype, sharing, width, cut, initial_state is not None,
+            reverse, carry_every)
 
 
-def _draw_linear_scan(draw: Draw, gates: torch.dtype, inputs: torch.dtype, shared: bool, width: int,
-                      cut: bool, initial: bool, reverse: bool, carry_every: int) -> Arguments:
-    """gates and inputs: their dtypes. cut: whether time is to be cut into segments."""
-    b, n = 1 if cut else ENOUGH_CHANNELS // width, 300  # two tiles, the last not whole
-    z = draw(b, n, 1 if shared else width, dtype=wide(gates))
-    dtype = wide(torch.promote_types(gates, inputs))
-    return ((z / (1 + z.abs())).to(gates), draw(b, n, width, dtype=inputs),
-            draw(b, width, dtype=dtype) if initial else None, reverse, carry_every)
+def _draw_linear_scan(draw: Draw, direction: str, gates: torch.dtype, inputs: torch.dtype,
+                      sharing: int, width: int, cut: bool, initial: bool, reverse: bool,
+                      carry_every: int) -> Arguments:
+    """gates and inputs: their dtypes. sharing: channels to a gate, of `width`. cut: whether time is
+    to be cut into segments."""
+    from fastmix._triton import linear_scan
+
+    b, n = 1, 300  # two tiles, the last not whole
+    common = torch.promote_types(gates, inputs)
+    while linear_scan.cut(direction, b, n, width, common)[1] != cut:
+        b, n = (b, 2 * n) if cut else (2 * b, n)
+    heads = width // sharing
+    z, dtype = draw(b, n, heads, 1, dtype=wide(gates)), wide(common)
+    return ((z / (1 + z.abs())).to(gates), draw(b, n, heads, sharing, dtype=inputs),
+            draw(b, heads, sharing, dtype=dtype) if initial else None, reverse, carry_every)
 
 
-CONFIGURATIONS = {"gate_loop": _of_gate_loop, "windowed_sgu": _of_windowed_sgu,
-                  "linear_scan": _of_linear_scan}
-ENOUGH_CHANNELS = 96 * 32  # of all sequences, for linear_scan not to cut time
+CONFIGURATIONS: dict[str, Callable[..., Configuration | None]] = {
+    "gate_loop": _of_gate_loop, "windowed_sgu": _of_windowed_sgu, "linear_scan": _of_linear_scan}
 
 
 @functools.cache

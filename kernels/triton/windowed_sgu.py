@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastmix._triton.activation import OUTSIDE, activate
 from fastmix._triton.layout import even, evens, power_of_two, strided
+from fastmix._triton.plans import launch
 from fastmix._triton.target import ANY, CUDA, INTERPRETED, Row, Table, float32_precision
 from fastmix._triton.windows import load_affine, load_band, mix, normed, offsets, window_place
 from fastmix.dtypes import wide
@@ -488,7 +489,8 @@ class _Plan:
         self.gate = strided(x[..., self.c :])
         mean, inverse = (x.new_empty(b, n, dtype=self.wide) for _ in range(2))
         options = self.row_options("_statistics")
-        _statistics[(-(-b * n // options["ROWS"]),)](
+        launch(
+            _statistics, (-(-b * n // options["ROWS"]),),
             *self.gate, mean, inverse, b * n, n, self.c, EVEN=evens(x), EPS=eps, **options)
         self.norm = mean, inverse, _dense(norm_weight), _dense(norm_bias)
 
@@ -520,14 +522,16 @@ class _Plan:
             count = -(-windows // per)
             length = max(1, count * sequences * parts // sizes["programs"])
             runs = -(-count // length)
-            walk[(sequences * runs * parts,)](
+            launch(
+                walk, (sequences * runs * parts,),
                 *args, runs, length, PER=per, ROWS=rows, CHANNELS=channels,
                 num_warps=max(4, rows // 16), **options)
         else:
             # Blocks of 128 rows, unless the last one would be half empty.
             rows = rows if rows < 128 or -(-self.w // 64) % 2 == 0 else 64
             blocks = -(-self.w // rows)
-            tiles[(sequences * windows * blocks * parts,)](
+            launch(
+                tiles, (sequences * windows * blocks * parts,),
                 *args, ROWS=rows, STEPS=sizes["steps"], CHANNELS=channels,
                 num_warps=8 if rows * channels >= sizes["full_tile"] else 4, **options)
 
@@ -609,7 +613,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
         dmixed = dresidual if plan.operand == x.dtype else None
     slabs = _slabs(b, n, c, plan, whole=dmixed is not None)
     lo, hi, first, end = slabs[0]
-    own = dict(dtype=plan.operand, device=x.device)
+    own: dict[str, Any] = dict(dtype=plan.operand, device=x.device)
     if dmixed is None:
         scratch = torch.empty(hi - lo, min(n, (end - first + 1) * plan.w), c, **own)
     # Parameters wider than x want gradients from a dnormed that is not rounded.
@@ -642,7 +646,8 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
                 after.shape[1], origin, EVEN=evens(x, gate_residual, grad),
                 ACTIVATION=activation, **plan.rounded)
         items = (hi - lo) * (end - first)
-        _weight_backward[(groups * weight_tiles,)](
+        launch(
+            _weight_backward, (groups * weight_tiles,),
             *plan.gate, plan.norm, *strided(after), dweight, dbias, n, end - first, lo, first,
             -(-items // groups), items, origin, more, EVEN=evens(x, after), **weight_options)
         out, out_origin = dx[..., c:], 0
@@ -653,7 +658,8 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight:
                     origin, out_origin, EVEN=evens(after, out))
         row = lo * n + first * plan.w
         rows = (hi - lo) * n if hi - lo > 1 else min(end * plan.w, n) - first * plan.w
-        _norm_backward[(-(-rows // share),)](
+        launch(
+            _norm_backward, (-(-rows // share),),
             *plan.gate, plan.norm, out, out.stride(1), dx, dnorm, row, rows,
             row if mixed_types else 0, n, c, share, more, EVEN=evens(x), **norm_options)
     return dx, *_sums((dweight, dbias), (weight, bias), dnorm, (norm_weight, norm_bias)), dresidual
@@ -690,7 +696,8 @@ def _sums(parts: Sequence[Tensor], parameters: Sequence[Tensor], norm_parts: Ten
     block = options.pop("block_bytes") // parts[0].element_size()
     by_weight = described(parts, grads[:2])
     by_norm = () if norm_parts is None else described(norm_parts.unbind(1), grads[2:])
-    _add_groups[(sum(-(-size // block) for *_, size in (*by_weight, *by_norm)),)](
+    launch(
+        _add_groups, (sum(-(-size // block) for *_, size in (*by_weight, *by_norm)),),
         by_weight, by_norm, parts[0].shape[0], 0 if norm_parts is None else norm_parts.shape[0],
         BLOCK=block, **options)
     return grads

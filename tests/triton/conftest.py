@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 
+from fastmix._triton import plans
 from fastmix.ops._carries import HEADS_CARRY_EVERY
 
 
@@ -28,12 +29,29 @@ def carries_as_on_hardware(monkeypatch):
     monkeypatch.delitem(HEADS_CARRY_EVERY, "cpu")
 
 
+@pytest.fixture
+def filled(monkeypatch):
+    """However few channels there are, they fill the GPU."""
+    from fastmix._triton import scan, target
+
+    monkeypatch.setattr(scan, "LAUNCH", target.Table(*scan.LAUNCH.rows, target.Row(
+        "tile segments", "*", "*", "*", dict(enough=0), "for a test")))
+
+
+@pytest.fixture(autouse=True)
+def launch_choices_of_the_test():
+    """Of kinds of calls with plans, other choices would not be looked at."""
+    plans.forget()
+    yield
+    plans.forget()
+
+
 @pytest.fixture(params=["segments", "one walk"])
 def cut(request, monkeypatch):
     """Has the `kernels` of the test's file cut time into 3 segments, or not at all."""
     pieces = 3 if request.param == "segments" else 1
 
-    def segments(n, programs, steps):
+    def segments(n, programs, steps, dtype):
         length = -(-n // (pieces * steps)) * steps
         return -(-n // length), length
 

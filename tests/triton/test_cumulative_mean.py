@@ -1,13 +1,15 @@
 """cumulative_mean's Triton kernels against the definition; interpreted where there is no GPU."""
 
+import os
+
 import pytest
 import torch
 
 import fastmix
-from cases import check_errors, distance, squared_errors
+from cases import check_errors, distance, squared_errors, unwritten_is_nan
 from fastmix import ops, reference
 from fastmix._triton import cumulative_mean as kernels
-from fastmix._triton import scan
+from fastmix._triton import plans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F64 = torch.float64
@@ -16,7 +18,7 @@ F64 = torch.float64
 @pytest.fixture
 def cut(cut, monkeypatch):
     """Tiles have 16 steps here, so that short sequences have many."""
-    monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, tile_bytes: dict(
+    monkeypatch.setattr(kernels, "tile", lambda channels, batch, dtype, tile_bytes: dict(
         RUNS=4, COLS=16, ROWS=4, num_warps=1))
 
 
@@ -53,10 +55,9 @@ def test_any_rank_with_the_real_tiles(shape):
 
 @pytest.mark.parametrize("n, dtype, bound", [
     (16, F64, 1e-12), (17, F64, 1e-12), (33, torch.float32, 1e-6)])
-def test_definition_with_wide_tiles(n, dtype, bound, monkeypatch):
+def test_definition_with_wide_tiles(filled, n, dtype, bound):
     """Tiles are those of a GPU that channels alone fill: blocks of 128 and a rest."""
-    monkeypatch.setattr(scan, "FILLED", 0)
-    assert kernels.tile(150, 1, dtype.itemsize, 128)["COLS"] == 128
+    assert kernels.tile(150, 1, dtype, 128)["COLS"] == 128
     x, weight = torch.randn(2, 1, n, 150, dtype=dtype, device=DEVICE)
     exact = differentiate(reference.cumulative_mean, x.double(), weight.double())
     for actual, expected in zip(kernels_of(x, weight), exact):
@@ -102,12 +103,9 @@ def test_long_half_precision_sums_do_not_saturate():
 
 def test_unwritten_memory_and_empty_batches(cut):
     x = torch.randn(2, 77, 3, device=DEVICE)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with unwritten_is_nan():
         for actual, expected in zip(*both(x, x)):
             assert distance(actual, expected) < 1e-5
-    finally:
-        torch.use_deterministic_algorithms(False)
     for actual, again in zip(kernels_of(x, x), kernels_of(x, x)):
         assert torch.equal(actual, again)
     x = torch.randn(0, 20, 3, device=DEVICE, requires_grad=True)
@@ -115,3 +113,11 @@ def test_unwritten_memory_and_empty_batches(cut):
         out = ops.cumulative_mean(x)
         (grad,) = torch.autograd.grad(out.sum(), x)
     assert out.shape == grad.shape == x.shape
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled")
+def test_interpreted_calls_have_no_plans():
+    with fastmix.force("triton"):
+        for _ in range(3):
+            ops.cumulative_mean(torch.randn(1, 3, 2))
+    assert not plans.plans and not plans._seen

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import fastmix
-from cases import CASES, check_errors, distance, leaves, squared_errors, weigh
+from cases import CASES, check_errors, distance, leaves, squared_errors, unwritten_is_nan, weigh
 from fastmix import ops, reference
 from fastmix._triton import decay_conv as kernels
-from fastmix._triton import scan
 from fastmix.fallback import decay_conv as fallback
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,7 +16,7 @@ F64 = torch.float64
 @pytest.fixture
 def cut(cut, monkeypatch):
     """Tiles have 16 steps here, so that short sequences have many."""
-    monkeypatch.setattr(kernels, "tile", lambda channels, batch, itemsize, tile_bytes: dict(
+    monkeypatch.setattr(kernels, "tile", lambda channels, batch, dtype, tile_bytes: dict(
         RUNS=4, COLS=16, ROWS=4, num_warps=1))
 
 
@@ -51,18 +50,17 @@ def test_definition_with_the_real_tiles():
     check("decay_conv", drawn("decay_conv", 140, b=1))
 
 
-def drawn_wide(n, dtype, monkeypatch):
+def drawn_wide(n, dtype):
     """As drawn, for the tiles of a GPU that channels alone fill: a block of 128 and a rest."""
-    monkeypatch.setattr(scan, "FILLED", 0)
-    assert kernels.tile(160, 1, dtype.itemsize, 128)["COLS"] == 128
+    assert kernels.tile(160, 1, dtype, 128)["COLS"] == 128
     t = drawn("decay_conv", n, dtype, 1)
     return t | {"x": torch.randn(1, n, 8, 20, dtype=dtype, device=DEVICE),
                 "initial_state": torch.randn(1, 8, 20, dtype=dtype, device=DEVICE)}
 
 
 @pytest.mark.parametrize("n", [16, 17])
-def test_definition_with_wide_tiles(n, monkeypatch):
-    check("decay_conv", drawn_wide(n, F64, monkeypatch))
+def test_definition_with_wide_tiles(filled, n):
+    check("decay_conv", drawn_wide(n, F64))
 
 
 def test_decays_at_and_beyond_the_edge(cut):
@@ -111,8 +109,8 @@ def test_rounding(cut, dtype):
     check_rounding(dtype, lambda: drawn("decay_conv", 131, torch.float32, b=1))
 
 
-def test_rounding_with_wide_tiles(monkeypatch):
-    check_rounding(torch.bfloat16, lambda: drawn_wide(70, torch.float32, monkeypatch),
+def test_rounding_with_wide_tiles(filled):
+    check_rounding(torch.bfloat16, lambda: drawn_wide(70, torch.float32),
                    (1, 4, 16, 64))
 
 
@@ -165,11 +163,8 @@ def test_unwritten_memory_never_shows(cut):
     case, tensors = CASES["decay_conv"], leaves(drawn("decay_conv", 77))
     with fastmix.force("triton"):
         outputs, grads, weights = gradients(case.run, tensors)
-        torch.use_deterministic_algorithms(True)
-        try:
+        with unwritten_is_nan():
             poisoned, poisoned_grads, _ = gradients(case.run, tensors, weights)
-        finally:
-            torch.use_deterministic_algorithms(False)
     for p, o in zip((*poisoned, *poisoned_grads), (*outputs, *grads)):
         assert torch.equal(p, o)
 

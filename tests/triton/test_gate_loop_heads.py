@@ -13,6 +13,7 @@ from cases import (
     random_gates,
     squared_errors,
     state_dtype,
+    unwritten_is_nan,
     weigh,
 )
 from fastmix import reference
@@ -124,6 +125,7 @@ def test_real_gates_in(dtype, gates, bound):
 @pytest.mark.long
 def test_a_real_gate_of_zero_resets_exactly_and_decays_are_not_copied():
     tensors = in_dtype(draw_real(34, 4, 4, "gates", True, h=1), torch.float32)
+    tensors["gates"] = tensors["gates"].clamp(min=0.1)  # else what was drawn may reset before
     tensors["gates"][:, 20] = 0
     other = {**tensors, "initial_state": 1e9 * tensors["initial_state"]}
     (a, state), (b, other_state) = kernels(tensors), kernels(other)
@@ -266,14 +268,11 @@ def test_strides_are_read_and_buffers_filled(n, dtype, real):
                    initial_state=made["initial_state"].to(DEVICE).mT.contiguous().mT)
     grad_leaves = {name: strided[name].detach().requires_grad_() for name in made}
     assert not any(t.is_contiguous() for t in grad_leaves.values())
-    torch.use_deterministic_algorithms(True)
-    try:
+    with unwritten_is_nan():
         with fastmix.force("triton"):
             outputs = fastmix.ops.gate_loop(**grad_leaves, return_state=True)
             grads = torch.autograd.grad(
                 outputs, grad_leaves.values(), [w.to(DEVICE) for w in weights])
-    finally:
-        torch.use_deterministic_algorithms(False)
     for actual, e in zip((*outputs, *grads), expected, strict=True):
         assert torch.equal(actual.detach().cpu(), e)
 

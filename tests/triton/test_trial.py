@@ -51,13 +51,13 @@ def test_right_kernels_pass(d, dtype, logits, initial, real):
 
 def test_real_gates_are_tried_with_real_gates_and_states():
     args = arguments(3, torch.bfloat16, initial=True, real=True)
-    description, draw, *configuration = trial._of_gate_loop(*args)
+    description, draw, *configuration = trial._of_gate_loop("forward", *args)
     assert description == "heads of 3 and 3 in bfloat16 with real gates"
     drawn = draw(lambda *shape, dtype: torch.randn(shape).to(dtype), *configuration)
     assert [t.dtype if isinstance(t, torch.Tensor) else t for t in drawn[3:6]] == [
         torch.bfloat16, None, torch.float32]
     drawn = draw(lambda *shape, dtype: torch.randn(shape).to(dtype),
-                 *trial._of_gate_loop(*arguments(3, torch.bfloat16, False))[2:])
+                 *trial._of_gate_loop("forward", *arguments(3, torch.bfloat16, False))[2:])
     assert drawn[3].is_complex() and drawn[5] is None
 
 
@@ -167,29 +167,56 @@ def scan_arguments(gates=torch.float32, inputs=torch.float32, shared=False, reve
     {}, dict(gates=torch.bfloat16, inputs=torch.bfloat16, reverse=True),
     dict(gates=torch.complex64, shared=True, initial=True),
     dict(gates=torch.complex64, inputs=torch.complex64, carry_every=0)])
-def test_right_scans_pass(options):
+def test_right_scans_pass(options, filled):
     args = scan_arguments(**options)
     for direction in ("forward", "backward")[: 2 if args[-1] else 1]:
         assert trial.why_not("linear_scan", direction, linear_scan, *args) is None
     assert trial._why_not_trusted.cache_info().currsize == (2 if args[-1] else 1)
 
 
-def test_a_trial_cuts_time_where_the_call_does(monkeypatch):
-    """One with as many channels as fill a GPU walks along all of time."""
-    cuts = []
-    segments = linear_scan.segments
-    monkeypatch.setattr(linear_scan, "segments", lambda n, programs, steps: (
-        cuts.append(segments(n, programs, steps)[0]) or segments(n, programs, steps)))
-    monkeypatch.setattr(trial, "ENOUGH_CHANNELS", 96 * 4)
-    for b in 1, 96:
-        a, x, *others = scan_arguments()
-        trial.why_not("linear_scan", "forward", linear_scan, a[:1].expand(b, 7, 5)[..., :4],
-                      x[:1].expand(b, 7, 5)[..., :4], *others)
-    assert cuts[0] > 1 and cuts[1] == 1
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("b, n, gates, channels, dtype", [
+    (1, 1000, (), 64, torch.float32), (96, 1000, (), 3, torch.float32),
+    (48, 1000, (), 33, torch.float32), (1, 250, (), 64, torch.float32),
+    (1, 100, (), 5, torch.complex64), (1, 1000, (1,), 64, torch.bfloat16),
+    (96, 300, (1,), 20, torch.bfloat16), (1, 1000, (2, 1), 6, torch.float32),
+    (3, 300, (2, 1), 128, torch.float32)])
+def test_a_trial_is_of_the_kernels_of_the_call(b, n, gates, channels, dtype, direction,
+                                               monkeypatch):
+    """Time is cut in one where it is in the other, programs have as many channels, and a gate for
+    all of them in one where they do in the other: many sequences of few channels, or short ones,
+    are not cut.
+    """
+    found, plan = [], linear_scan._plan
+
+    def noted(*args):
+        grid, cut, sizes, limit = plan(*args)
+        found.append((cut[2] > 1, sizes["COLS"], sizes["SHARED"], sizes["num_warps"]))
+        return grid, cut, sizes, limit
+
+    monkeypatch.setattr(linear_scan, "_plan", noted)
+    monkeypatch.setattr(linear_scan, "launch", lambda *_, **__: None)
+    shape = (b, n, *gates[:-1], channels // max(1, *gates[:-1], 1))
+    a = torch.empty(b, n, *(gates or shape[2:]), dtype=dtype, device=DEVICE)
+    x = torch.empty(shape, dtype=dtype, device=DEVICE)
+
+    def launched(*args):
+        if direction == "backward":
+            out = torch.empty_like(args[1])
+            args = out, out[:, :1].expand(-1, 5, *out.shape[2:]), *args
+        getattr(linear_scan, direction)(*args)
+
+    def empty(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+    launched(a, x, None, False, 64)
+    _, draw, *configuration = trial._of_linear_scan(direction, a, x, None, False, 64)
+    launched(*draw(empty, *configuration))
+    assert found[0] == found[1], found
 
 
 @pytest.mark.parametrize("direction, which", [("forward", 0), ("backward", 0), ("backward", 1)])
-def test_wrong_scans_are_not_used(monkeypatch, direction, which):
+def test_wrong_scans_are_not_used(monkeypatch, direction, which, filled):
     right = getattr(linear_scan, direction)
 
     def wrong(*args):
@@ -226,6 +253,15 @@ def test_a_device_that_fails_at_everything_is_not_fallen_back_on(monkeypatch, er
     with pytest.raises(RuntimeError, match="gate_loop: .*illegal memory access.* start it again"):
         trial.why_not("gate_loop", "forward", gate_loop, *arguments(5))
     assert not trial.failures
+
+
+def test_nothing_is_tried_for_sequences_that_are_none():
+    from fastmix._triton import scan
+    for shape in (0, 8, 4), (2, 8, 0):
+        empty = torch.empty(shape)
+        assert trial.CONFIGURATIONS["linear_scan"](
+            "forward", empty, empty, None, False, 0) is None
+    assert scan.segments(8, 0, 4, torch.float32)[1] >= 4
 
 
 def test_each_device_is_asked_for_its_own_capability(monkeypatch):

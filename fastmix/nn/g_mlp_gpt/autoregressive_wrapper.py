@@ -3,19 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastmix.nn._autoregressive import Wrapper, split_labels
+from fastmix.nn._helpers import eval_decorator as eval_decorator
+from fastmix.nn._helpers import top_k
 from fastmix.nn._loss import cross_entropy
 
 __all__ = ["AutoregressiveWrapper", "top_k"]
-
-
-def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
-    """logits (b, num_tokens), -∞ but for the largest (1 - thres) · num_tokens."""
-    values, tokens = logits.topk(int((1 - thres) * logits.shape[-1]), dim=-1)
-    return torch.full_like(logits, -torch.inf).scatter(-1, tokens, values)
 
 
 class AutoregressiveWrapper(Wrapper):

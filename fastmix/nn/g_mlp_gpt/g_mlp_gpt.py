@@ -21,6 +21,7 @@ from fastmix import ops
 from fastmix.checks import check_divides, check_length, check_tensor, match_dtypes
 from fastmix.nn._cache import (
     Cache,
+    ModelCache,
     append,
     call,
     call_operator,
@@ -29,7 +30,7 @@ from fastmix.nn._cache import (
     split_cache,
     split_model_cache,
     step_numbers,
-    with_cache,
+    use_up,
 )
 from fastmix.nn._checks import (
     check_features,
@@ -38,6 +39,8 @@ from fastmix.nn._checks import (
     embed_tokens,
     is_plain,
 )
+from fastmix.nn._helpers import cast_tuple as cast_tuple
+from fastmix.nn._helpers import exists as exists
 from fastmix.nn.g_mlp_gpt.reversible import ReversibleSequence, SequentialSequence
 from fastmix.states import Rows, concatenate, may_write, select_rows
 
@@ -143,18 +146,19 @@ class Attention(nn.Module):
         self, x: Tensor, *, cache: Cache = None, return_cache: bool = False
     ) -> Tensor | tuple[Tensor, Cache]:
         n = check_sequence("Attention", x, self.dim_in)
-        q, k, v = self.to_qkv(x).chunk(3, dim=-1)
+        # Without an axis of heads torch would hold the products of all pairs of steps.
+        q, k, v = self.to_qkv(x)[:, None].chunk(3, dim=-1)
         visible = None
         if cache is not None or return_cache:
-            cache = append("Attention", cache, k, v)
-            k, v = cache.tensors
-            if k.shape[1] > n:
+            cache = append("Attention", cache, k[:, 0], v[:, 0])
+            k, v = (rows[:, None] for rows in cache.tensors)
+            if k.shape[2] > n:
                 steps = step_numbers(cache)
-                # (b, n, m): which of m keys each of n queries sees
-                visible = (steps >= 0)[:, None] & (steps[:, None] <= steps[:, -n:, None])
+                # (b, 1, n, m): which of m keys each of n queries sees
+                visible = ((steps >= 0)[:, None] & (steps[:, None] <= steps[:, -n:, None]))[:, None]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=visible is None, scale=self.scale)
-        out = self.to_out(out)
+        out = self.to_out(out[:, 0])
         return (out, cache) if return_cache else out
 
 
@@ -249,12 +253,24 @@ def _is_known_norm(norm: nn.Module, channels: int) -> bool:
     return is_plain(norm, nn.LayerNorm) and norm.normalized_shape == (channels,)
 
 
+def _norm_and_activation(unit: Any) -> dict[str, Any]:
+    """The arguments by which an operator takes the place of a gating unit's norm and act; the unit
+    is ours or a published one."""
+    return {"norm_weight": unit.norm.weight, "norm_bias": unit.norm.bias, "eps": unit.norm.eps,
+            "activation": _activation(unit.act)}
+
+
+def _gate(unit: Any, mixed: Tensor, gate_res: Tensor | None, res: Tensor) -> Tensor:
+    """A gating unit's output from what its gate is mixed to, by its own act."""
+    return unit.act(mixed if gate_res is None else mixed + gate_res) * res
+
+
 def _mix(gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gate (b, windows, w, c), normed → (b, windows, w, c), each window mixed with the one before.
 
-    What the operators do to a gate, for gates that some other norm has normed: they cannot do
-    without a layer norm of their own. weight (h, w, 2w) or, of windows without one before,
-    (h, w, w); bias (h, w).
+    It mixes as the operators do, for a gate that another norm than a layer norm has normed, which
+    they cannot take. weight (h, w, 2w), or (h, w, w) where windows mix only themselves; bias
+    (h, w).
     """
     h, w, columns = weight.shape
     gate = gate.unflatten(-1, (h, -1))
@@ -266,7 +282,7 @@ def _mix(gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _mix_rows(rows: Rows, n: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """As _mix, of the newest n of `rows`, which each begin where their sequence is."""
+    """Mixes the newest n of `rows` as `_mix` does; each row is at its own step of its sequence."""
     (gate,), steps = rows.tensors, step_numbers(rows)
     h, w, columns = weight.shape
     at = steps[:, -n:, None]
@@ -308,27 +324,27 @@ class CausalSGU(nn.Module):
     ) -> Tensor | tuple[Tensor, Cache]:
         where = "CausalSGU"
         n = check_sequence(where, x, self.dim)
-        check_length(where, "x", n, self.weight.shape[-1])
+        weight, bias = self.weight, self.bias  # once: a parametrization may count the calls
+        length = weight.shape[-1]
+        check_length(where, "x", n, length)
         x, gate_res = _match_gate_res(where, x, gate_res)
         if not _is_known_norm(self.norm, self.dim // 2):
             res, gate = x.chunk(2, dim=-1)
             gate, kept = self.norm(gate), None
             if cache is not None or return_cache:
-                kept = append(where, cache, gate, kept=self.weight.shape[-1])
-                check_total(where, kept.steps, self.weight.shape[-1])
+                kept = append(where, cache, gate, kept=length)
+                check_total(where, kept.steps, length)
             if kept is not None and cache is not None:
-                mixed = _mix_rows(kept, n, self.weight, self.bias)
+                mixed = _mix_rows(kept, n, weight, bias)
             else:
-                mixed = _mix(gate[:, None], self.weight[:, :n, :n], self.bias[:, :n])[:, 0]
+                mixed = _mix(gate[:, None], weight[:, :n, :n], bias[:, :n])[:, 0]
             if kept is not None:
-                kept = last_rows(kept, self.weight.shape[-1])
-            out = self.act(mixed if gate_res is None else mixed + gate_res) * res
+                kept = last_rows(kept, length)
+            out = _gate(self, mixed, gate_res, res)
         else:
             out, kept = call_operator(
-                ops.causal_sgu, x, self.weight, self.bias, norm_weight=self.norm.weight,
-                norm_bias=self.norm.bias, eps=self.norm.eps, gate_residual=gate_res,
-                activation=_activation(self.act), cache=cache, return_cache=return_cache,
-                in_place=may_write())
+                ops.causal_sgu, x, weight, bias, gate_residual=gate_res, cache=cache,
+                return_cache=return_cache, in_place=may_write(cache), **_norm_and_activation(self))
         return (out, kept) if return_cache else out
 
 
@@ -362,6 +378,7 @@ class CausalLocalSGU(nn.Module):
     ) -> Tensor | tuple[Tensor, Cache]:
         where = "CausalLocalSGU"
         n = check_sequence(where, x, self.dim)
+        weight, bias = self.weight, self.bias  # once, as in CausalSGU
         x, gate_res = _match_gate_res(where, x, gate_res)
         if not _is_known_norm(self.norm, self.dim // 2):
             res, gate = x.chunk(2, dim=-1)
@@ -371,18 +388,16 @@ class CausalLocalSGU(nn.Module):
             if cache is not None or return_cache:
                 kept = append(where, cache, gate.flatten(1, 2)[:, :n], kept=2 * self.window - 1)
             if kept is not None and cache is not None:
-                mixed = _mix_rows(kept, n, self.weight, self.bias)
+                mixed = _mix_rows(kept, n, weight, bias)
             else:
-                mixed = _mix(gate, self.weight, self.bias).flatten(1, 2)[:, :n]
+                mixed = _mix(gate, weight, bias).flatten(1, 2)[:, :n]
             if kept is not None:
                 kept = last_rows(kept, 2 * self.window - 1)
-            out = self.act(mixed if gate_res is None else mixed + gate_res) * res
+            out = _gate(self, mixed, gate_res, res)
         else:
             out, kept = call_operator(
-                ops.windowed_sgu, x, self.weight, self.bias, norm_weight=self.norm.weight,
-                norm_bias=self.norm.bias, eps=self.norm.eps, gate_residual=gate_res,
-                activation=_activation(self.act), cache=cache, return_cache=return_cache,
-                in_place=may_write())
+                ops.windowed_sgu, x, weight, bias, gate_residual=gate_res, cache=cache,
+                return_cache=return_cache, in_place=may_write(cache), **_norm_and_activation(self))
         return (out, kept) if return_cache else out
 
 
@@ -422,7 +437,7 @@ class AxiallyFold(nn.Module):
         fn's output that the convolution still needs."""
         (b, n, _), every = x.shape, self.every
         *queue, tail = split_cache("AxiallyFold", cache, every + 1)
-        # How many of the n steps are whose, and who has had none so far.
+        # How many of the n steps each subsequence gets, and which have had none so far.
         counts = [len(range(i, n, every)) for i in range(every)]
         folded: list[Tensor] = [x[:, :0]] * every
         keys = [(counts[i], queue[i] is None) for i in range(every)]
@@ -505,9 +520,10 @@ class gMLPGPT(nn.Module):
     `g_mlp_gpt.g_mlp_gpt.gMLPGPT`.
 
     n may exceed seq_len as far as every layer can serve it: windowed layers serve any n,
-    others seq_len times their fold. With return_cache also a cache, from which a later call goes
-    on, as far in all; not where training skips layers. ValueError beyond that, for n = 0, for
-    widths that heads do not divide and for a `window` tuple of another length than depth.
+    others seq_len times their fold. With return_cache it also returns a cache, from which a later
+    call goes on, up to the same n in all; training that skips layers refuses one. ValueError for a
+    longer x, for n = 0, for widths that heads do not divide and for a `window` tuple whose length
+    is not depth.
     """
 
     def __init__(
@@ -556,7 +572,8 @@ class gMLPGPT(nn.Module):
         where = "gMLPGPT"
         x = embed_tokens(where, self.to_embed, x, self.max_seq_len)
         seen, (cache,) = split_model_cache(where, x, cache, 1, self.max_seq_len)
+        steps = use_up(seen, x.shape[1])
         x, cache = call(
             self.net, x, cache, return_cache, layer_dropout=1. - self.prob_survival)
         out = self.to_logits(x)
-        return with_cache(out, seen, x.shape[1], (cache,), return_cache)
+        return (out, ModelCache(steps, (cache,))) if return_cache else out

@@ -8,7 +8,6 @@ nothing of it: the graph is that of the plain steps.
 """
 
 import functools
-import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,20 +21,20 @@ from fastmix.checks import check_shape, check_tensor
 from fastmix.nn._cache import Cache, call, split_cache
 
 
-def _route(args_route: dict, kwargs: dict, depth: int) -> list[tuple[dict, dict]]:
-    """Per layer, the keyword arguments of its f and those of its g."""
+def route_args(router: dict, args: dict, depth: int) -> list[tuple[dict, dict]]:
+    """Of the keywords `args`, those of each layer's f and of its g, as `router` says."""
     routed: list[tuple[dict, dict]] = [({}, {}) for _ in range(depth)]
-    for name in args_route.keys() & kwargs.keys():
-        for layer, takes in zip(routed, args_route[name]):
+    for name in router.keys() & args.keys():
+        for layer, takes in zip(routed, router[name]):
             for function_kwargs, taken in zip(layer, takes):
                 if taken:
-                    function_kwargs[name] = kwargs[name]
+                    function_kwargs[name] = args[name]
     return routed
 
 
-def _survivors(layers: list, drop_probability: float) -> list:
+def layer_drop(layers: list, prob: float) -> list:
     """Each layer stays unless drawn; the first one stays where all were drawn."""
-    drawn = torch.empty(len(layers)).uniform_(0, 1) < drop_probability
+    drawn = torch.empty(len(layers)).uniform_(0, 1) < prob
     return [layer for layer, gone in zip(layers, drawn.tolist()) if not gone] or layers[:1]
 
 
@@ -75,8 +74,14 @@ def _swapped(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, Ten
         if now.get(name) is not t and t.device.type != "meta" and not hasattr(t, "placements")}
 
 
-def _key(step: int, numbers: Iterator[int], _: Tensor) -> tuple[int, int]:
-    return step, next(numbers)
+def _let_go(step: int, kinds: list[tuple], t: Tensor) -> tuple[int, int]:
+    """Stands for a saved tensor: the step that saves it, and its number among that step's."""
+    kinds.append(_kind(t))
+    return step, len(kinds) - 1
+
+
+def _kind(t: Tensor) -> tuple:
+    return t.shape, t.dtype
 
 
 def _refuse_dropped(where: str, training: bool, layer_dropout: float) -> None:
@@ -87,7 +92,7 @@ def _refuse_dropped(where: str, training: bool, layer_dropout: float) -> None:
 
 
 class _Replay:
-    """The steps of one call: plain autograd, but what it would save for backward is made anew.
+    """The steps of one call: plain autograd, but it computes again what it would save for backward.
 
     A step takes the streams (a, b) to (b, a + fn(b)). Each tensor that autograd saves in a step
     is let go, with its step and number kept; when backward asks for the first of a step, the
@@ -104,13 +109,14 @@ class _Replay:
             dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
                  enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
             for kind in {"cpu", x.device.type} if kind != "meta"]
-        a = b = x
+        a = b = x.contiguous()  # as the second run has them: torch's layers save by the layout
         for step, (fn, kwargs) in enumerate(self.steps):
-            rng_state, weights, numbers = _rng_state(x), _weights(fn), itertools.count()
-            let_go = functools.partial(_key, step, numbers)
+            rng_state, weights = _rng_state(x), _weights(fn)
+            kinds: list[tuple] = []
+            let_go = functools.partial(_let_go, step, kinds)
             with torch.autograd.graph.saved_tensors_hooks(let_go, self.saved):
                 y = fn(b, **kwargs)
-            self.records.append((rng_state, weights, b.requires_grad, next(numbers)))
+            self.records.append((rng_state, weights, b.requires_grad, kinds))
             a, b = b, a + y
         return _Sum.apply(a, b, self)
 
@@ -130,7 +136,7 @@ class _Replay:
 
     def undo(self, step: int) -> None:
         fn, kwargs = self.steps[step]
-        rng_state, weights, requires_grad, count = self.records[step]
+        rng_state, weights, requires_grad, kinds = self.records[step]
         b, sum_of_both = self.streams
         self.tensors: list[Tensor] = []
         x = b.detach().requires_grad_(requires_grad)
@@ -140,11 +146,11 @@ class _Replay:
                     lambda t: self.tensors.append(t.detach()), lambda packed: packed):
             y = torch.func.functional_call(fn, swapped, (x,), kwargs) if swapped else (
                 fn(x, **kwargs))
-        if len(self.tensors) != count:
+        if [_kind(t) for t in self.tensors] != kinds:
             raise RuntimeError(
-                f"ReversibleSequence: step {step} saved {count} tensors in the forward pass and "
-                f"{len(self.tensors)} when backward ran it again: f and g must do the same twice "
-                "(train and eval, for one, must not change in between)")
+                f"ReversibleSequence: step {step} saved {len(kinds)} tensors in the forward pass "
+                f"and {len(self.tensors)}, or others, when backward ran it again: f and g must do "
+                "the same twice (train and eval, for one, must not change in between)")
         with torch.no_grad():
             self.streams = sum_of_both - y, b
 
@@ -215,9 +221,10 @@ class SequentialSequence(nn.Module):
         caches = split_cache("SequentialSequence", cache, len(self.layers))
         if cache is not None or return_cache:
             _refuse_dropped("SequentialSequence", self.training, self.layer_dropout)
-        layers = list(zip(self.layers, _route(self.args_route, kwargs, len(self.layers)), caches))
+        routed = route_args(self.args_route, kwargs, len(self.layers))
+        layers = list(zip(self.layers, routed, caches))
         if self.training and self.layer_dropout > 0:
-            layers = _survivors(layers, self.layer_dropout)
+            layers = layer_drop(layers, self.layer_dropout)
         kept = []
         for (f,), (f_kwargs, _), cache in layers:
             out, cache = call(f, x, cache, return_cache, **f_kwargs)
@@ -229,7 +236,7 @@ class SequentialSequence(nn.Module):
 def _go_on(
     x: Tensor, layers: list, cache: Cache, return_cache: bool
 ) -> Tensor | tuple[Tensor, Cache]:
-    """As ReversibleSequence, from a cache on."""
+    """Does what ReversibleSequence does, from a cache on."""
     caches, kept = split_cache("ReversibleSequence", cache, len(layers)), []
     a = b = x
     for (block, (f_kwargs, g_kwargs)), cache in zip(layers, caches):
@@ -273,12 +280,12 @@ class ReversibleSequence(nn.Module):
     ) -> Tensor | tuple[Tensor, Cache]:
         check_tensor("ReversibleSequence", "x", x)
         check_shape("ReversibleSequence", "x", x, "b n d")
-        layers = list(zip(self.blocks, _route(self.args_route, kwargs, len(self.blocks))))
+        layers = list(zip(self.blocks, route_args(self.args_route, kwargs, len(self.blocks))))
         if cache is not None or return_cache:
             _refuse_dropped("ReversibleSequence", self.training, layer_dropout)
             return _go_on(x, layers, cache, return_cache)
         if self.training and layer_dropout > 0:
-            layers = _survivors(layers, layer_dropout)
+            layers = layer_drop(layers, layer_dropout)
         steps = [
             (fn, fn_kwargs) for block, routed in layers
             for fn, fn_kwargs in zip((block.f, block.g), routed)]

@@ -5,6 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmix.nn._autoregressive import PaddingWrapper, split_labels
+from fastmix.nn._helpers import eval_decorator as eval_decorator
+from fastmix.nn._helpers import exists as exists
+from fastmix.nn._helpers import top_k as top_k
 
 __all__ = ["AutoregressiveWrapper"]
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastmix.nn._helpers import pad_at_dim as pad_at_dim
+
 __all__ = ["associative_scan"]
 
 

@@ -5,6 +5,7 @@ in `fastmix.ops.gate_loop`. Paper: GateLoop, https://arxiv.org/abs/2311.01927.
 Shapes: b batch, n time steps, h heads, d channels of a head.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from fastmix import _torch_private, ops
+from fastmix._complex import times
 from fastmix.checks import (
     COMPLEX,
     INTEGER,
@@ -25,13 +27,15 @@ from fastmix.checks import (
     check_tensor,
 )
 from fastmix.dtypes import wide, wide_complex
+from fastmix.fallback.gate_loop import activated
 from fastmix.nn._cache import (
     Cache,
+    ModelCache,
     append,
     call,
     split_model_cache,
     step_numbers,
-    with_cache,
+    use_up,
 )
 from fastmix.nn._checks import (
     check_features,
@@ -41,8 +45,12 @@ from fastmix.nn._checks import (
     feed_forward,
     is_plain,
 )
+from fastmix.nn._helpers import Sequential as Sequential
+from fastmix.nn._helpers import default as default
+from fastmix.nn._helpers import exists as exists
 from fastmix.nn._loss import cross_entropy
 from fastmix.nn.gateloop_transformer.associative_scan import associative_scan
+from fastmix.ops._register import decomposing
 
 __all__ = ["RMSNorm", "PreNorm", "PostNorm", "FeedForward", "CausalFullAttention",
            "gate_loop_operator", "GateLoopedAttention", "Transformer", "associative_scan"]
@@ -66,6 +74,16 @@ def _gates(z: Tensor, frac_gradient: float, ablate_complex: bool) -> dict[str, A
     z = z[..., 0].to(wide(z.dtype))
     size = z.abs().sigmoid()
     return {"gates": torch.where(z < 0, -size, size)}
+
+
+def _products_of_gates(z: Tensor) -> Tensor:
+    """Re a_1 · … · a_i of the gates a of logits z (…, d, 2), for each i: (…, d)."""
+    if not decomposing():
+        logits = torch.complex(*z.unbind(-1))
+        return torch.polar(logits.abs().sigmoid(), logits.angle()).cumprod(dim=-1).real
+    gates = torch.stack(activated(z))
+    products = list(itertools.accumulate(gates.unbind(-1), times))
+    return torch.stack([product[0] for product in products], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -137,15 +155,24 @@ def FeedForward(dim: int, mult: int = 4) -> nn.Sequential:
     return feed_forward(dim, nn.Linear(dim, dim * mult), nn.GELU(), nn.Linear(dim * mult, dim))
 
 
+def _turns_as_built(rotary: Any) -> bool:
+    """Whether `rotary` is a RotaryEmbedding to which nothing was done, of axes (…, n, d)."""
+    from rotary_embedding_torch import RotaryEmbedding
+
+    own = ("rotate_queries_or_keys", "get_seq_pos")
+    return is_plain(rotary, RotaryEmbedding) and not (
+        rotary.use_xpos or rotary.seq_before_head_dim or any(n in rotary.__dict__ for n in own))
+
+
 class CausalFullAttention(nn.Module):
     """Causal softmax attention, which the published package keeps to compare with.
 
     x (b, n, dim) → (b, n, dim), any floating dtype. `rotary_emb` needs the package
-    rotary_embedding_torch. `data_dependent_rel_pos` scales each
-    query's pairs of channels, and each key's by the inverse, by the real part of a cumulative
-    product of learned complex gates; as in the published code that product runs over the
-    channels, not over time, and what is below 1e-10 (all that is negative, too) counts as
-    1e-10. It turns the softmax off unless `softmax_normalize` says otherwise.
+    rotary_embedding_torch. `data_dependent_rel_pos` multiplies each query's pairs of channels by
+    the real part of a cumulative product of learned complex gates, and divides each key's by it.
+    As in the published code that product runs over the channels, not over time, and numbers below
+    1e-10, negative ones included, count as 1e-10. It turns the softmax off unless
+    `softmax_normalize` says otherwise.
     ValueError where dim_head is odd under `data_dependent_rel_pos`, heads or dim_head is below
     1, or x is of another shape.
     """
@@ -202,14 +229,12 @@ class CausalFullAttention(nn.Module):
             # An infinite one has no slope, and the gate of any large one of its direction.
             infinite = z.isinf()
             z = torch.where(infinite.any(-1, keepdim=True), 1e4 * infinite * z.detach().sign(), z)
-            z = torch.complex(*z.unbind(-1))
-            gates = torch.polar(z.abs().sigmoid(), z.angle())
-            decay = gates.cumprod(dim=-1).real.clamp(min=1e-10)
+            decay = _products_of_gates(z).clamp(min=1e-10)
             decay = decay.repeat_interleave(2, dim=-1).transpose(1, 2)
 
         m, key_decay, visible = n, decay, None
         if cache is not None or return_cache:
-            # Keys as they are before they are turned: only how far two are apart has an effect.
+            # Keys are kept before they are turned: only the distance of two steps has an effect.
             new = (k, v) if decay is None else (k, v, decay)
             cache = append("CausalFullAttention", cache, *(t.transpose(1, 2) for t in new))
             k, v, *rest = (t.transpose(1, 2) for t in cache.tensors)
@@ -244,17 +269,20 @@ class CausalFullAttention(nn.Module):
     def _rotated(self, x: Tensor, first: int) -> Tensor:
         """x (b, h, n, d), turned by the positions first … first + n - 1.
 
-        The package counts positions in the dtypes of x and of the frequencies: 16 bits do not tell
-        those above 256 from one another.
+        The package counts positions in the dtypes of x and of the frequencies, and 16 bits cannot
+        tell those above 256 apart, so they are counted in a wider dtype here. A rotary embedding of
+        another class, or one that was changed, is called as it is.
         """
-        frequencies = self.rotary_emb.freqs
-        if all(dtype == wide(dtype) for dtype in (x.dtype, frequencies.dtype)):
-            return self.rotary_emb.rotate_queries_or_keys(x, offset=first)
+        rotary = self.rotary_emb
+        if not _turns_as_built(rotary) or all(
+                dtype == wide(dtype) for dtype in (x.dtype, rotary.freqs.dtype)):
+            offset = {"offset": first} if first else {}
+            return rotary.rotate_queries_or_keys(x.to(wide(x.dtype)), **offset).to(x.dtype)
         from rotary_embedding_torch import apply_rotary_emb
 
-        dtype = wide(frequencies.dtype)
-        steps = torch.arange(first, first + x.shape[-2], device=x.device, dtype=dtype)
-        angles = (steps[:, None] * frequencies.to(dtype)).repeat_interleave(2, dim=-1)
+        dtype = wide(rotary.freqs.dtype)
+        steps = rotary.get_seq_pos(x.shape[-2], device=x.device, dtype=dtype, offset=first)
+        angles = (steps[:, None] * rotary.freqs.to(dtype)).repeat_interleave(2, dim=-1)
         return apply_rotary_emb(angles, x.to(wide(x.dtype))).to(x.dtype)
 
 
@@ -434,7 +462,7 @@ class Transformer(nn.Module):
                   if return_loss and ignore_index is None else "")
         x = embed_tokens("Transformer", self.token_emb, x, advice=advice)
         seen, caches = split_model_cache("Transformer", x, cache, len(self.layers))
-        kept = []
+        steps, kept = use_up(seen, x.shape[1]), []
         for (attn, ff), cache in zip(self.layers, caches):
             x, cache = call(
                 attn, x, cache, return_cache, ablate_complex=ablate_complex,
@@ -444,4 +472,4 @@ class Transformer(nn.Module):
         out = self.to_logits(x)
         if return_loss:
             out = cross_entropy("Transformer", "x", out.flatten(0, 1), labels.flatten())
-        return with_cache(out, seen, x.shape[1], tuple(kept), return_cache)
+        return (out, ModelCache(steps, tuple(kept))) if return_cache else out

@@ -3,6 +3,8 @@
 Shapes: b batch, n time steps, d channels, each with a state of one number.
 """
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -10,15 +12,43 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from fastmix import ops
-from fastmix.checks import check_shape, check_tensor, wide
+from fastmix.checks import check_shape, check_tensor
+from fastmix.dtypes import wide
 from fastmix.nn._cache import describe
 from fastmix.nn._checks import check_sequence, is_plain
+from fastmix.nn._helpers import default as default
+from fastmix.nn._helpers import exists as exists
+from fastmix.nn.gateloop_transformer.associative_scan import associative_scan as associative_scan
 from fastmix.nn.gateloop_transformer.gateloop_transformer import RMSNorm
 
 __all__ = ["gate_loop_operator", "SimpleGateLoopLayer"]
 
 Cache = tuple[Tensor, Tensor]
 WHERE = "SimpleGateLoopLayer"
+
+
+def eps_by_dtype(dtype: torch.dtype) -> float:
+    """The least gate that `heinsen_associative_scan` knows."""
+    return 1e-7 if dtype == torch.float16 else 1e-20
+
+
+def abs_clamp_eps(t: Tensor, eps: float | None = None) -> Tensor:
+    """t, of which no number but 0 is nearer to 0 than eps."""
+    return t.sign() * t.abs().clamp_min(default(eps, eps_by_dtype(t.dtype)))
+
+
+def binary_operator(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The pair (gate, state) of a run of steps after that of the steps before it, as one pair."""
+    return a[0] * b[0], torch.addcmul(b[1], b[0], a[1])
+
+
+def heinsen_associative_scan(
+    a: Tensor, kv: Tensor, eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Products of all gates a (b, n, d) so far, of which none is below eps, and the states
+    h_t = a_t · h_{t-1} + kv_t. (The published function is named for its algorithm.)"""
+    gates = a.clamp_min(default(eps, eps_by_dtype(a.dtype)))
+    return gates.cumprod(dim=1), ops.linear_scan(gates, kv)
 
 
 def gate_loop_operator(
@@ -102,11 +132,27 @@ def scan(
 
 
 def _is_known(gate_loop_fn: Any) -> bool:
-    """Whether it is ours or one of those that the published layer chooses from: they compute the
-    same, and `ops.linear_scan` takes their place."""
-    function = getattr(gate_loop_fn, "func", gate_loop_fn)  # of a partial
-    return function is gate_loop_operator or getattr(function, "__module__", None) in (
-        "gateloop_transformer.simplified_gate_loop", "jax2torch.jax2torch")
+    """Whether `gate_loop_fn` is ours or one of those that the published layer chooses from. They
+    compute the same, and `ops.linear_scan` takes their place.
+
+    It tells them by the module their code is in, which a wrapper around them does not share.
+    """
+    function = gate_loop_fn
+    if type(function) is functools.partial and not function.args and (
+            function.keywords.keys() <= {"heinsen"}):
+        function = function.func
+    if function is gate_loop_operator:
+        return True
+    published = "gateloop_transformer.simplified_gate_loop"
+    inner = inspect.unwrap(function)  # by jax2torch and by jax's jit
+    return (getattr(inner, "__name__", None), _file(inner), _file(function)) in (
+        ("gate_loop_operator", published, published),
+        ("jax_gate_loop_operator", published, "jax2torch.jax2torch"))
+
+
+def _file(function: Any) -> str | None:
+    """The module that a function was written in."""
+    return getattr(function, "__globals__", {}).get("__name__")
 
 
 def _call_gate_loop_fn(

@@ -2,10 +2,13 @@
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmix.nn._autoregressive import PaddingWrapper, split_labels
+from fastmix.nn._helpers import eval_decorator as eval_decorator
+from fastmix.nn._helpers import exists as exists
+from fastmix.nn._helpers import top_k as top_k
+from fastmix.nn._loss import cross_entropy
 
 __all__ = ["AutoregressiveWrapper"]
 
@@ -24,4 +27,5 @@ class AutoregressiveWrapper(PaddingWrapper):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         x, labels = split_labels(x)
-        return F.cross_entropy(self.net(x, **kwargs).mT, labels.long())
+        logits = self.net(x, **kwargs)
+        return cross_entropy("AutoregressiveWrapper", "x", logits.mT, labels.long())

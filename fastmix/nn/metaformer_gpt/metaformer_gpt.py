@@ -6,15 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from fastmix import ops
-from fastmix.checks import INTEGER, REAL, check_length, check_tensor, wide
+from fastmix.checks import INTEGER, REAL, check_length, check_tensor
+from fastmix.dtypes import wide
 from fastmix.nn import _conv1d_fft
 from fastmix.nn._cache import (
     Cache,
+    ModelCache,
     call,
     call_operator,
     split_cache,
     split_model_cache,
-    with_cache,
+    use_up,
 )
 from fastmix.nn._checks import check_sequence, check_sizes, embed_tokens, feed_forward
 
@@ -44,10 +46,10 @@ def cummean(x: Tensor, *, dim: int) -> Tensor:
 
 
 def conv1d_fft(x: Tensor, weights: Tensor, dim: int = -2, weight_dim: int = -1) -> Tensor:
-    """fastmix.nn.mhesa.conv1d_fft where weights always gets one trailing axis.
+    """fastmix.nn.mhesa.conv1d_fft, but weights always gets one trailing axis.
 
     x (…, n, …), n at dim; weights (…, m, …), m at weight_dim. ValueError unless weight_dim,
-    counted from the end, is one axis behind dim.
+    counted from the end, is one axis after dim.
     """
     time = _conv1d_fft.time_axis("x", x, "dim", dim)
     weight_time = _conv1d_fft.time_axis("weights", weights, "weight_dim", weight_dim)
@@ -125,7 +127,8 @@ class MetaformerGPT(nn.Module):
     """A language model of `depth` layers: exponential average, mean centering, feedforward.
 
     x (b, n) token ids, int64 or int32, 1 ≤ n ≤ max_seq_len → logits (b, n, num_tokens). With
-    return_cache also a cache, from which a later call goes on, up to max_seq_len in all.
+    return_cache also a cache, from which a later call goes on, up to max_seq_len in all. A longer
+    embedding in the place of `pos_emb` takes longer x.
     """
 
     layers: Any  # a ModuleList of ModuleLists
@@ -135,7 +138,6 @@ class MetaformerGPT(nn.Module):
         max_seq_len: int = 2048, ff_mult: float = 4
     ) -> None:
         super().__init__()
-        self.max_seq_len = max_seq_len
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb = nn.Embedding(max_seq_len, dim)
         self.layers = nn.ModuleList(
@@ -147,20 +149,30 @@ class MetaformerGPT(nn.Module):
         self.to_logits = nn.Sequential(
             nn.LayerNorm(dim), nn.Linear(dim, num_tokens, bias=False))
 
+    @property
+    def max_seq_len(self) -> int | None:
+        """From the embedding that is there now, which may be another one than was built; None where
+        it does not say how many positions it has."""
+        return getattr(self.pos_emb, "num_embeddings", None)
+
     def forward(
         self, x: Tensor, *, cache: Cache = None, return_cache: bool = False
     ) -> Tensor | tuple[Tensor, Cache]:
-        where = "MetaformerGPT"
-        x = embed_tokens(where, self.token_emb, x, self.max_seq_len)
+        where, longest = "MetaformerGPT", self.max_seq_len
+        x = embed_tokens(where, self.token_emb, x, longest)
         n = x.shape[1]
-        seen, caches = split_model_cache(where, x, cache, len(self.layers), self.max_seq_len)
+        seen, caches = split_model_cache(where, x, cache, len(self.layers), longest)
         if cache is not None and n == 1:
-            steps = seen[:, None]
+            positions = seen[:, None]
         else:
-            steps = torch.arange(n, device=x.device)
-            steps = steps if cache is None else seen[:, None] + steps
-        x = x + self.pos_emb(steps)
-        kept = []
+            positions = torch.arange(n, device=x.device)
+            positions = positions if cache is None else seen[:, None] + positions
+        try:
+            x = x + self.pos_emb(positions)
+        except IndexError as error:
+            raise IndexError(f"{where}: x must have no more time steps, with those in cache, than "
+                             f"pos_emb has positions, got x of {n}") from error
+        steps, kept = use_up(seen, n), []
         for (time_decay, pool, feedforward), cache in zip(self.layers, caches):
             decay_cache, pool_cache = split_cache(where, cache, 2)
             out, decay_cache = call(time_decay, x, decay_cache, return_cache)
@@ -170,4 +182,4 @@ class MetaformerGPT(nn.Module):
             kept.append((decay_cache, pool_cache))
             x = feedforward(x) + x
         out = self.to_logits(x)
-        return with_cache(out, seen, n, tuple(kept), return_cache)
+        return (out, ModelCache(steps, tuple(kept))) if return_cache else out
