@@ -249,13 +249,18 @@ def test_infinities_outlast_the_powers_of_a_decay():
     x[0, 30, :, 6], weight[0, 170, :, 7] = -float("inf"), float("inf")
     tensors = {"x": x, "decay": decay, "initial_state": state}
 
-    def results(module):
+    def results(module, tensors, weight):
         given = leaves(tensors)
         out = module.decay_conv(**given)
         return out, *torch.autograd.grad(out, given.values(), weight)
 
-    for actual, defined in zip(results(ops), results(fastmix.reference), strict=True):
-        torch.testing.assert_close(actual, defined, rtol=1e-4, atol=1e-4, equal_nan=True)
+    # What may be off is a share of the terms' sizes: those of a channel that grows may cancel.
+    sizes = results(fastmix.reference, {name: t.abs() for name, t in tensors.items()}, weight.abs())
+    actual = results(ops, tensors, weight)
+    defined = results(fastmix.reference, tensors, weight)
+    for a, d, size in zip(actual, defined, sizes, strict=True):
+        scale = torch.where(size.isfinite(), size, 1).clamp(min=1)
+        torch.testing.assert_close(a / scale, d / scale, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "gelu", "silu"])
