@@ -21,6 +21,10 @@ MODES = ("forward", "forward_backward")
 HALF = (torch.bfloat16, torch.float16)
 ORIGINAL_CALLS = 7  # forward and backward, that checking and timing an original take at least
 
+# Inductor's cache on disk does not know ATEN_CPU_CAPABILITY: a loop for AVX2 from there would be
+# compiled for AVX-512 in the next report, and write past the ends of tensors.
+torch.compiler.config.force_disable_caches = True
+
 
 def implementations(operator, device, names):
     """[(name, None or why it cannot run here)]: those asked for, or else the one that runs."""
