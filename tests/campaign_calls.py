@@ -463,7 +463,9 @@ def backward(run, call, values, mode):
     weights = weights_of(call, outputs)
     reached = [i for i, o in enumerate(outputs) if o.requires_grad]
     if mode == "threads":
-        with ThreadPoolExecutor(3) as pool:
+        # A new thread takes on torch's number of threads when something first asks for it. A
+        # transform does not ask, and has other last bits on another number of threads.
+        with ThreadPoolExecutor(3, initializer=torch.get_num_threads) as pool:
             for others in pool.map(lambda _: run(*values), range(3)):
                 for o, other in zip(outputs, others):
                     assert torch.equal(bits(o), bits(other)), "three callers at once, other bits"
@@ -496,8 +498,10 @@ def differentiable(run, values, mode, called):
         values = [two_of(two_of(v)) for v in values]
         run = torch.vmap(torch.vmap(run))
     elif mode == "vmap over the last":
+        # out_dims stays 0: an output that no mapped argument reaches, as gate_loop's state where
+        # q alone is mapped, torch expands without the axis (its issue 178425).
         values = [torch.stack([v, -v], -1) for v in values]
-        run = torch.vmap(run, in_dims=-1, out_dims=1)
+        run = torch.vmap(run, in_dims=-1)
     values = [v.requires_grad_() for v in values]
     if mode == "hooks":
         for v in values:

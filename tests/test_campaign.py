@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import campaign_judge
+import fastmix
 from campaign_judge import Definition, OperatorCall
 from cases import distance, largest
 from fastmix import reference
@@ -100,6 +101,38 @@ def test_what_may_be_off_beyond_the_range_may_be_infinite():
 
     assert judged(1e25) is None
     assert "not finite where the definition is, 1 of 20" in judged(1e15)
+
+
+@pytest.mark.parametrize("b", [2, 3])
+def test_a_state_that_nothing_mapped_reaches_is_judged(b):
+    """gate_loop's, where q alone is mapped over its last axis."""
+    shape = b, 4, 2, 2
+    call = OperatorCall("gate_loop", torch.float64, {
+        **{name: torch.randn(shape, dtype=torch.float64) for name in "qkv"},
+        "gate_logits": torch.randn(b, 4, 2, dtype=torch.float64),
+        "initial_state": torch.randn(b, 2, 2, 2, dtype=torch.float64)},
+        {"return_state": True}, mode="vmap over the last", wanted=("q",))
+    definition, results = call.define(), call.perform()
+    assert call.judge(results, definition) is None
+    state = torch.vmap(lambda q: reference.gate_loop(**call.tensors | {"q": q}, return_state=True),
+                       in_dims=-1)(torch.stack([call.tensors["q"]] * 2, -1))[1]
+    assert torch.equal(definition.exact["output 1"], state)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_callers_of_transforms_have_as_many_threads(threads):
+    """New threads have a number of threads that is the machine's at first: torch's transform of 32
+    real numbers has other bits then."""
+    before = torch.get_num_threads()
+    call = OperatorCall("fft_conv", torch.float64, {
+        "x": torch.randn(2, 22, 3, 2, dtype=torch.float64),
+        "kernel": torch.randn(2, 11, 3, dtype=torch.float64)}, {}, mode="threads", wanted=("x",))
+    try:
+        torch.set_num_threads(threads)
+        with fastmix.force("fallback"):
+            assert call.judge(call.perform(), call.define()) is None
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.long
