@@ -17,7 +17,7 @@ from fastmix.checks import (
 from fastmix.dtypes import autocast_enabled, wide
 from fastmix.fallback import fft_conv as fallback
 from fastmix.ops import _fft_conv_state
-from fastmix.ops._register import Operator
+from fastmix.ops._register import Operator, no_autocast
 from fastmix.states import FFTConvRows, FFTConvState
 
 _operator = Operator(
@@ -166,7 +166,8 @@ def _run_rows(where: str, x: Tensor, kernel: Tensor, skip: Tensor | None, reveal
     runs = [fft_conv(rows, of_rows, skip, revealed=revealed, initial_state=part, return_state=True)
             for rows, of_rows, part in zip(x.split(sizes), kernels, state.parts)]
     parts = tuple(part for _, part in runs if isinstance(part, FFTConvState))
-    return torch.cat([out for out, _ in runs]), FFTConvRows(parts)
+    with no_autocast([x]):  # where torch joins no float16 on CPUs
+        return torch.cat([out for out, _ in runs]), FFTConvRows(parts)
 
 
 def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
@@ -178,8 +179,9 @@ def _check_state(where: str, state: FFTConvState, x: Tensor, revealed: bool) -> 
         raise TypeError(f"{where}: initial_state must be an FFTConvState, as {where} returns it "
                         f"with return_state=True, got {type(state).__name__}")
     if revealed != (state.kernel is not None):
-        raise ValueError(f"{where}: initial_state comes from a call with revealed={not revealed}, "
-                         f"this one has revealed={revealed}: make all calls alike")
+        raise ValueError(f"{where}: initial_state must come from a call with revealed={revealed} "
+                         f"like this one, got that of one with revealed={not revealed}: make all "
+                         "calls alike")
     b, _, h, d = x.shape
     sizes, dtype = {"b": b, "h": h, "d": d}, wide(x.dtype)
     whole, of_lags = (b, h, d), (b, h)
