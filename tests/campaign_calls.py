@@ -280,7 +280,7 @@ def spoiled(call):
         i = random.choice(places)
         part = state[i]
         if isinstance(part, tuple):
-            part = spoil_in(part)
+            part = spoil_in(part) if random.random() < 0.9 else [part]
         elif call.operator == "causal_sgu" and random.random() < 0.2:
             i, part = 1, state.steps + call.tensors["weight"].shape[-1]
         else:  # the batch: how many steps a state of fft_conv holds it says itself
@@ -301,11 +301,11 @@ OPTIONS = {
     "activation": ["relu", 3, "none", b"gelu", torch.relu, ["gelu"]],
     "initial_state": [1.0, torch.tensor(1.0), (), object()], "surprise": [1]}
 # States that no tensor argument stands for
-TUPLES = ("fft_conv", "windowed_sgu", "causal_sgu", "cumulative_mean")
 OBJECTS = {"fft_conv": ("initial_state", "return_state", "revealed"),
            **dict.fromkeys(("windowed_sgu", "causal_sgu"),
                            ("initial_state", "return_state", "in_place")),
            "cumulative_mean": ("initial_state", "return_state"), "linear_scan": ("return_state",)}
+TUPLES = tuple(name for name, options in OBJECTS.items() if "initial_state" in options)
 
 
 def make_wrong(call):
@@ -313,10 +313,11 @@ def make_wrong(call):
     name = random.choice([name for name, t in call.tensors.items() if t is not None])
     t = call.tensors[name]
     kind = random.randrange(9)
-    if kind == 8 and call.pieces and call.operator in TUPLES:
+    if kind == 8 and call.operator in TUPLES and call.tensors["x"].shape[1] > 1 and not call.uneven:
+        call.pieces = call.pieces or (random.randrange(1, call.tensors["x"].shape[1]),)
         call.wrong, call.between = "spoiled state", spoiled(call)
         return
-    call.pieces, kind = None, min(kind, 7)
+    call.pieces, kind = None, kind % 8
     if kind == 7:
         call.wrong = "sizes of 0"
         zero_sizes.append(True)
@@ -428,6 +429,8 @@ def draw_pieces(call, n):
         call.wanted = tuple(name for name in call.tensors if is_timed(call, name))
         if call.operator.endswith("sgu"):  # and that of x, which goes into outputs and the state
             call.pieces = None
+        if call.operator == "linear_scan" and call.mode == "autocast":
+            call.mode = "plain"  # its later pieces are promoted to the dtype of the state
 
 
 # ---- running

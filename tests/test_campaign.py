@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import campaign_judge
 import fastmix
+from campaign_calls import TUPLES, spoiled
 from campaign_judge import Definition, OperatorCall
-from cases import distance, largest
+from cases import CASES, distance, largest
 from fastmix import reference
 from fastmix.native import build
 
@@ -117,6 +119,32 @@ def test_a_state_that_nothing_mapped_reaches_is_judged(b):
     state = torch.vmap(lambda q: reference.gate_loop(**call.tensors | {"q": q}, return_state=True),
                        in_dims=-1)(torch.stack([call.tensors["q"]] * 2, -1))[1]
     assert torch.equal(definition.exact["output 1"], state)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_pieces_are_judged(operator):
+    """From state to state; and a state that loses what it holds is found."""
+    case = next(case for case in CASES.values() if case.operator == operator)
+    call = OperatorCall(operator, torch.float64, case.make(7, torch.float64), case.options,
+                        mode="no_grad", pieces=(3, 4))
+    assert call.judge(call.perform(), call.define()) is None
+    call.between = lambda state: tree_map_only(torch.Tensor, torch.zeros_like, state)
+    assert "off" in call.judge(call.perform(), call.define())
+
+
+@pytest.mark.parametrize("operator", TUPLES)
+def test_spoiled_states_are_refused_in_words(operator):
+    case = next(case for case in CASES.values() if case.operator == operator)
+    call = OperatorCall(operator, torch.float64, case.make(7, torch.float64), case.options,
+                        wrong="spoiled state", pieces=(3, 4))
+    call.between = spoiled(call)
+    refused = 0
+    for call.seed in range(20):
+        said = call.perform()
+        refused += isinstance(said, Exception)
+        assert call.clear(said) if isinstance(said, Exception) else call.judge(
+            said, call.define()) is None, said
+    assert refused > 10
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -244,6 +244,18 @@ def refusals():
             (x, kernel), more | {"initial_state": state._replace(
                 blocks=(block._replace(x=block.x[..., :2]),))},
             ValueError, r"initial_state.blocks\[0\].x must have shape \(b, m, h, d\) ="),
+        "no steps": ((x, kernel), more | {"initial_state": state._replace(x=None)}, TypeError,
+                     "initial_state.x must be a tensor, got NoneType"),
+        "lags of fewer steps than x": (
+            (x, kernel), more | {"initial_state": state._replace(kernel=state.kernel[:, 1:])},
+            ValueError, r"initial_state.kernel must have shape \(b, p, h\) = \(2, 9, 2\), got"),
+        "blocks without lags": (
+            (x, kernel), more | {"initial_state": state._replace(
+                blocks=(block._replace(kernel=None),))},
+            TypeError, r"initial_state.blocks\[0\].kernel must be a tensor, got NoneType"),
+        "a block that is none": (
+            (x, kernel), more | {"initial_state": state._replace(blocks=(None,))}, TypeError,
+            r"initial_state.blocks must be a tuple of FFTConvBlocks, got \(None,\)"),
         "no flag": ((x, kernel), {"revealed": 1}, TypeError, "revealed must be True or False"),
     }
 
