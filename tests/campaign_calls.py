@@ -10,14 +10,16 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from cases import as_tuple, complex_dtype, randn, random_decays, state_dtype, weigh
-from fastmix import ops
+from fastmix import ops, states
 
 F64 = torch.float64
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +39,8 @@ class Call:
     odd: list = field(default_factory=list)  # tensors with unusual values
     uneven: bool = False  # numbers of very different sizes, or some that are not finite
     seed: int = 0
-    cut: int = 1  # the first step of the second piece, where a call is done in two
+    pieces: tuple | None = None  # where the second and further pieces begin, if it is done in any
+    between: Callable | None = None  # what is done to each state on its way to the next piece
     huge: tuple = ()  # tensors whose elements lie gigabytes apart
     wanted: tuple = ()  # tensors whose gradient is asked for
     move: Callable | None = None  # changes the gradients that come back
@@ -46,6 +49,9 @@ class Call:
         given = [f"{name}={_described(t)}" for name, t in self.tensors.items() if t is not None]
         given += [f"{name}={value!r}" for name, value in self.options.items()]
         about = [self.mode, *self.odd, *([self.wrong] if self.wrong else [])]
+        if self.pieces is not None:
+            about += [f"in pieces from {self.pieces}", *(
+                [self.between.__name__] if self.between else [])]
         return f"{self.operator}({', '.join(given)}) {', '.join(about)}"
 
 
@@ -120,10 +126,11 @@ def decay_arguments(b, n, dtype):
 
 def fft_arguments(b, n, dtype):
     h, d, m = size(4), size(20), size(2 * n)
-    shape = (m, h) if random.random() < 0.5 else (b, m, h)
+    revealed = random.random() < 0.3
+    shape = (b, n, h) if revealed else (m, h) if random.random() < 0.5 else (b, m, h)
     wide = random.choice([dtype, state_dtype(dtype)])
     return {"x": randn(b, n, h, d, dtype=dtype), "kernel": randn(*shape, dtype=wide),
-            "skip": maybe(lambda: randn(h, d, dtype=wide))}, {}
+            "skip": maybe(lambda: randn(h, d, dtype=wide))}, {"revealed": True} if revealed else {}
 
 
 def sgu_arguments(b, n, dtype, whole):
@@ -234,8 +241,8 @@ def _another_dtype(t):
                                torch.complex128, torch.complex32, *DTYPES, torch.float8_e5m2]))
 
 
-def _another_shape(t):
-    axis = random.randrange(t.ndim)
+def _another_shape(t, axis=None):
+    axis = random.randrange(t.ndim) if axis is None else axis
     return random.choice([
         lambda: t[..., None], lambda: t[None], lambda: t.select(axis, 0), lambda: t.flatten(),
         lambda: torch.cat([t, t], dim=axis), lambda: t.narrow(axis, 0, 0), lambda: t.sum(),
@@ -259,6 +266,34 @@ def _another_state(call):
     return random.choice([state, parts, parts[0], list(parts), [state]])
 
 
+def spoiled(call):
+    """A function that makes something wrong with one tensor of a state, or with how many steps of
+    causal_sgu there were."""
+    def spoil(state):
+        random.seed(call.seed)
+        return spoil_in(state)
+
+    def spoil_in(state):
+        places = [i for i, part in enumerate(state) if part is not None and len(part)]
+        if not places:  # a batch of 0
+            return state
+        i = random.choice(places)
+        part = state[i]
+        if isinstance(part, tuple):
+            part = spoil_in(part) if random.random() < 0.9 else [part]
+        elif call.operator == "causal_sgu" and random.random() < 0.2:
+            i, part = 1, state.steps + call.tensors["weight"].shape[-1]
+        else:  # the batch: how many steps a state of fft_conv holds it says itself
+            make = random.choice([_another_type, _another_dtype, _another_layout,
+                                  lambda t: _another_shape(t, 0)])
+            with contextlib.suppress(RuntimeError, IndexError, NotImplementedError):
+                part = make(part)
+        parts = [*state[:i], part, *state[i + 1 :]]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+
+    return spoil
+
+
 OPTIONS = {
     "reverse": [None, 2, "x", 0.5, torch.tensor(True)], "return_state": [None, "x", 2],
     "revealed": [None, "x", 2], "in_place": [None, "x", 2],
@@ -270,13 +305,19 @@ OBJECTS = {"fft_conv": ("initial_state", "return_state", "revealed"),
            **dict.fromkeys(("windowed_sgu", "causal_sgu"),
                            ("initial_state", "return_state", "in_place")),
            "cumulative_mean": ("initial_state", "return_state"), "linear_scan": ("return_state",)}
+TUPLES = tuple(name for name, options in OBJECTS.items() if "initial_state" in options)
 
 
 def make_wrong(call):
     """Something that does not fit, in one place."""
     name = random.choice([name for name, t in call.tensors.items() if t is not None])
     t = call.tensors[name]
-    kind = random.randrange(8)
+    kind = random.randrange(9)
+    if kind == 8 and call.operator in TUPLES and call.tensors["x"].shape[1] > 1 and not call.uneven:
+        call.pieces = call.pieces or (random.randrange(1, call.tensors["x"].shape[1]),)
+        call.wrong, call.between = "spoiled state", spoiled(call)
+        return
+    call.pieces, kind = None, kind % 8
     if kind == 7:
         call.wrong = "sizes of 0"
         zero_sizes.append(True)
@@ -308,14 +349,35 @@ def make_wrong(call):
 
 MODES = ("plain",) * 20 + (
     "no_grad", "inference", "vmap", "vmap", "grad", "jvp", "vmap of grad", "checkpoint", "second",
-    "autocast", "fake", "meta", "threads", "saved on cpu", "backward twice", "pieces", "pieces",
-    "hooks", "vjp", "vmap of vmap", "vmap over the last", "grad of vmap", "forward mode")
-AS_PLAIN = ("checkpoint", "autocast", "threads", "saved on cpu", "backward twice", "pieces",
-            "hooks")
+    "autocast", "fake", "meta", "threads", "saved on cpu", "backward twice", "hooks", "vjp",
+    "vmap of vmap", "vmap over the last", "grad of vmap", "forward mode")
+AS_PLAIN = ("checkpoint", "autocast", "threads", "saved on cpu", "backward twice", "hooks")
+WITHOUT_GRADIENTS = ("no_grad", "inference")
 # The arguments with a time axis, of calls in pieces
 TIMED = {"linear_scan": ("gates", "inputs"), "gate_loop": ("q", "k", "v", "gates", "gate_logits"),
          "decay_conv": ("x",), "cumulative_mean": ("x",), "windowed_sgu": ("x", "gate_residual"),
-         "causal_sgu": ("x", "gate_residual"), "fft_conv": ("x",)}
+         "causal_sgu": ("x", "gate_residual"), "fft_conv": ("x", "kernel")}
+# What a state goes through unharmed, on its way from piece to piece
+
+
+def strided(state):
+    return tree_map_only(torch.Tensor, other_order, state)
+
+
+def chosen(state):
+    return states.select_rows(state, slice(None))
+
+
+def joined(state):
+    parts = [states.select_rows(state, rows) for rows in (slice(1), slice(1, None))]
+    b = len(tree_leaves(state)[0])
+    return states.concatenate(parts, (min(b, 1), max(b - 1, 0)))
+
+
+def in_rows(state):
+    """Rows of fft_conv that are at one step, as if they were not."""
+    return states.FFTConvRows(tuple(states.select_rows(state, rows) for rows in (
+        slice(1), slice(1, None)))) if isinstance(state, states.FFTConvState) else state
 
 
 def drawn(kind, operator, seed, index, most):
@@ -332,17 +394,13 @@ def drawn(kind, operator, seed, index, most):
     present = [name for name, t in tensors.items() if t is not None]
     call.wanted = tuple(present if random.random() < 0.6 else random.sample(
         present, random.randint(1, len(present))))
-    if call.mode == "pieces":
-        call.cut = random.randint(1, max(n - 1, 1))
-        if dtype != state_dtype(dtype):  # autograd adds up the others' gradients in 16 bits
-            call.wanted = tuple(name for name in present if is_timed(call, name))
-            if operator.endswith("sgu"):  # and that of x, which goes into outputs and the state
-                call.mode = "plain"
+    if random.random() < 0.15:
+        draw_pieces(call, n)
     if random.random() < 0.3:
         make_odd(call)
-    if call.mode == "pieces" and operator == "fft_conv" and not all(
+    if operator == "fft_conv" and not all(
             t is None or t.isfinite().all() for t in tensors.values()):
-        call.mode = "plain"  # what lags beyond n make of x is in the state: 0 · NaN is NaN
+        call.pieces = None  # what lags beyond n make of x is in the state: 0 · NaN is NaN
     if call.uneven and callable(options.get("activation")):
         options["activation"] = None  # the sine of a large number is its rounding
     for name in present:
@@ -356,6 +414,23 @@ def drawn(kind, operator, seed, index, most):
         call.mode = "plain"
         make_wrong(call)
     return call
+
+
+def draw_pieces(call, n):
+    """Where the call is cut: into few pieces, or after every step."""
+    call.pieces = tuple(sorted(random.sample(
+        range(1, n), min(n - 1, random.choice([1, 1, 2, 4, n])))))
+    call.between = random.choice([None, None, strided, chosen, joined, in_rows])
+    if random.random() < 0.3:  # steps without gradients have kernels of their own
+        call.mode = random.choice(WITHOUT_GRADIENTS)
+    if call.mode in WITHOUT_GRADIENTS and call.operator.endswith("sgu"):
+        call.options["in_place"] = random.random() < 0.5
+    elif call.dtype != state_dtype(call.dtype):  # autograd adds up other gradients in 16 bits
+        call.wanted = tuple(name for name in call.tensors if is_timed(call, name))
+        if call.operator.endswith("sgu"):  # and that of x, which goes into outputs and the state
+            call.pieces = None
+        if call.operator == "linear_scan" and call.mode == "autocast":
+            call.mode = "plain"  # its later pieces are promoted to the dtype of the state
 
 
 # ---- running
@@ -373,25 +448,29 @@ def weights_of(call, outputs):
 
 
 def is_timed(call, name):
-    """Decays, gates of one axis, have no time."""
-    return name in TIMED[call.operator] and call.tensors[name].ndim > 1
+    """Decays, gates of one axis, have no time, nor have kernels that are known beforehand."""
+    t = call.tensors[name]
+    return name in TIMED[call.operator] and t is not None and t.ndim > 1 and (
+        name != "kernel" or "revealed" in call.options)
 
 
 def in_pieces(function, call):
-    """The same function of the whole sequence, done in two pieces, from state to state."""
+    """The same function of the whole sequence, done in pieces, from state to state."""
     n = call.tensors[TIMED[call.operator][0]].shape[1]
-    halves = [slice(None, call.cut), slice(call.cut, None)]
-    if call.options.get("reverse"):
-        halves = [slice(n - call.cut, None), slice(None, n - call.cut)]
+    reverse = call.options.get("reverse")
 
     def run(initial_state=None, return_state=False, **given):
         outs, state = [], initial_state
-        for at in halves if n > 1 else [slice(None)]:
+        for begin, end in pairwise((0, *call.pieces, n)):
+            at = slice(n - end, n - begin) if reverse else slice(begin, end)
             piece = {name: t[:, at] if name in call.tensors and is_timed(call, name) else t
                      for name, t in given.items()}
+            if begin and call.between:
+                state = call.between(state)
             out, state = function(**piece, initial_state=state, return_state=True)
             outs.append(out)
-        out = torch.cat(outs[::-1] if call.options.get("reverse") else outs, 1)
+        with torch.autocast("cpu", enabled=False):  # where torch joins no float16
+            out = torch.cat(outs[::-1] if reverse else outs, 1)
         return (out, state) if return_state else out
 
     return run
@@ -400,8 +479,6 @@ def in_pieces(function, call):
 def evaluate(function, call, tensors, mode):
     """{what: tensor}, of outputs, and of gradients or tangents in that mode."""
     call_with = {name: t for name, t in tensors.items() if t is not None}
-    if mode == "pieces":
-        function = in_pieces(function, call)
 
     def run(*values):
         given = call_with | dict(zip(call.wanted, values))
@@ -463,7 +540,9 @@ def backward(run, call, values, mode):
     weights = weights_of(call, outputs)
     reached = [i for i, o in enumerate(outputs) if o.requires_grad]
     if mode == "threads":
-        with ThreadPoolExecutor(3) as pool:
+        # A new thread takes on torch's number of threads when something first asks for it. A
+        # transform does not ask, and has other last bits on another number of threads.
+        with ThreadPoolExecutor(3, initializer=torch.get_num_threads) as pool:
             for others in pool.map(lambda _: run(*values), range(3)):
                 for o, other in zip(outputs, others):
                     assert torch.equal(bits(o), bits(other)), "three callers at once, other bits"
@@ -496,8 +575,10 @@ def differentiable(run, values, mode, called):
         values = [two_of(two_of(v)) for v in values]
         run = torch.vmap(torch.vmap(run))
     elif mode == "vmap over the last":
+        # out_dims stays 0: an output that no mapped argument reaches, as gate_loop's state where
+        # q alone is mapped, torch expands without the axis (its issue 178425).
         values = [torch.stack([v, -v], -1) for v in values]
-        run = torch.vmap(run, in_dims=-1, out_dims=1)
+        run = torch.vmap(run, in_dims=-1)
     values = [v.requires_grad_() for v in values]
     if mode == "hooks":
         for v in values:
@@ -550,6 +631,8 @@ def performed(call):
     shown = {name: t if name in call.huge else storage(t) for name, t in plain.items()}
     before = {name: t.clone() for name, t in shown.items()}
     function = getattr(ops, call.operator)
+    if call.pieces is not None:
+        function = in_pieces(function, call)
     try:
         if call.wrong:
             return named(as_tuple(function(**call.tensors, **call.options)))

@@ -46,7 +46,10 @@ class OperatorCall(Call):
         return performed(self)
 
     def define(self):
-        return Definition(self)
+        """Of the whole sequence, which has no state to reveal lags with or to write into."""
+        return Definition(replace(self, options={
+            name: value for name, value in self.options.items()
+            if not (name in ("revealed", "in_place") and isinstance(value, bool))}))
 
     def clear(self, error):
         return clear(error, self.operator)

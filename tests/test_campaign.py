@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import campaign_judge
+import fastmix
+from campaign_calls import TUPLES, spoiled
 from campaign_judge import Definition, OperatorCall
-from cases import distance, largest
+from cases import CASES, distance, largest
 from fastmix import reference
 from fastmix.native import build
 
@@ -100,6 +103,64 @@ def test_what_may_be_off_beyond_the_range_may_be_infinite():
 
     assert judged(1e25) is None
     assert "not finite where the definition is, 1 of 20" in judged(1e15)
+
+
+@pytest.mark.parametrize("b", [2, 3])
+def test_a_state_that_nothing_mapped_reaches_is_judged(b):
+    """gate_loop's, where q alone is mapped over its last axis."""
+    shape = b, 4, 2, 2
+    call = OperatorCall("gate_loop", torch.float64, {
+        **{name: torch.randn(shape, dtype=torch.float64) for name in "qkv"},
+        "gate_logits": torch.randn(b, 4, 2, dtype=torch.float64),
+        "initial_state": torch.randn(b, 2, 2, 2, dtype=torch.float64)},
+        {"return_state": True}, mode="vmap over the last", wanted=("q",))
+    definition, results = call.define(), call.perform()
+    assert call.judge(results, definition) is None
+    state = torch.vmap(lambda q: reference.gate_loop(**call.tensors | {"q": q}, return_state=True),
+                       in_dims=-1)(torch.stack([call.tensors["q"]] * 2, -1))[1]
+    assert torch.equal(definition.exact["output 1"], state)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_pieces_are_judged(operator):
+    """From state to state; and a state that loses what it holds is found."""
+    case = next(case for case in CASES.values() if case.operator == operator)
+    call = OperatorCall(operator, torch.float64, case.make(7, torch.float64), case.options,
+                        mode="no_grad", pieces=(3, 4))
+    assert call.judge(call.perform(), call.define()) is None
+    call.between = lambda state: tree_map_only(torch.Tensor, torch.zeros_like, state)
+    assert "off" in call.judge(call.perform(), call.define())
+
+
+@pytest.mark.parametrize("operator", TUPLES)
+def test_spoiled_states_are_refused_in_words(operator):
+    case = next(case for case in CASES.values() if case.operator == operator)
+    call = OperatorCall(operator, torch.float64, case.make(7, torch.float64), case.options,
+                        wrong="spoiled state", pieces=(3, 4))
+    call.between = spoiled(call)
+    refused = 0
+    for call.seed in range(20):
+        said = call.perform()
+        refused += isinstance(said, Exception)
+        assert call.clear(said) if isinstance(said, Exception) else call.judge(
+            said, call.define()) is None, said
+    assert refused > 10
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_callers_of_transforms_have_as_many_threads(threads):
+    """New threads have a number of threads that is the machine's at first: torch's transform of 32
+    real numbers has other bits then."""
+    before = torch.get_num_threads()
+    call = OperatorCall("fft_conv", torch.float64, {
+        "x": torch.randn(2, 22, 3, 2, dtype=torch.float64),
+        "kernel": torch.randn(2, 11, 3, dtype=torch.float64)}, {}, mode="threads", wanted=("x",))
+    try:
+        torch.set_num_threads(threads)
+        with fastmix.force("fallback"):
+            assert call.judge(call.perform(), call.define()) is None
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.long

@@ -200,6 +200,20 @@ def test_vmap_over_each_argument(case):
             assert distance(f, torch.stack(e)) < 1e-10
 
 
+@every_case
+def test_definitions_take_any_mapped_axis(case):
+    """Of every argument: campaigns hold operators under vmap against them."""
+    draws = [case.make(3, F64, b=3) for _ in range(2)]
+    for name, t in draws[0].items():
+        for axis in range(t.ndim + 1):
+            def define(t, name=name):
+                return case.define(draws[0] | {name: t})
+
+            mapped = torch.vmap(define, in_dims=axis)(torch.stack([d[name] for d in draws], axis))
+            for f, e in zip(mapped, zip(*(define(d[name]) for d in draws))):
+                assert distance(f, torch.stack(e)) < 1e-12, (name, axis)
+
+
 def _nested(call):
     return lambda *stacked: torch.vmap(torch.vmap(call))(
         *(t[:, None] for t in stacked)).squeeze(1)

@@ -142,6 +142,16 @@ def test_rows_at_different_steps(kind, tmp_path):
     assert fastmix.select_rows(state, slice(0)).x.shape[0] == 0
 
 
+def test_rows_at_different_steps_under_autocast():
+    """Torch's own cat refuses float16 there."""
+    x, kernel, skip = draw("shared", 20, torch.float16)
+    state = concatenate([in_pieces("shared", x, kernel, skip, [n])[1] for n in (4, 9)], (2, 2))
+    given = torch.cat([x, x])[:, 9:12], kernel, skip
+    plain = ops.fft_conv(*given, initial_state=state)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.fft_conv(*given, initial_state=state), plain)
+
+
 def test_rows_at_different_steps_refuse_in_words():
     x, kernel, skip = draw("revealed", 20)
     parts = [in_pieces("revealed", x, kernel, skip, [n])[1] for n in (4, 9)]
@@ -214,7 +224,7 @@ def refusals():
                                 r"with revealed=True kernel must have shape \(b, n, h\) = \(2, 1,"),
         "one kernel for all": ((x, kernel[0]), more, ValueError, r".*got \(9, 2\)"),
         "another kind": ((x, kernel), {"initial_state": state}, ValueError,
-                         "initial_state comes from a call with revealed=True"),
+                         "initial_state must come from a call with revealed=False .* got that of"),
         "another type": ((x, kernel), {"initial_state": x}, TypeError,
                          "initial_state must be an FFTConvState.*got Tensor"),
         "another batch": ((x[:1], kernel[:1]), more, ValueError, r"initial_state.x must have"),
@@ -234,6 +244,18 @@ def refusals():
             (x, kernel), more | {"initial_state": state._replace(
                 blocks=(block._replace(x=block.x[..., :2]),))},
             ValueError, r"initial_state.blocks\[0\].x must have shape \(b, m, h, d\) ="),
+        "no steps": ((x, kernel), more | {"initial_state": state._replace(x=None)}, TypeError,
+                     "initial_state.x must be a tensor, got NoneType"),
+        "lags of fewer steps than x": (
+            (x, kernel), more | {"initial_state": state._replace(kernel=state.kernel[:, 1:])},
+            ValueError, r"initial_state.kernel must have shape \(b, p, h\) = \(2, 9, 2\), got"),
+        "blocks without lags": (
+            (x, kernel), more | {"initial_state": state._replace(
+                blocks=(block._replace(kernel=None),))},
+            TypeError, r"initial_state.blocks\[0\].kernel must be a tensor, got NoneType"),
+        "a block that is none": (
+            (x, kernel), more | {"initial_state": state._replace(blocks=(None,))}, TypeError,
+            r"initial_state.blocks must be a tuple of FFTConvBlocks, got \(None,\)"),
         "no flag": ((x, kernel), {"revealed": 1}, TypeError, "revealed must be True or False"),
     }
 

@@ -162,6 +162,31 @@ def test_states_are_wide(case, dtype):
             assert t.dtype == (torch.complex64 if t.is_complex() else torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_case
+def test_states_of_narrow_numbers_have_tangents(case, dtype):
+    """Those of pieces are those of the whole, also where no gradient is asked for."""
+    tensors = {name: in_dtype(t, torch.float32 if name == "initial_state" else dtype)
+               for name, t in case.make(5, torch.float32).items()}
+
+    def run(*values):
+        out, state = stream(case, dict(zip(tensors, values)), [3, 1, 1])
+        return out, flat(state)[0]
+
+    def define(*values):
+        return case.define(dict(zip(tensors, values)))[0]
+
+    values = tuple(tensors.values())
+    exact = tuple(in_dtype(t, F64) for t in values)
+    _, expected = torch.func.jvp(define, exact, exact)
+    with torch.no_grad():
+        _, (actual, of_state) = torch.func.jvp(run, values, values)
+    assert distance(actual.to(expected.dtype), expected) < 8 * torch.finfo(dtype).eps
+    if case.operator == "linear_scan":
+        last = expected[:, 0 if case.options.get("reverse") else -1]
+        assert distance(of_state.to(last.dtype), last) < 8 * torch.finfo(dtype).eps
+
+
 def per_row(state, row):
     return fastmix.select_rows(state, slice(row, row + 1))
 

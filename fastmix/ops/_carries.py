@@ -26,11 +26,12 @@ def carry_count(n: int, carry_every: int) -> int:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be asked for of a function of these tensors."""
-    if not torch.is_grad_enabled():
-        return False
-    given = [t for t in tensors if t is not None]
+    """Whether a gradient may be asked for of a function of these tensors, or a tangent."""
+    enabled = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         # Nothing can be unwrapped while a program is traced.
-        return _torch_private.transforms_active() or any(t.requires_grad for t in given)
-    return any(_torch_private.requires_grad_anywhere(t) for t in given)
+        return enabled and (_torch_private.transforms_active()
+                            or any(t.requires_grad for t in tensors if t is not None))
+    # Forward mode also runs where no gradient is kept, and tensors do not show it.
+    return _torch_private.forward_mode_active() or enabled and any(
+        _torch_private.requires_grad_anywhere(t) for t in tensors if t is not None)

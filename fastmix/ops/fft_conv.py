@@ -17,8 +17,8 @@ from fastmix.checks import (
 from fastmix.dtypes import autocast_enabled, wide
 from fastmix.fallback import fft_conv as fallback
 from fastmix.ops import _fft_conv_state
-from fastmix.ops._register import Operator
-from fastmix.states import FFTConvRows, FFTConvState
+from fastmix.ops._register import Operator, no_autocast
+from fastmix.states import FFTConvBlock, FFTConvRows, FFTConvState
 
 _operator = Operator(
     "fft_conv", "Tensor x, Tensor kernel, Tensor? skip", outputs="out",
@@ -166,7 +166,8 @@ def _run_rows(where: str, x: Tensor, kernel: Tensor, skip: Tensor | None, reveal
     runs = [fft_conv(rows, of_rows, skip, revealed=revealed, initial_state=part, return_state=True)
             for rows, of_rows, part in zip(x.split(sizes), kernels, state.parts)]
     parts = tuple(part for _, part in runs if isinstance(part, FFTConvState))
-    return torch.cat([out for out, _ in runs]), FFTConvRows(parts)
+    with no_autocast([x]):  # where torch joins no float16 on CPUs
+        return torch.cat([out for out, _ in runs]), FFTConvRows(parts)
 
 
 def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
@@ -178,8 +179,13 @@ def _check_state(where: str, state: FFTConvState, x: Tensor, revealed: bool) -> 
         raise TypeError(f"{where}: initial_state must be an FFTConvState, as {where} returns it "
                         f"with return_state=True, got {type(state).__name__}")
     if revealed != (state.kernel is not None):
-        raise ValueError(f"{where}: initial_state comes from a call with revealed={not revealed}, "
-                         f"this one has revealed={revealed}: make all calls alike")
+        raise ValueError(f"{where}: initial_state must come from a call with revealed={revealed} "
+                         f"like this one, got that of one with revealed={not revealed}: make all "
+                         "calls alike")
+    if not isinstance(state.blocks, tuple) or not all(
+            isinstance(block, FFTConvBlock) for block in state.blocks):
+        raise TypeError(f"{where}: initial_state.blocks must be a tuple of FFTConvBlocks, got "
+                        f"{str(state.blocks)[:40]}")
     b, _, h, d = x.shape
     sizes, dtype = {"b": b, "h": h, "d": d}, wide(x.dtype)
     whole, of_lags = (b, h, d), (b, h)
@@ -193,17 +199,22 @@ def _check_state(where: str, state: FFTConvState, x: Tensor, revealed: bool) -> 
 
     known = fits(state.x, whole) and fits(state.tail, whole) and all(
         fits(block.x, whole) and fits(block.ahead, whole) for block in state.blocks)
-    if known and (not revealed or fits(state.kernel, of_lags) and all(
-            fits(block.kernel, of_lags) for block in state.blocks)):
+    parts: list[FFTConvState | FFTConvBlock] = [state, *state.blocks]
+    if known and (not revealed or all(
+            part.kernel is not None and fits(part.kernel, of_lags)
+            and part.kernel.shape[1] == part.x.shape[1] for part in parts)):
         return
-    parts: list[tuple[str, Any, str]] = [
-        ("x", state.x, "b p h d"), ("kernel", state.kernel, "b p h"),
-        ("tail", state.tail, "b e h d")]
-    for i, block in enumerate(state.blocks):
-        parts += [(f"blocks[{i}].x", block.x, "b m h d"),
-                  (f"blocks[{i}].kernel", block.kernel, "b m h"),
-                  (f"blocks[{i}].ahead", block.ahead, "b m h d")]
-    for name, value, layout in parts:
-        if value is not None or revealed:
-            check_tensor(where, f"initial_state.{name}", value, (dtype,), like=("x", x))
-            check_shape(where, f"initial_state.{name}", value, layout, sizes)
+
+    def check(name: str, value: Any, layout: str, sizes: dict[str, int]) -> dict[str, int]:
+        check_tensor(where, f"initial_state.{name}", value, (dtype,), like=("x", x))
+        return check_shape(where, f"initial_state.{name}", value, layout, sizes)
+
+    for i, part in enumerate(parts):
+        of, steps = (f"blocks[{i - 1}].", "m") if i else ("", "p")
+        of_steps = check(f"{of}x", part.x, f"b {steps} h d", sizes)
+        if revealed or part.kernel is not None:
+            check(f"{of}kernel", part.kernel, f"b {steps} h", of_steps)
+        if isinstance(part, FFTConvBlock):
+            check(f"{of}ahead", part.ahead, "b m h d", sizes)
+        else:
+            check("tail", part.tail, "b e h d", sizes)
