@@ -84,6 +84,29 @@ def test_long_pieces_go_on_from_a_state():
             module(x, cache=change)
 
 
+def test_a_state_is_that_of_the_numbers_that_are_left():
+    """Of those that die out within the sequence too, and of the gradients; a NaN stays one."""
+    re, im, _ = rates_and_gains()
+    u = torch.randn(2, 4 * gss.BLOCK + 9, 4, dtype=torch.float64, requires_grad=True)
+    before = torch.randn(2, 4, 3, dtype=torch.complex128, requires_grad=True)
+    power, defined = torch.complex(re, im).exp(), before
+    for step in u.unbind(1):
+        defined = power * defined + step[..., None]
+    leaves = (re, im, u, before)
+    assert [gss._exponential(re * n, im * n)[0].count_nonzero()
+            for n in (gss.BLOCK, 3 * gss.BLOCK)] == [2, 1]
+    after = gss._state_after(*leaves)
+    assert_near(after, defined)
+    weight = torch.randn_like(defined)
+    for actual, expected in zip(torch.autograd.grad(after, leaves, weight),
+                                torch.autograd.grad(defined, leaves, weight), strict=True):
+        assert_near(actual, expected)
+    with torch.no_grad():
+        u[0, 3, 1], before[1, 2, 0] = math.nan, math.inf
+        lost = gss._state_after(*leaves).isfinite().logical_not()
+    assert lost.nonzero()[:, :2].unique(dim=0).tolist() == [[0, 1], [1, 2]]
+
+
 def test_transforms_get_one_product():
     """They would not see what goes by in turns."""
     seen = []

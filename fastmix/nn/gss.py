@@ -171,13 +171,12 @@ def _go_on(dss: "DSS", u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]
         if state is not None and u.shape[1] == 1:
             return _step(dss, u, state)
         re, im, c = _rates(dss)
-        gains = torch.complex(*c).mT
-        inputs = u.to(re.dtype)
-        after = _state_after(re, im, inputs, state)
+        after = _state_after(re, im, u.to(re.dtype), state)
         kernel = _kernel(re, im, c, u.shape[1])
     out = _convolve(dss, u, kernel)
     if state is not None:
         with no_autocast([u]):
+            gains = torch.complex(*c).mT
             out = (out + _of_state(re, im, gains * state, u.shape[1])).to(u.dtype)
     return out, after
 
@@ -194,15 +193,28 @@ def _step(dss: "DSS", u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _state_after(re: Tensor, im: Tensor, u: Tensor, state: Tensor | None) -> Tensor:
-    longest = min(BLOCK, u.shape[1])
+    """Block by block, each with those λ alone whose powers until the end are not 0, the slowest."""
+    left, n, order = len(re), u.shape[1], None
+    looks = re.device.type == "cpu" and _is_plain(re) and all(
+        bool(x.isfinite().all()) for x in (u, state) if x is not None)  # 0 · ∞ is to stay NaN
+    if looks:
+        order = re.argsort(descending=True)
+        re, im, state = re[order], im[order], None if state is None else state[..., order]
+    longest, end = min(BLOCK, n), 0
     ages = torch.arange(longest - 1, -1, -1, device=u.device)[:, None]
     powers = _exponential(re * ages, im * ages)  # (2, longest, N)
     for block in u.split(BLOCK, dim=1):
         m = block.shape[1]
-        new = torch.complex(*(block.mT @ part[longest - m :] for part in powers))
-        state = new if state is None else new + torch.complex(*_exponential(m * re, m * im)) * state
+        end += m
+        if looks:
+            left = int(_exponential(re * (n - end), im * (n - end)).any(dim=0).sum())
+        new = torch.complex(*(block.mT @ part[longest - m :, :left] for part in powers))
+        if state is not None:
+            before = F.pad(state, (0, left - state.shape[-1]))
+            new = new + torch.complex(*_exponential(m * re[:left], m * im[:left])) * before
+        state = new
     assert state is not None  # there is a block
-    return state
+    return state if order is None else state[..., order.argsort()]
 
 
 def _of_state(re: Tensor, im: Tensor, weighed: Tensor, n: int) -> Tensor:
