@@ -6,7 +6,7 @@ import sys
 # Workers of pytest-xdist share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The kernels of every instruction set, not of this machine's best one alone.
+# The kernels of every instruction set that this machine has, not of its best one alone.
 os.environ.setdefault("FASTMIX_INSTRUCTION_SETS", "all")
 if getattr(importlib.util.find_spec("triton"), "origin", None) is None:
     sys.modules["triton"] = None  # not installed: the folder tests/triton is not it

@@ -294,15 +294,18 @@ def test_first_use_compiles_what_the_processor_has(tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
     everything = ("portable", "avx2", "avx512")
     assert build.own_instruction_sets(cpuinfo) == everything  # nothing is known
+    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "all")
+    assert build.own_instruction_sets(cpuinfo) == everything
     for flags, best in (("fpu sse2", "portable"), ("avx avx2 fma", "portable"),
                         ("avx avx2 fma f16c avx512f", "avx2"),
                         ("avx2 fma f16c avx512f avx512dq avx512bw avx512vl", "avx512"),
                         ("avx2 fma f16c avx512f avx512dq avx512bw avx512vl amx_tile amx_bf16",
                          "avx512")):
         cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\nbugs : \n")
+        monkeypatch.delenv("FASTMIX_INSTRUCTION_SETS")
         assert build.own_instruction_sets(cpuinfo) == (best,)
-    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "all")
-    assert build.own_instruction_sets(cpuinfo) == everything
+        monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "all")  # that run here
+        assert build.own_instruction_sets(cpuinfo) == everything[:everything.index(best) + 1]
     monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "sse")
     with pytest.raises(RuntimeError, match="FASTMIX_INSTRUCTION_SETS must be 'all', one of "
                                            "portable, avx2, avx512, amx, or not set, got 'sse'"):
@@ -424,13 +427,24 @@ def test_machines_that_share_a_home_have_a_library_each(stand_in, monkeypatch):
             [file for file in (ROOT / "csrc/cpu").glob("*.cpp") if "FASTMIX_CPU" in
              file.read_text()])
         assert f"-DFASTMIX_ONLY={own} -DFASTMIX_ONLY_INDEX=" in calls
-    # One of all instruction sets serves every machine.
-    monkeypatch.setattr(build, "own_instruction_sets", lambda: tuple(build.INSTRUCTION_SETS))
-    everything = library._compiled("cpu")
-    assert everything.name.startswith("cpu-all-")
-    assert "-DFASTMIX_ONLY" not in (stand_in.parent / "calls").read_text()
-    monkeypatch.setattr(build, "own_instruction_sets", lambda: ("avx512",))
-    assert library.existing("cpu") == everything
+    for path in paths:
+        path.unlink()
+    # One of several instruction sets serves every machine that needs one of them.
+    for several in ("portable", "avx2"), ("portable", "avx2", "avx512"):
+        monkeypatch.setattr(build, "own_instruction_sets", lambda own=several: own)
+        assert library.existing("cpu") is None
+        path = library._compiled("cpu")
+        assert path.name.startswith(f"cpu-{'-'.join(several)}-{build.fingerprint()}-")
+        calls = (stand_in.parent / "calls").read_text()
+        (stand_in.parent / "calls").unlink()
+        assert "-DFASTMIX_ONLY" not in calls
+        for mark, there in ("CPU=avx2", True), ("CPU=avx512", "avx512" in several), (
+                "NO_AVX512", "avx512" not in several):
+            assert (f"-DFASTMIX_{mark} " in calls) == there
+        for own in build.INSTRUCTION_SETS:
+            monkeypatch.setattr(build, "own_instruction_sets", lambda own=own: (own,))
+            assert library.existing("cpu") == (path if own in several else None)
+        path.unlink()
 
 
 # ---- what goes wrong
