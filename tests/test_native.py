@@ -797,6 +797,7 @@ def test_a_cache_that_others_can_write_to_is_refused(quick):
     assert forced.returncode != 0 and "can be written to by others" in forced.stderr
 
 
+@pytest.mark.long
 def test_a_cache_that_cannot_be_looked_at_is_no_error(quick, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0)
@@ -824,6 +825,7 @@ def test_without_a_compiler_the_fallback_runs_and_says_so_once(quick):
     assert "decay_conv            fallback" in env.stdout
 
 
+@pytest.mark.long
 def test_a_compiler_that_fails_is_quoted(quick, tmp_path):
     failing = tmp_path / "c++"
     failing.write_text("#!/bin/sh\necho 'that will not do' >&2\nexit 1\n")
