@@ -78,7 +78,7 @@ def pytest_runtest_makereport(item):
 
 
 def without_kind(name):
-    """A case's name, before that of an implementation or alone, with the operator's in its place."""
+    """The operator's name for its case's, alone or before that of an implementation."""
     case = max((c for c in CASES if f"{name}-".startswith(f"{c}-")), key=len, default=None)
     return name if case is None else CASES[case].operator + name[len(case):]
 

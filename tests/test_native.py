@@ -785,6 +785,23 @@ def test_first_use_compiles_and_the_next_process_finds_it(quick):
     assert refused.stdout.endswith("None\n")
 
 
+@pytest.mark.long
+@pytest.mark.skipif("avx2" not in build.CHOICES, reason="another architecture")
+def test_a_library_for_tests_on_a_machine_without_avx512(quick, monkeypatch):
+    if "avx2" not in library.available_instruction_sets():
+        pytest.skip("this machine has no avx2")
+    sets, folder = ("portable", "avx2"), Path(quick["FASTMIX_CACHE"])
+    monkeypatch.setenv("CXX", quick["CXX"])
+    folder.mkdir(mode=0o700)
+    made = folder / build.compiled_name(sets=sets)
+    build.build(made, Path(torch.__file__).parent, sets=sets)
+    ran = python("-c", CALL + "print(library.available_instruction_sets())\n"
+                 "library.choose_instruction_set('portable')\n"
+                 "fastmix.ops.gate_loop(*torch.ones(3, 1, 9, 2, 4), torch.ones(1, 9, 2))",
+                 environment=quick | {"FASTMIX_INSTRUCTION_SETS": "avx2"})
+    assert ran.returncode == 0 and ran.stdout == f"0\n{made}\n{sets}\n", ran.stdout + ran.stderr
+
+
 def test_a_cache_that_others_can_write_to_is_refused(quick):
     folder = Path(quick["FASTMIX_CACHE"])
     folder.mkdir()
