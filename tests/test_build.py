@@ -578,6 +578,7 @@ def test_others_stop_where_one_compiler_fails(stand_in, tmp_path, monkeypatch):
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
 def test_ctrl_c_stops_the_compilers_and_the_next_call_starts_anew(stand_in):
     code = """

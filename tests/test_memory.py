@@ -120,6 +120,7 @@ print(held(*tensors(0.0)), held(*tensors(float("nan"))))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are Linux's")
 def test_a_head_that_goes_step_by_step_holds_no_state_of_every_step():

@@ -282,6 +282,7 @@ print(sorted(native.KERNELS["cpu"]), sorted(fastmix._triton.KERNELS))
     assert ran.stdout == f"{kernels[0]} {kernels[1]}\n"
 
 
+@pytest.mark.long
 def test_a_folder_of_kernels_that_is_missing_is_named(tmp_path):
     """As where git makes no symbolic links."""
     copy = tmp_path / "fastmix"
