@@ -6,7 +6,7 @@ import sys
 # Workers of pytest-xdist share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The kernels of every instruction set, not of this machine's best one alone.
+# The kernels of every instruction set that this machine has, not of its best one alone.
 os.environ.setdefault("FASTMIX_INSTRUCTION_SETS", "all")
 if getattr(importlib.util.find_spec("triton"), "origin", None) is None:
     sys.modules["triton"] = None  # not installed: the folder tests/triton is not it
@@ -77,12 +77,16 @@ def pytest_runtest_makereport(item):
         report.sections.append(("random numbers", f"--seed {item.config.option.seed}"))
 
 
+def without_kind(name):
+    """The operator's name for its case's, alone or before that of an implementation."""
+    case = max((c for c in CASES if f"{name}-".startswith(f"{c}-")), key=len, default=None)
+    return name if case is None else CASES[case].operator + name[len(case):]
+
+
 def names_of(item):
     """The name of its value of each parameter, or of parameters that are given together."""
-    names = item.callspec._idlist
-    if item.get_closest_marker("costly"):
-        names = [CASES[name].operator if name in CASES else name for name in names]
-    return names
+    costly, names = item.get_closest_marker("costly"), item.callspec._idlist
+    return [*map(without_kind, names)] if costly else names
 
 
 def every_value_once(items):
@@ -130,9 +134,10 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(
             items=[item for item in items if (item in short) == config.option.long])
         items[:] = [item for item in items if (item in short) != config.option.long]
-    # Interpreted kernels first, then other long ones: none is left over for one core.
-    items.sort(key=lambda item: (item.get_closest_marker("long") is None,
-                                 item.path.stem != "test_triton"))
+    # What is interpreted or compiled for long first, then other long ones: none is left over for
+    # one core, nor does another wait for the compiler.
+    items.sort(key=lambda item: (item.get_closest_marker("long") is None, item.path.stem not in (
+        "test_triton", "test_fft_conv_cuda")))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -303,6 +303,7 @@ def test_requirements_name_the_versions():
         assert f"{package}=={version}" in text
 
 
+@pytest.mark.long
 def test_of_a_package_that_is_not_imported_nothing_is_imported():
     code = f"""
 import sys, torch, fastmix
@@ -347,7 +348,7 @@ def test_compiles_whole(name):
     assert_near(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("called", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_compiled_before(called):
     """A compiled model that has run already is compiled anew, and restored it runs as it did."""
     model, x = published("MetaformerGPT")

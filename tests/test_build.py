@@ -23,6 +23,7 @@ from fastmix.native import build, library
 
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
+ONE = build.CHOICES[:1]  # instruction set: calls of a stand-in for each file and set take time
 
 pytestmark = pytest.mark.skipif(build.compiler() is None or os.name != "posix",
                                 reason="no C++ compiler, or no shell to imitate one")
@@ -57,6 +58,7 @@ done
 if [ "$linked" ]; then cp {compiled} "$made"; else echo > "$made"; fi
 echo "-1 $(date +%s%N)" >> {folder}/times""")
     monkeypatch.setenv("CXX", str(path))
+    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", ONE[0])
     monkeypatch.setenv("FASTMIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(library, "_loaded", {})
     monkeypatch.setattr(library, "_failures", {})
@@ -102,7 +104,7 @@ def test_a_compiler_may_come_with_arguments(stand_in, tmp_path, monkeypatch):
         else:
             assert reason is None
     monkeypatch.setenv("CXX", "ccache c++ -m64")
-    build.build(tmp_path / "made.so", TORCH)
+    build.build(tmp_path / "made.so", TORCH, sets=ONE)
     assert build.why_not_whole(tmp_path / "made.so") is None
     calls = (stand_in.parent / "calls").read_text().splitlines()
     assert all(call.startswith("-m64 ") for call in calls)
@@ -119,7 +121,7 @@ def test_flags_of_the_environment_are_used_and_named(stand_in, tmp_path, monkeyp
     plain = build.compiled_name()
     monkeypatch.setenv("CXXFLAGS", '-O2 "-DNAME=a b"')
     assert build.compiled_name() != plain
-    build.build(tmp_path / "made.so", TORCH)
+    build.build(tmp_path / "made.so", TORCH, sets=ONE)
     calls = (stand_in.parent / "calls").read_text().splitlines()
     assert all("-O2 -DNAME=a b" in call for call in calls)
     monkeypatch.setenv("CXX", f"{stand_in} -m64")
@@ -134,7 +136,7 @@ def test_flags_of_the_environment_are_used_and_named(stand_in, tmp_path, monkeyp
     assert names[0] != names[1]
     monkeypatch.setenv("CXXFLAGS", "'")
     with pytest.raises(RuntimeError, match="CXXFLAGS cannot be split"):
-        build.build(tmp_path / "made.so", TORCH)
+        build.build(tmp_path / "made.so", TORCH, sets=ONE)
 
 
 @pytest.mark.parametrize("status", [0, 1])
@@ -144,13 +146,14 @@ def test_a_compiler_may_speak_another_encoding(stand_in, tmp_path, monkeypatch, 
     monkeypatch.setenv("CXX", str(command))
     if status:
         with pytest.raises(RuntimeError, match="ended with status 1: ung\ufffdltig"):
-            build.build(tmp_path / "made.so", TORCH)
+            build.build(tmp_path / "made.so", TORCH, sets=ONE)
         assert not (tmp_path / "made.so").exists()
     else:
-        build.build(tmp_path / "made.so", TORCH)
+        build.build(tmp_path / "made.so", TORCH, sets=ONE)
     assert build.output_of([str(command), "-o", str(tmp_path / "o")]) == ""  # prints to stderr
 
 
+@pytest.mark.long
 def test_sources_are_read_whatever_the_locale(stand_in):
     """In ASCII, as in any encoding but UTF-8, their formulas cannot be read."""
     said = python(CALL, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
@@ -178,7 +181,7 @@ def test_every_system_has_its_flags_and_says_what_to_install(system, install, tm
         f"no C++ compiler was found: install one ({install}")
     path = script(tmp_path / "clang++", "exit 0")
     assert there["compiler"]() == [str(path)] and there["why_not_compiled"]() is None
-    jobs, link = there["_commands"](TORCH, (), True, (), build.CHOICES[:1])
+    jobs, link = there["_commands"](TORCH, (), True, (), ONE)
     assert len(jobs) > 5
     assert all(("-fPIC" in job) == (system != "win32") for job in jobs.values())
     assert ("-Wl,--no-as-needed" in link) == (system == "linux")  # others' linkers do not know it
@@ -193,7 +196,7 @@ def test_compilers_that_take_other_options_are_refused(name, tmp_path, monkeypat
         monkeypatch.setenv("CXX", named)
         assert f"{name} takes other options than" in build.why_not_compiled()
     with pytest.raises(RuntimeError, match="set CXX to LLVM's clang"):
-        build.build(tmp_path / "made.so", TORCH)
+        build.build(tmp_path / "made.so", TORCH, sets=ONE)
 
 
 def test_windows_is_not_asked_for_permission_bits(tmp_path, monkeypatch):
@@ -220,10 +223,10 @@ def at_once(stand_in):
 def test_max_jobs_and_the_usable_cores_limit_compilation(stand_in, tmp_path, monkeypatch):
     monkeypatch.setenv("SLEEP", "0.05")
     monkeypatch.setenv("MAX_JOBS", "1")
-    build.build(tmp_path / "made.so", TORCH)
+    build.build(tmp_path / "made.so", TORCH, sets=ONE)
     assert at_once(stand_in) == 1
     monkeypatch.setenv("MAX_JOBS", "3")
-    build.build(tmp_path / "made.so", TORCH)
+    build.build(tmp_path / "made.so", TORCH, sets=ONE)
     assert at_once(stand_in) == 3
     for wrong in ("0", "-1", "many"):
         monkeypatch.setenv("MAX_JOBS", wrong)
@@ -243,7 +246,7 @@ def test_max_jobs_and_the_usable_cores_limit_compilation(stand_in, tmp_path, mon
 
 def test_the_seconds_of_each_compiler_are_told(stand_in, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLEEP", "0.1")
-    build.main([build.CHOICES[0]])
+    build.main([*ONE])
     *rows, whole = capsys.readouterr().out.splitlines()
     assert len(rows) == len(set(rows)) > 5
     assert any(row.endswith(" s  registration.o") for row in rows)
@@ -258,13 +261,13 @@ def test_a_compilation_says_how_far_it_is_off_a_terminal(stand_in, tmp_path, mon
     monkeypatch.setattr(build, "_last_line", -math.inf)
     monkeypatch.setenv("SLEEP", "1.5")
     monkeypatch.setenv("MAX_JOBS", "100")
-    build.build(tmp_path / "made.so", TORCH, build.show_progress, sets=build.CHOICES[:1])
+    build.build(tmp_path / "made.so", TORCH, build.show_progress, sets=ONE)
     lines = capsys.readouterr().err.splitlines()
     count = int(lines[0].split()[-1])
     assert lines[0] == f"fastmix: compiling its kernels, 0 of {count}" and len(lines) >= 3
     assert lines[-1] == f"fastmix: compiling its kernels, {count} of {count}"
     monkeypatch.setattr(build, "SILENCE", 1e9)
-    build.build(tmp_path / "made.so", TORCH, build.show_progress, sets=build.CHOICES[:1])
+    build.build(tmp_path / "made.so", TORCH, build.show_progress, sets=ONE)
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
@@ -294,15 +297,18 @@ def test_first_use_compiles_what_the_processor_has(tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
     everything = ("portable", "avx2", "avx512")
     assert build.own_instruction_sets(cpuinfo) == everything  # nothing is known
+    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "all")
+    assert build.own_instruction_sets(cpuinfo) == everything
     for flags, best in (("fpu sse2", "portable"), ("avx avx2 fma", "portable"),
                         ("avx avx2 fma f16c avx512f", "avx2"),
                         ("avx2 fma f16c avx512f avx512dq avx512bw avx512vl", "avx512"),
                         ("avx2 fma f16c avx512f avx512dq avx512bw avx512vl amx_tile amx_bf16",
                          "avx512")):
         cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\nbugs : \n")
+        monkeypatch.delenv("FASTMIX_INSTRUCTION_SETS")
         assert build.own_instruction_sets(cpuinfo) == (best,)
-    monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "all")
-    assert build.own_instruction_sets(cpuinfo) == everything
+        monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "all")  # that run here
+        assert build.own_instruction_sets(cpuinfo) == everything[:everything.index(best) + 1]
     monkeypatch.setenv("FASTMIX_INSTRUCTION_SETS", "sse")
     with pytest.raises(RuntimeError, match="FASTMIX_INSTRUCTION_SETS must be 'all', one of "
                                            "portable, avx2, avx512, amx, or not set, got 'sse'"):
@@ -424,13 +430,24 @@ def test_machines_that_share_a_home_have_a_library_each(stand_in, monkeypatch):
             [file for file in (ROOT / "csrc/cpu").glob("*.cpp") if "FASTMIX_CPU" in
              file.read_text()])
         assert f"-DFASTMIX_ONLY={own} -DFASTMIX_ONLY_INDEX=" in calls
-    # One of all instruction sets serves every machine.
-    monkeypatch.setattr(build, "own_instruction_sets", lambda: tuple(build.INSTRUCTION_SETS))
-    everything = library._compiled("cpu")
-    assert everything.name.startswith("cpu-all-")
-    assert "-DFASTMIX_ONLY" not in (stand_in.parent / "calls").read_text()
-    monkeypatch.setattr(build, "own_instruction_sets", lambda: ("avx512",))
-    assert library.existing("cpu") == everything
+    for path in paths:
+        path.unlink()
+    # One of several instruction sets serves every machine that needs one of them.
+    for several in ("portable", "avx2"), ("portable", "avx2", "avx512"):
+        monkeypatch.setattr(build, "own_instruction_sets", lambda own=several: own)
+        assert library.existing("cpu") is None
+        path = library._compiled("cpu")
+        assert path.name.startswith(f"cpu-{'-'.join(several)}-{build.fingerprint()}-")
+        calls = (stand_in.parent / "calls").read_text()
+        (stand_in.parent / "calls").unlink()
+        assert "-DFASTMIX_ONLY" not in calls
+        for mark, there in ("CPU=avx2", True), ("CPU=avx512", "avx512" in several), (
+                "NO_AVX512", "avx512" not in several):
+            assert (f"-DFASTMIX_{mark} " in calls) == there
+        for own in build.INSTRUCTION_SETS:
+            monkeypatch.setattr(build, "own_instruction_sets", lambda own=own: (own,))
+            assert library.existing("cpu") == (path if own in several else None)
+        path.unlink()
 
 
 # ---- what goes wrong
@@ -472,7 +489,7 @@ def test_a_process_survives_a_damaged_library(stand_in):
 def test_a_damaged_library_built_ahead_is_not_loaded(stand_in, tmp_path, monkeypatch):
     ahead = tmp_path / "ahead.so"
     monkeypatch.setattr(build, "name_built_ahead", lambda cuda: str(ahead))
-    build.build(ahead, TORCH)
+    build.build(ahead, TORCH, sets=ONE)
     assert library.existing("cpu") == ahead
     library.cache_folder().mkdir(mode=0o700)
     library.cache_folder().chmod(0o777)  # no matter: the cache is not looked at
@@ -519,6 +536,7 @@ def test_a_disk_that_is_full_while_compiling_leaves_nothing_behind(stand_in, mon
 READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
 
 
+@pytest.mark.long
 def test_a_home_that_is_read_only_is_one_warning(stand_in, tmp_path):
     home = tmp_path / "home"
     home.mkdir(mode=0o500)
@@ -556,10 +574,11 @@ def test_others_stop_where_one_compiler_fails(stand_in, tmp_path, monkeypatch):
         tmp_path / "c++", 'case "$*" in *DFASTMIX_CPU=*) exec sleep 60 ;; esac; exit 1')))
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="ended with status 1"):
-        build.build(tmp_path / "made.so", TORCH)
+        build.build(tmp_path / "made.so", TORCH, sets=ONE)
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
 def test_ctrl_c_stops_the_compilers_and_the_next_call_starts_anew(stand_in):
     code = """

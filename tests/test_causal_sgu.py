@@ -5,7 +5,7 @@ import torch
 
 from cases import check_errors, distance, largest, squared_errors
 from fastmix import ops, reference
-from refusal import check_refusal
+from refusal import both_ways, check_refusal
 
 F64 = torch.float64
 
@@ -86,8 +86,9 @@ def refusals():
 
 
 @pytest.mark.parametrize("name", refusals())
-def test_refuses(name):
-    check_refusal(ops.causal_sgu, *refusals()[name])
+@both_ways
+def test_refuses(name, way):
+    check_refusal(way, ops.causal_sgu, *refusals()[name])
 
 
 def test_gradients_of_doubles_whose_distance_overflows_are_finite():

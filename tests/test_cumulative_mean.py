@@ -5,7 +5,7 @@ import torch
 
 from cases import distance
 from fastmix import ops, reference
-from refusal import check_refusal
+from refusal import both_ways, check_refusal
 
 
 @pytest.mark.parametrize("shape", [(3, 50), (3, 50, 4), (3, 50, 2, 5), (1, 1, 1)])
@@ -36,8 +36,9 @@ def refusals():
 
 
 @pytest.mark.parametrize("name", refusals())
-def test_refuses(name):
-    check_refusal(ops.cumulative_mean, *refusals()[name])
+@both_ways
+def test_refuses(name, way):
+    check_refusal(way, ops.cumulative_mean, *refusals()[name])
 
 
 def test_the_gradient_of_outputs_and_state_is_rounded_once():

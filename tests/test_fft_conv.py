@@ -5,7 +5,7 @@ import torch
 
 from cases import distance, largest
 from fastmix import ops, reference
-from refusal import check_refusal
+from refusal import both_ways, check_refusal
 
 F64 = torch.float64
 
@@ -101,5 +101,6 @@ def refusals():
 
 
 @pytest.mark.parametrize("name", refusals())
-def test_refuses(name):
-    check_refusal(ops.fft_conv, *refusals()[name])
+@both_ways
+def test_refuses(name, way):
+    check_refusal(way, ops.fft_conv, *refusals()[name])

@@ -192,7 +192,7 @@ def test_many_channels_are_cut_into_parts(host):
     check(host, torch.randn(3, 2100, 1, 24), torch.randn(2100, 1))
 
 
-@pytest.mark.parametrize("n", [600, 5000])
+@pytest.mark.parametrize("n", [600, pytest.param(5000, marks=pytest.mark.long)])
 def test_any_strides(host, n):
     fused = torch.randn(2, n, 3, 24)
     check(host, fused[:, :, 1].unflatten(-1, (3, 8)), torch.randn(3, n, 2).permute(2, 1, 0))

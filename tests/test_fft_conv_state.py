@@ -10,7 +10,7 @@ import fastmix
 from cases import distance
 from fastmix import ops, reference
 from fastmix.states import FFTConvRows, concatenate
-from refusal import check_refusal
+from refusal import both_ways, check_refusal
 
 KINDS = ["shared", "per sample", "short", "one lag", "revealed"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -152,14 +152,15 @@ def test_rows_at_different_steps_under_autocast():
         assert torch.equal(ops.fft_conv(*given, initial_state=state), plain)
 
 
-def test_rows_at_different_steps_refuse_in_words():
+@both_ways
+def test_rows_at_different_steps_refuse_in_words(way):
     x, kernel, skip = draw("revealed", 20)
     parts = [in_pieces("revealed", x, kernel, skip, [n])[1] for n in (4, 9)]
     state, (x, kernel) = concatenate(parts, (2, 2)), (x[:, :1], kernel[:, :1])
 
-    check_refusal(ops.fft_conv, (x, kernel), {"revealed": True, "initial_state": state},
+    check_refusal(way, ops.fft_conv, (x, kernel), {"revealed": True, "initial_state": state},
                   ValueError, "initial_state must be of b = 2 rows like x, got 4")
-    check_refusal(ops.fft_conv, (x, kernel),
+    check_refusal(way, ops.fft_conv, (x, kernel),
                   {"revealed": True, "initial_state": FFTConvRows((None,))},
                   TypeError, r"initial_state.parts\[0\] must be an FFTConvState, got NoneType")
     with pytest.raises(IndexError, match=r"select_rows: rows must be from 0 to 3, got \[4\]"):
@@ -261,6 +262,7 @@ def refusals():
 
 
 @pytest.mark.parametrize("name", refusals())
-def test_refuses(name):
+@both_ways
+def test_refuses(name, way):
     arguments, keywords, error, message = refusals()[name]
-    check_refusal(ops.fft_conv, arguments, keywords, error, message)
+    check_refusal(way, ops.fft_conv, arguments, keywords, error, message)

@@ -18,7 +18,7 @@ from cases import (
 )
 from fastmix import ops, reference
 from fastmix.ops._register import OPERATORS
-from refusal import check_refusal
+from refusal import both_ways, check_refusal
 
 F64 = torch.float64
 
@@ -557,5 +557,6 @@ def refusals():
 
 
 @pytest.mark.parametrize("name", refusals())
-def test_refuses(name):
-    check_refusal(ops.gate_loop, *refusals()[name])
+@both_ways
+def test_refuses(name, way):
+    check_refusal(way, ops.gate_loop, *refusals()[name])

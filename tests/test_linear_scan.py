@@ -5,7 +5,7 @@ import torch
 
 from cases import distance
 from fastmix import ops, reference
-from refusal import check_refusal
+from refusal import both_ways, check_refusal
 
 F64 = torch.float64
 
@@ -123,5 +123,6 @@ def refusals():
 
 
 @pytest.mark.parametrize("name", refusals())
-def test_refuses(name):
-    check_refusal(ops.linear_scan, *refusals()[name])
+@both_ways
+def test_refuses(name, way):
+    check_refusal(way, ops.linear_scan, *refusals()[name])

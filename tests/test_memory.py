@@ -28,7 +28,8 @@ def training(case, call, inputs):
 
 # With single channels for heads, gate_loop's output and gradients alone are 0.30 of the original's.
 @pytest.mark.parametrize("build, n, most", [
-    (operators.linear_scan, 8192, 1 / 2), (operators.gate_loop_diagonal, 8192, 0.36),
+    (operators.linear_scan, 8192, 1 / 2),
+    pytest.param(operators.gate_loop_diagonal, 8192, 0.36, marks=pytest.mark.long),
     (operators.gate_loop, 512, 1 / 4), (operators.decay_conv, 8192, 1 / 2),
     (operators.fft_conv, 8192, 1 / 2), (operators.windowed_sgu, 8192, 1 / 2),
     (operators.causal_sgu, 2048, 1 / 2), (operators.cumulative_mean, 8192, 1 / 2)],
@@ -119,6 +120,7 @@ print(held(*tensors(0.0)), held(*tensors(float("nan"))))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are Linux's")
 def test_a_head_that_goes_step_by_step_holds_no_state_of_every_step():

@@ -18,7 +18,7 @@ from torch.nn import Linear
 
 from cases import distance
 from fastmix import nn
-from refusal import check_refusal
+from refusal import both_ways, check_refusal
 from twins import assert_near
 
 PUBLISHED = {
@@ -268,41 +268,45 @@ def test_feed_forward_is_a_plain_sequential(file):
 # refusals
 
 
-def check_refused(module, x, error, message):
-    check_refusal(module, (x,), {}, error, message, name_of(module))
+def check_refused(way, module, x, error, message):
+    check_refusal(way, module, (x,), {}, error, message, name_of(module))
 
 
 @every(SEQUENCE_MODULES, FEATURE_MODULES, OTHER_MODULES)
-def test_refused_type(file, make):
+@both_ways
+def test_refused_type(file, make, way):
     module = make(file)
-    check_refused(module, [1.0], TypeError, "x must be a tensor, got list")
+    check_refused(way, module, [1.0], TypeError, "x must be a tensor, got list")
     x = torch.ones(2, 3, 6)
-    check_refused(module, x.long(), TypeError, "x must be float64 .*, got int64")
-    check_refused(module, x.cfloat(), TypeError, "x must be float64 .*, got complex64")
+    check_refused(way, module, x.long(), TypeError, "x must be float64 .*, got int64")
+    check_refused(way, module, x.cfloat(), TypeError, "x must be float64 .*, got complex64")
 
 
 @every(SEQUENCE_MODULES)
-def test_refused_sequence(file, make):
+@both_ways
+def test_refused_sequence(file, make, way):
     module, message = make(file), r"x must have shape \(b, n, dim\) = \(b, n, 6\), got "
-    check_refused(module, torch.ones(3, 6), ValueError, message + r"\(3, 6\)")
-    check_refused(module, torch.ones(2, 3, 5), ValueError, message + r"\(2, 3, 5\)")
-    check_refused(module, torch.ones(2, 0, 6), ValueError,
+    check_refused(way, module, torch.ones(3, 6), ValueError, message + r"\(3, 6\)")
+    check_refused(way, module, torch.ones(2, 3, 5), ValueError, message + r"\(2, 3, 5\)")
+    check_refused(way, module, torch.ones(2, 0, 6), ValueError,
                   "x must have at least one time step, got n=0")
 
 
 @every(FEATURE_MODULES)
-def test_refused_width(file, make):
+@both_ways
+def test_refused_width(file, make, way):
     module, message = make(file), r"x must have shape \(…, dim\) = \(…, 6\), got "
-    check_refused(module, torch.ones(2, 5), ValueError, message + r"\(2, 5\)")
-    check_refused(module, torch.ones(()), ValueError, message + r"\(\)")
+    check_refused(way, module, torch.ones(2, 5), ValueError, message + r"\(2, 5\)")
+    check_refused(way, module, torch.ones(()), ValueError, message + r"\(\)")
     assert module(torch.ones(2, 0, 6)).shape == (2, 0, 6)
 
 
-def test_refused_gates_and_streams():
+@both_ways
+def test_refused_gates_and_streams(way):
     message = "the last axis of x must be even, got shape "
-    check_refused(nn.GEGLU(), torch.ones(2, 5), ValueError, message + r"\(2, 5\)")
-    check_refused(nn.GEGLU(), torch.ones(()), ValueError, message + r"\(\)")
-    check_refused(nn.ReversibleSequence([]), torch.ones(2, 5), ValueError,
+    check_refused(way, nn.GEGLU(), torch.ones(2, 5), ValueError, message + r"\(2, 5\)")
+    check_refused(way, nn.GEGLU(), torch.ones(()), ValueError, message + r"\(\)")
+    check_refused(way, nn.ReversibleSequence([]), torch.ones(2, 5), ValueError,
                   r"x must have shape \(b, n, d\), got \(2, 5\)")
 
 

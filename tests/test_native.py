@@ -118,7 +118,8 @@ def test_an_instruction_set_of_other_processors_is_refused():
         library.choose_instruction_set(name)
 
 
-@pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", [library.INSTRUCTION_SETS[0], *(
+    pytest.param(more, marks=pytest.mark.long) for more in library.INSTRUCTION_SETS[1:])])
 def test_an_instruction_set_that_is_named_runs(name):
     """From a library of all of them, which has been compiled."""
     if name not in library.available_instruction_sets():
@@ -790,6 +791,23 @@ def test_first_use_compiles_and_the_next_process_finds_it(quick):
     assert refused.stdout.endswith("None\n")
 
 
+@pytest.mark.long
+@pytest.mark.skipif("avx2" not in build.CHOICES, reason="another architecture")
+def test_a_library_for_tests_on_a_machine_without_avx512(quick, monkeypatch):
+    if "avx2" not in library.available_instruction_sets():
+        pytest.skip("this machine has no avx2")
+    sets, folder = ("portable", "avx2"), Path(quick["FASTMIX_CACHE"])
+    monkeypatch.setenv("CXX", quick["CXX"])
+    folder.mkdir(mode=0o700)
+    made = folder / build.compiled_name(sets=sets)
+    build.build(made, Path(torch.__file__).parent, sets=sets)
+    ran = python("-c", CALL + "print(library.available_instruction_sets())\n"
+                 "library.choose_instruction_set('portable')\n"
+                 "fastmix.ops.gate_loop(*torch.ones(3, 1, 9, 2, 4), torch.ones(1, 9, 2))",
+                 environment=quick | {"FASTMIX_INSTRUCTION_SETS": "avx2"})
+    assert ran.returncode == 0 and ran.stdout == f"0\n{made}\n{sets}\n", ran.stdout + ran.stderr
+
+
 def test_a_cache_that_others_can_write_to_is_refused(quick):
     folder = Path(quick["FASTMIX_CACHE"])
     folder.mkdir()
@@ -802,6 +820,7 @@ def test_a_cache_that_others_can_write_to_is_refused(quick):
     assert forced.returncode != 0 and "can be written to by others" in forced.stderr
 
 
+@pytest.mark.long
 def test_a_cache_that_cannot_be_looked_at_is_no_error(quick, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0)
@@ -829,6 +848,7 @@ def test_without_a_compiler_the_fallback_runs_and_says_so_once(quick):
     assert "decay_conv            fallback" in env.stdout
 
 
+@pytest.mark.long
 def test_a_compiler_that_fails_is_quoted(quick, tmp_path):
     failing = tmp_path / "c++"
     failing.write_text("#!/bin/sh\necho 'that will not do' >&2\nexit 1\n")

@@ -151,6 +151,7 @@ def test_who_forces_what_cannot_run_is_told_what_else_to_do():
         OPERATORS["gate_loop"].run_instead("native", "too long", True, False, ())
 
 
+@pytest.mark.long
 def test_env_says_what_is_forced():
     ran = run_env("--quick", FASTMIX_IMPLEMENTATION="fallback")
     assert "FASTMIX_IMPLEMENTATION  fallback: forced for all calls" in ran.stdout
@@ -169,6 +170,7 @@ def test_env_starts_whatever_is_forced(name, why):
     assert "forced" not in ran.stdout.partition("cpu: ")[2]
 
 
+@pytest.mark.long
 def test_env_into_a_pipe_that_is_closed():
     with subprocess.Popen([sys.executable, "-m", "fastmix.env", "--quick"], text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
@@ -225,6 +227,7 @@ def test_the_environment_forces_too():
             in ran.stderr)
 
 
+@pytest.mark.long
 def test_nn_is_there_after_importing_the_package():
     ran = python("""
 import sys, fastmix
@@ -264,6 +267,7 @@ def with_path(folder, code):
                           capture_output=True, text=True, cwd="/")
 
 
+@pytest.mark.long
 def test_a_checkout_on_the_path_has_every_kernel():
     ran = with_path(ROOT, f"""
 import fastmix, fastmix._triton, fastmix.dispatch
@@ -278,6 +282,7 @@ print(sorted(native.KERNELS["cpu"]), sorted(fastmix._triton.KERNELS))
     assert ran.stdout == f"{kernels[0]} {kernels[1]}\n"
 
 
+@pytest.mark.long
 def test_a_folder_of_kernels_that_is_missing_is_named(tmp_path):
     """As where git makes no symbolic links."""
     copy = tmp_path / "fastmix"

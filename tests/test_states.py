@@ -424,7 +424,7 @@ def test_refusals(name, args, options, error, message):
 
 
 def test_refusals_of_compiled_programs():
-    check_refusal(ops.cumulative_mean, (X,), {"initial_state": WINDOWS}, TypeError,
+    check_refusal("compiled", ops.cumulative_mean, (X,), {"initial_state": WINDOWS}, TypeError,
                   "initial_state must be a CumulativeMeanState, .* got WindowedSGUState")
 
 

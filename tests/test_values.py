@@ -60,6 +60,7 @@ def test_definition_at_every_length(case, implementation):
             check_definition(case, n)
 
 
+@pytest.mark.costly
 @every_case
 def test_fallbacks_in_many_pieces(case, monkeypatch):
     """What they take at a time made so small that three short sequences are many pieces."""
@@ -80,6 +81,7 @@ def in_dtype(t, dtype):
     return t.detach().to(complex_dtype(dtype) if t.is_complex() else dtype)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @every_implementation
 def test_rounding_is_at_most_twice_the_definitions(case, implementation, dtype):
@@ -150,6 +152,7 @@ def test_expanded_inputs_and_gradients(case):
         assert distance(f, e) < 1e-14
 
 
+@pytest.mark.costly
 @every_case
 def test_lazily_conjugated_and_negated_inputs(case):
     """Views whose conjugation or negation is still to come, eager and compiled."""

@@ -7,7 +7,7 @@ import fastmix
 from cases import check_errors, distance, implementations, largest, squared_errors
 from fastmix import ops, reference
 from fastmix.activations import ACTIVATIONS
-from refusal import check_refusal
+from refusal import both_ways, check_refusal
 
 F64 = torch.float64
 
@@ -125,8 +125,9 @@ def refusals():
 
 
 @pytest.mark.parametrize("name", refusals())
-def test_refuses(name):
-    check_refusal(ops.windowed_sgu, *refusals()[name])
+@both_ways
+def test_refuses(name, way):
+    check_refusal(way, ops.windowed_sgu, *refusals()[name])
 
 
 @pytest.mark.parametrize("operator", ["windowed_sgu", "causal_sgu"])

@@ -109,9 +109,11 @@ int best_instruction_set() {
 #if defined(FASTMIX_ONLY)
   return FASTMIX_ONLY_INDEX;
 #elif defined(__x86_64__)
-  constexpr unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
-  constexpr unsigned ymm = 0x06, zmm = 0xe6;
+#if !defined(FASTMIX_NO_AVX512)
+  constexpr unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, zmm = 0xe6;
   if (has(avx512, zmm)) return kAvx512;
+#endif
+  constexpr unsigned avx2 = 1u << 5, ymm = 0x06;
   if (has(avx2, ymm)) return 1;
 #endif
   return 0;

@@ -153,9 +153,12 @@ void spread(std::initializer_list<Kernel<Arguments>> kernels, const Arguments& a
                               [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
-// A library compiled on first use has the kernels of one instruction set, which build.py names.
+// A library compiled on first use has the kernels of one instruction set, which build.py names; for
+// tests those of all that the machine has.
 #if defined(FASTMIX_ONLY)
 #define FASTMIX_KERNELS(name) {FASTMIX_ONLY::name}
+#elif defined(FASTMIX_NO_AVX512)
+#define FASTMIX_KERNELS(name) {portable::name, avx2::name}
 #elif defined(__x86_64__)
 #define FASTMIX_KERNELS(name) {portable::name, avx2::name, avx512::name}
 #elif defined(__aarch64__)

@@ -181,17 +181,17 @@ def name_built_ahead(cuda: bool) -> str:
 
 def own_instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     """The sets to compile on first use: the best of INSTRUCTION_SETS that this processor has, or
-    the one that runs what is named (see below); all where the system does not list what the
-    processor has, or with FASTMIX_INSTRUCTION_SETS=all (for tests)."""
+    the one that runs what is named (see below); with FASTMIX_INSTRUCTION_SETS=all (for tests) all
+    that it has; all there are where the system does not list what the processor has."""
     named = named_instruction_set()
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     listed = re.search(r"^flags\s*:(.*)", text, re.M)
-    if os.environ.get("FASTMIX_INSTRUCTION_SETS") == "all" or listed is None and not named:
-        return tuple(INSTRUCTION_SETS)
     has = set(listed[1].split()) if listed else None
     # "-mavx2" is the flag of "avx2"; what has a value is a preference.
     able = [name for name, flags in INSTRUCTION_SETS.items() if has is None or
             {flag[2:] for flag in flags if flag.startswith("-m") and "=" not in flag} <= has]
+    if os.environ.get("FASTMIX_INSTRUCTION_SETS") == "all" or has is None and not named:
+        return tuple(able)
     if "avx512" in able and (has is None or {"amx_tile", "amx_bf16"} <= has):
         able.append(MATRIX_UNIT)
     if named and named not in able:
@@ -232,8 +232,7 @@ def compiled_name(device_type: str = "cpu", cuda: Sequence[str] = (),
                   sets: Sequence[str] = tuple(INSTRUCTION_SETS)) -> str:
     """A library's file name in a cache: of these sources, of `cuda` and `sets` (see build), and
     of the compilers and flags in the environment; without compilers, a pattern for any of them."""
-    kind = re.findall(r"sm_(\d+)", " ".join(cuda)) if device_type == "cuda" else [
-        "all" if len(sets) > 1 else sets[0]]
+    kind = re.findall(r"sm_(\d+)", " ".join(cuda)) if device_type == "cuda" else sets
     name = "-".join([device_type, *kind, fingerprint()])
     commands = [compiler(), cuda_compiler()] if cuda else [compiler()]
     variables = ["CXXFLAGS", *(["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"] if cuda else [])]
@@ -256,8 +255,8 @@ def build(target: Path, torch_folder: Path,
           progress: Callable[[int, int], None] = lambda done, of: None,
           more_flags: Sequence[str] = (), cpu: bool = True, cuda: Sequence[str] = (),
           sets: Sequence[str] = tuple(INSTRUCTION_SETS)) -> dict[str, float]:
-    """Compiles the kernels for CPUs (all of INSTRUCTION_SETS, or the one in `sets`), for GPUs if
-    there are flags for them in `cuda` (of cuda_code), or both, and puts the library at `target`,
+    """Compiles the kernels for CPUs (`sets`: one of INSTRUCTION_SETS, or those up to one), for GPUs
+    if there are flags for them in `cuda` (of cuda_code), or both, and puts the library at `target`,
     whole or not at all, with its checksum beside it.
 
     Returns {object file: the seconds its compiler ran}. Raises RuntimeError with what the compiler
@@ -299,7 +298,7 @@ def _commands(torch_folder: Path, flags: Sequence[str], cpu: bool, cuda: Sequenc
         for part in _cuda_parts(file) if file.suffix == ".cu" else ():
             which = [] if part == "rest" else [f"-DFASTMIX_KERNEL={part}"]
             jobs[f"{file.stem}.{part}.o"] = [*nvcc, *CUDA_FLAGS, *cuda, *which, "-c", str(file)]
-    only = [] if len(sets) == len(INSTRUCTION_SETS) else [
+    only = [] if len(sets) == len(INSTRUCTION_SETS) else ["-DFASTMIX_NO_AVX512"] if sets[1:] else [
         f"-DFASTMIX_ONLY={sets[0]}", f"-DFASTMIX_ONLY_INDEX={[*INSTRUCTION_SETS].index(sets[0])}"]
     if cpu:
         folder = sources() / "cpu"

@@ -75,11 +75,12 @@ def candidates(device_type: str) -> Iterator[Path]:
 
 
 def _names_in_cache(device_type: str) -> list[str]:
-    """Names of what is compiled here, and for CPUs of a library of all sets, which does too."""
+    """Names of what is compiled here, and for CPUs of libraries of more sets, which do too."""
     if device_type == "cuda":
         return [build.compiled_name("cuda", _gpu_code())]
-    own = build.own_instruction_sets()
-    return list(dict.fromkeys([build.compiled_name(sets=own), build.compiled_name()]))
+    own, every = build.own_instruction_sets(), tuple(build.INSTRUCTION_SETS)
+    more = [every[:count] for count in range(every.index(own[-1]) + 1, len(every) + 1)]
+    return list(dict.fromkeys(build.compiled_name(sets=sets) for sets in (own, *more)))
 
 
 def why_not_trusted(path: Path) -> str | None:
