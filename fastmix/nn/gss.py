@@ -195,7 +195,7 @@ def _step(dss: "DSS", u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 def _state_after(re: Tensor, im: Tensor, u: Tensor, state: Tensor | None) -> Tensor:
     """Block by block, each with those λ alone whose powers until the end are not 0, the slowest."""
     left, n, order = len(re), u.shape[1], None
-    looks = re.device.type == "cpu" and _is_plain(re) and all(
+    looks = n > BLOCK and re.device.type == "cpu" and _is_plain(re) and all(
         bool(x.isfinite().all()) for x in (u, state) if x is not None)  # 0 · ∞ is to stay NaN
     if looks:
         order = re.argsort(descending=True)
